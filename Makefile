@@ -1,0 +1,26 @@
+# `make demo` and `make test` work alone on a fresh clone: each makes .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint clean .venv
+
+demo: .venv
+	$(BIN)/python examples/char_lm.py --out runs/char_lm
+
+test: .venv
+	$(BIN)/python -m pytest
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Made anew when what it holds changes; a failed or interrupted install leaves no stamp, so the next make repeats it.
+.venv: .venv/installed
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,examples]'
+	touch $@
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache

@@ -1,0 +1,91 @@
+"""What the planner must know of a device: a table of architectures, and the device at hand.
+
+Sources: the table of technical specifications per compute capability in NVIDIA's CUDA C++ Programming Guide (13.0),
+the product pages of the boards named, and AMD's CDNA2, CDNA3 and CDNA4 instruction set guides. Multiprocessor counts
+are those of one common board; `DeviceSpec.of` replaces them by the real device's.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import interpreter
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """One architecture, as a kernel sees it."""
+
+    arch: str
+    board: str
+    multiprocessors: int  # SMs, or compute units on AMD
+    shared_bytes: int  # the most shared memory (LDS) that one program can have
+    register_bytes: int  # registers of one multiprocessor
+    warp_size: int
+    cluster_limit: int  # the most programs in one thread-block cluster; 1 where there are none
+    has_tf32: bool
+
+    @property
+    def is_amd(self) -> bool:
+        return self.arch.startswith("gfx")
+
+    @staticmethod
+    def named(arch: str) -> "DeviceSpec":
+        """The spec of an architecture by name.
+
+        >>> from fastrnn.device import DeviceSpec
+        >>> DeviceSpec.named("sm_90").shared_bytes
+        232448
+        """
+        if arch not in SPECS:
+            raise ValueError(f"device: expected one of {', '.join(SPECS)}; got {arch!r}")
+        return SPECS[arch]
+
+    @staticmethod
+    def of(device: torch.device) -> "DeviceSpec":
+        """The spec of a device at hand: a GPU, or the interpreter for CPU tensors where TRITON_INTERPRET=1."""
+        if device.type == "cpu" and interpreter.ENABLED:
+            return SPECS["interpreter"]
+        if device.type != "cuda":
+            raise NotImplementedError(
+                f"fastrnn's kernels run on CUDA or ROCm devices, or on CPU tensors in Triton's interpreter if "
+                f"TRITON_INTERPRET=1 is set before fastrnn is imported; a kernel for {device.type} tensors is missing"
+            )
+        found = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            arch = found.gcnArchName.split(":")[0]
+        else:
+            arch = f"sm_{found.major}{found.minor}"
+            if arch not in SPECS:  # sm_87, 103, 121: their family's first, with the shared memory read below
+                arch = f"sm_{found.major}0"
+        if arch not in SPECS:
+            raise NotImplementedError(f"fastrnn has no figures for {arch} ({found.name}); known are {', '.join(SPECS)}")
+        shared = getattr(found, "shared_memory_per_block_optin", SPECS[arch].shared_bytes)
+        spec = replace(SPECS[arch], board=found.name, multiprocessors=found.multi_processor_count)
+        return spec if spec.is_amd else replace(spec, shared_bytes=shared)
+
+
+def _nvidia(arch: str, board: str, multiprocessors: int, shared_kib: int, cluster_limit: int = 1) -> DeviceSpec:
+    return DeviceSpec(arch, board, multiprocessors, shared_kib * 1024, 256 * 1024, 32, cluster_limit, has_tf32=True)
+
+
+def _amd(arch: str, board: str, multiprocessors: int, shared_kib: int) -> DeviceSpec:
+    return DeviceSpec(arch, board, multiprocessors, shared_kib * 1024, 512 * 1024, 64, 1, has_tf32=False)
+
+
+SPECS = {
+    spec.arch: spec
+    for spec in (
+        _nvidia("sm_80", "A100", 108, 163),
+        _nvidia("sm_86", "RTX 3090", 82, 99),
+        _nvidia("sm_89", "RTX 4090", 128, 99),
+        _nvidia("sm_90", "H100 SXM", 132, 227, cluster_limit=16),
+        _nvidia("sm_100", "B200", 148, 227, cluster_limit=16),
+        _nvidia("sm_120", "RTX 5090", 170, 99, cluster_limit=8),
+        _amd("gfx90a", "MI250X, one die", 110, 64),
+        _amd("gfx942", "MI300X", 304, 64),
+        _amd("gfx950", "MI355X", 256, 160),
+        # numpy on the CPU: nothing is on chip, so nothing limits a kernel.
+        DeviceSpec("interpreter", "Triton's interpreter", 1, 1 << 62, 1 << 62, 32, 1, has_tf32=False),
+    )
+}

@@ -1,0 +1,52 @@
+"""Triton's interpreter with bfloat16 made right, so that the CPU computes what a GPU would.
+
+Two faults of triton/runtime/interpreter.py, read in 3.9.0 (the same in 3.5 to 3.8): `create_dot` multiplies the
+uint16 that bfloat16 is stored in as integers, and the cast from float32 truncates where hardware rounds to nearest
+even. All use of the interpreter's internals is in this file.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+# Kernels are interpreted if TRITON_INTERPRET=1 was set before fastrnn was imported.
+ENABLED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+@contextmanager
+def corrected() -> Iterator[None]:
+    """Correct the interpreter while the block runs; nothing happens where kernels are compiled."""
+    if not ENABLED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def create_dot(self, a, b, d, *args):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return plain_dot(self, a, b, d, *args)
+
+    def cast_impl(self, src, dst_type):
+        pair = (src.dtype.scalar, dst_type.scalar)
+        if pair == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.uint16)
+            return TensorHandle(rounded.numpy(), tl.bfloat16)
+        if pair == (tl.bfloat16, tl.float32):
+            exact = (np.asarray(src.data).astype(np.uint32) << 16).view(np.float32)
+            return TensorHandle(exact, tl.float32)
+        return plain_cast(self, src, dst_type)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    # exp overflows to inf on purpose (kernels/activations.py); a GPU says nothing, numpy would warn.
+    with np.errstate(over="ignore"):
+        try:
+            yield
+        finally:
+            InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = plain_dot, plain_cast

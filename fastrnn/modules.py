@@ -1,0 +1,202 @@
+"""RNN, GRU and LSTM with torch.nn's names, arguments, parameters, initialisation and errors, and a backend.
+
+They share torch.nn.RNNBase, and so the state_dict, with torch.nn's, but not the classes torch.nn.LSTM, GRU and RNN:
+torch.compile breaks the graph at those.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional
+from .planner import BACKENDS, Plan, plan
+from .validation import check_rank
+
+
+class _Recurrent(torch.nn.RNNBase):
+    """What the three share: choose a backend, and run it on batched or unbatched input."""
+
+    # torch.nn's own forward of the same layer (and the checks that it calls), for backend "torch".
+    _torch: Any
+
+    def __init__(self, mode: str, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+        super().__init__(mode, *args, **kwargs)
+        self.backend = backend
+
+    def plan(self, input: "Tensor | PackedSequence") -> Plan:
+        """The Plan that forward(input) follows; each layer runs by it."""
+        needs = ("proj_size",) if self.proj_size else ()
+        if isinstance(input, PackedSequence):
+            needs += ("packed sequences",)
+            T, B = len(input.batch_sizes), int(input.batch_sizes[0])
+        elif input.dim() == 3:
+            T, B = (input.shape[1], input.shape[0]) if self.batch_first else (input.shape[0], input.shape[1])
+        else:
+            T, B = input.shape[0], 1
+        data = input.data if isinstance(input, PackedSequence) else input
+        return plan(
+            self.mode.lower(),
+            hidden_size=self.hidden_size,
+            batch_size=max(B, 1),
+            seq_len=max(T, 1),
+            directions=2 if self.bidirectional else 1,
+            dtype=functional.compute_dtype(data),
+            device=str(data.device),
+            backend=self.backend,
+            needs=needs,
+        )
+
+    def forward(self, input, hx=None):
+        # CPU tensors take torch's path with nothing before it, so that "auto" costs there what torch.nn costs.
+        if self.backend == "torch" or (self.backend == "auto" and not input.is_cuda):
+            return self._torch.forward(self, input, hx)
+        if not isinstance(input, PackedSequence):
+            check_rank(self._torch.__name__, input, hx)
+        backend = functional.backend_of(self.plan(input))
+        if backend == "torch":
+            return self._torch.forward(self, input, hx)
+
+        batch_dim = 0 if self.batch_first else 1
+        batched = input.dim() == 3
+        if not batched:
+            input = input.unsqueeze(batch_dim)
+            hx = _map(lambda state: state.unsqueeze(1), hx)
+        output, *finals = functional.run(
+            self.mode.lower(),
+            input,
+            hx,
+            [getattr(self, name) for name in self._flat_weights_names],
+            self.num_layers,
+            self.bias,
+            self.batch_first,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            backend,
+        )
+        final = tuple(finals) if len(finals) == 2 else finals[0]
+        if not batched:
+            output, final = output.squeeze(batch_dim), _map(lambda state: state.squeeze(1), final)
+        return output, final
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", backend={self.backend!r}" if self.backend != "auto" else "")
+
+
+def _map(f, state):
+    """f of a tensor, of each tensor of a pair, or None of None."""
+    if state is None:
+        return None
+    return tuple(map(f, state)) if isinstance(state, tuple | list) else f(state)
+
+
+class LSTM(_Recurrent):
+    """An LSTM whose forward and backward passes are one persistent kernel launch each per layer.
+
+        i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh),  g = tanh(...),  c' = f c + i g,  h' = o tanh(c')
+
+    Constructor, forward, parameters and errors are torch.nn.LSTM's, so that a state_dict loads both ways: input
+    (T, B, I), (B, T, I) with batch_first, or unbatched (T, I); hx a pair of (num_layers * D, B, H), or without B;
+    output (T, B, D*H) and (h_n, c_n). And one keyword more:
+
+    backend: "auto" takes a persistent kernel where one fits and torch's own elsewhere (on CPU tensors always; on a
+    GPU with a fastrnn.FallbackWarning that says why); "resident" is the kernel that keeps W_hh in one program,
+    "torch" torch's own kernel, "reference" a differentiable loop in torch. A named backend runs or raises. Kernels
+    compute in float32, bfloat16 and float16; float32 products follow torch.backends.cudnn.rnn.fp32_precision.
+
+    Raises torch.nn.LSTM's errors for wrong arguments, ValueError for an unknown backend, NotImplementedError, naming
+    what is missing, where a named backend cannot run.
+
+    Source: torch.nn.LSTM.
+
+    >>> import torch, fastrnn
+    >>> lstm = fastrnn.LSTM(10, 20, num_layers=2)
+    >>> _ = lstm.load_state_dict(torch.nn.LSTM(10, 20, num_layers=2).state_dict())
+    >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+    >>> output.shape
+    torch.Size([5, 3, 20])
+    """
+
+    _torch = torch.nn.LSTM
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+
+class GRU(_Recurrent):
+    """A GRU whose forward and backward passes are one persistent kernel launch each per layer.
+
+        r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
+
+    with x = W_ih x_t + b_ih and rec = W_hh h + b_hh. Constructor, forward, parameters and errors are torch.nn.GRU's;
+    backend, dtypes and shapes as in fastrnn.LSTM, with hx one tensor (num_layers * D, B, H).
+
+    Source: torch.nn.GRU.
+
+    >>> import torch, fastrnn
+    >>> output, h_n = fastrnn.GRU(10, 20, bidirectional=True)(torch.randn(5, 3, 10))
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
+    """
+
+    _torch = torch.nn.GRU
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, **kwargs)
+
+
+class RNN(_Recurrent):
+    """A simple recurrent network whose forward and backward passes are one persistent kernel launch each per layer.
+
+        h' = act(W_ih x_t + b_ih + W_hh h + b_hh),  act = tanh or relu
+
+    Constructor (nonlinearity="tanh" or "relu", also as the fourth argument), forward, parameters and errors are
+    torch.nn.RNN's; backend, dtypes and shapes as in fastrnn.GRU.
+
+    Source: torch.nn.RNN.
+
+    >>> import torch, fastrnn
+    >>> output, h_n = fastrnn.RNN(10, 20, nonlinearity="relu", batch_first=True)(torch.randn(3, 5, 10))
+    >>> output.shape
+    torch.Size([3, 5, 20])
+    """
+
+    _torch = torch.nn.RNN
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            self.nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+
+
+def explain(module: torch.nn.Module, input: "Tensor | PackedSequence") -> Plan:
+    """Print the plan that a fastrnn module would run for this input and, for a fallback, the reason; return it.
+
+    module is a fastrnn.RNN, GRU or LSTM (else a ValueError); nothing is run.
+    Raises NotImplementedError, as running would, where the module's named backend cannot run.
+
+    >>> import torch, fastrnn
+    >>> plan = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(5, 2, 8))
+    lstm, T=5, B=2, H=16, float32, on cpu: backend torch
+      why       CPU tensors take torch's own kernel
+    """
+    if not isinstance(module, _Recurrent):
+        raise ValueError(f"module: expected a fastrnn.RNN, GRU or LSTM; got {type(module).__name__}")
+    chosen = module.plan(input)
+    print(chosen)
+    return chosen

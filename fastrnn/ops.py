@@ -1,0 +1,137 @@
+"""torch.library ops: schema, fake and autograd of the persistent recurrence. Kernels are launched by launch.py.
+
+    fastrnn::recurrence             forward over all of time
+    fastrnn::recurrence_backward    its gradients; not differentiable again
+"""
+
+import torch
+from torch import Tensor
+
+from . import launch
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("fastrnn::recurrence", mutates_args=())
+def _recurrence(
+    x_gates: Tensor, W_hh: Tensor, b_hh: Tensor | None, h_0: Tensor, c_0: Tensor | None, cell: str, save: bool
+) -> Outputs:
+    x_gates, W_hh, b_hh, h_0, c_0 = map(_contiguous, (x_gates, W_hh, b_hh, h_0, c_0))
+    return launch.forward(cell, x_gates, W_hh, b_hh, h_0, c_0, save)
+
+
+@_recurrence.register_fake
+def _(x_gates, W_hh, b_hh, h_0, c_0, cell, save):
+    return launch.allocate_forward(cell, x_gates, save)
+
+
+@torch.library.custom_op("fastrnn::recurrence_backward", mutates_args=())
+def _recurrence_backward(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    W_hh: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    c: Tensor,
+    cell: str,
+    needs_dW: bool,
+    needs_db: bool,
+) -> Outputs:
+    dy, dh_n, dc_n, W_hh, h_0, c_0 = map(_contiguous, (dy, dh_n, dc_n, W_hh, h_0, c_0))
+    return launch.backward(cell, dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, needs_dW, needs_db)
+
+
+@_recurrence_backward.register_fake
+def _(dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, cell, needs_dW, needs_db):
+    T, B, D, H = y.shape
+    gates = W_hh.shape[1]
+    return (
+        y.new_empty(T, B, D, gates // H, H),
+        y.new_empty((D, gates, H) if needs_dW else 0),
+        y.new_empty((D, gates) if needs_db else 0),
+        y.new_empty(D, B, H),
+        y.new_empty((D, B, H) if c_0 is not None else 0),
+    )
+
+
+def _save(ctx, inputs, output):
+    _, W_hh, b_hh, h_0, c_0, ctx.cell, ctx.saved_for_backward = inputs
+    y, _, _, saved, c = output
+    ctx.has_bias = b_hh is not None
+    ctx.save_for_backward(W_hh, h_0, c_0, y, saved, c)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dh_n, dc_n, d_saved, d_c):
+    if not ctx.saved_for_backward:
+        raise RuntimeError("fastrnn::recurrence ran with save=False: nothing was kept for backward")
+    W_hh, h_0, c_0, y, saved, c = ctx.saved_tensors
+    needs_dW, needs_db = ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]
+    d_x_gates, dW_hh, db_hh, dh_0, dc_0 = _recurrence_backward(
+        dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, ctx.cell, needs_dW, needs_db
+    )
+    return (
+        d_x_gates,
+        dW_hh if needs_dW else None,
+        db_hh if needs_db else None,
+        dh_0,
+        dc_0 if c_0 is not None else None,
+        None,
+        None,
+    )
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "fastrnn's persistent kernels are once differentiable: double backward is missing. "
+        "Use backend='reference', which is differentiable any number of times."
+    )
+
+
+torch.library.register_autograd(_recurrence, _backward, setup_context=_save)
+torch.library.register_autograd(_recurrence_backward, _no_double_backward)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def recurrence(
+    cell: str,
+    x_gates: Tensor,
+    W_hh: Tensor,
+    b_hh: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run one recurrent layer, D directions, over all of time in one persistent launch.
+
+        rec = W_hh h + b_hh;   (h, c) = cell(x_gates[t], rec, (h, c));   y[t] = h
+
+    cell: "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1, 1 gates in torch's row order.
+    x_gates (T, B, D, G, H): W_ih x_t + b_ih. W_hh (D, G*H, H). b_hh (D, G*H) or None. h_0, c_0 (D, B, H); c_0 is None
+    but for the LSTM. All of one dtype (float32, bfloat16, float16) and device; any strides. Direction 1 walks time
+    from its end.
+
+    Returns y (T, B, D, H), h_n (D, B, H) and c_n (D, B, H) or None, differentiable once with respect to every tensor.
+    The state is fp32 from step to step. Nothing is kept for backward where no gradient is wanted.
+
+    Raises NotImplementedError where no kernel holds W_hh (fastrnn.plan says why), or the device has none.
+    Shapes are the caller's to check: fastrnn.lstm and its sisters do.
+
+    Source: the equations of torch.nn.LSTM, GRU and RNN; the persistent form after Diamos et al. 2016.
+
+    >>> import torch, fastrnn
+    >>> from fastrnn.ops import recurrence
+    >>> x_gates, W_hh, h_0 = torch.zeros(5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
+    >>> y, h_n, _ = recurrence("gru", x_gates, W_hh, None, h_0, None)  # z is 1/2, n is 0: the state halves
+    >>> h_n[0, 0, 0].item()
+    0.03125
+    """
+    inputs = (x_gates, W_hh, b_hh, h_0, c_0)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, h_n, c_n, _, _ = _recurrence(*inputs, cell, save)
+    return y, h_n, c_n if c_0 is not None else None

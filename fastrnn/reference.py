@@ -1,0 +1,75 @@
+"""The specification: RNN, GRU and LSTM as loops over time in plain torch, any dtype, any device.
+
+    RNN     h' = act(x + rec)
+    GRU     r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
+    LSTM    i, f, o = sigmoid(x + rec),  g = tanh(x_g + rec_g),  c' = f c + i g,  h' = o tanh(c')
+
+with x = W_ih x_t + b_ih (computed before the loop) and rec = W_hh h + b_hh, gates in torch's row order. Everything is
+differentiable, twice too: this is the slow path that the fused kernels are checked against.
+
+Source: the equations in the documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM.
+"""
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+
+
+def lstm_step(x: Tensor, rec: Tensor, state: State) -> State:
+    i, f, g, o = (x + rec).unbind(-2)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * state[1] + i * g
+    return o * c.tanh(), c
+
+
+def gru_step(x: Tensor, rec: Tensor, state: State) -> State:
+    h = state[0]
+    x_r, x_z, x_n = x.unbind(-2)
+    rec_r, rec_z, rec_n = rec.unbind(-2)
+    r, z = (x_r + rec_r).sigmoid(), (x_z + rec_z).sigmoid()
+    n = (x_n + r * rec_n).tanh()
+    return (n + z * (h - n),)
+
+
+def rnn_tanh_step(x: Tensor, rec: Tensor, state: State) -> State:
+    return ((x + rec).squeeze(-2).tanh(),)
+
+
+def rnn_relu_step(x: Tensor, rec: Tensor, state: State) -> State:
+    return ((x + rec).squeeze(-2).relu(),)
+
+
+STEPS = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": rnn_tanh_step, "rnn_relu": rnn_relu_step}
+GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # G, blocks of H rows in W_ih and W_hh
+
+
+def recurrence(
+    cell: str, x_gates: Tensor, W_hh: Tensor, b_hh: Tensor | None, h_0: Tensor, c_0: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run one layer, D directions, over all of time: the same contract as fastrnn.ops.recurrence.
+
+    x_gates (T, B, D, G, H), W_hh (D, G*H, H), b_hh (D, G*H) or None, h_0 and c_0 (D, B, H), c_0 only for the LSTM;
+    returns y (T, B, D, H), h_n (D, B, H) and c_n (D, B, H) or None. Direction 1 walks time from its end.
+
+    >>> import torch, fastrnn.reference
+    >>> x_gates, W_hh, h_0 = torch.zeros(5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
+    >>> y, h_n, _ = fastrnn.reference.recurrence("gru", x_gates, W_hh, None, h_0, None)
+    >>> h_n[0, 0, 0].item()  # z is 1/2 and n is 0: the state halves each step
+    0.03125
+    """
+    step = STEPS[cell]
+    T, B, D, G, H = x_gates.shape
+    outputs, finals = [], []
+    for d in range(D):
+        state: State = (h_0[d],) if c_0 is None else (h_0[d], c_0[d])
+        y: list[Tensor] = [state[0]] * T
+        for t in range(T) if d == 0 else reversed(range(T)):
+            rec = torch.nn.functional.linear(state[0], W_hh[d], None if b_hh is None else b_hh[d])
+            state = step(x_gates[t, :, d], rec.view(B, G, H), state)
+            y[t] = state[0]
+        outputs.append(torch.stack(y))
+        finals.append(state)
+    h_n = torch.stack([state[0] for state in finals])
+    c_n = None if c_0 is None else torch.stack([state[1] for state in finals])
+    return torch.stack(outputs, dim=2), h_n, c_n

@@ -1,0 +1,1 @@
+"""Triton kernels: they compute, and know nothing of modules, autograd or plans."""

@@ -1,0 +1,125 @@
+"""The persistent kernels against the fp64 reference: outputs, final states and every gradient, inside the budget."""
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+from fastrnn import reference
+from fastrnn.ops import recurrence
+
+from .cases import CASES, CELLS, DTYPES, Case, make_problem, over_budget, require_kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_matches_reference(cell, case, dtype, device):
+    require_kernel(cell, case, dtype, device)
+    assert not over_budget(make_problem(cell, case, dtype, device))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_matches_reference_without_bias(cell, device):
+    assert not over_budget(make_problem(cell, Case(3, 2, 9, 2), torch.float32, device, bias=False))
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(
+    cell=st.sampled_from(CELLS),
+    case=st.builds(Case, T=st.integers(1, 5), B=st.integers(1, 34), H=st.integers(1, 40), D=st.integers(1, 2)),
+    dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(),
+)
+def test_matches_reference_in_any_shape(cell, case, dtype, bias):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert not over_budget(make_problem(cell, case, dtype, device, bias))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_windows_with_carried_state_equal_one_run(cell, device):
+    problem = make_problem(cell, Case(T=6, B=3, H=24, D=1), torch.float32, device)
+    x_gates, *rest, h_0, c_0 = problem.inputs
+    y, h_n, c_n = recurrence(cell, x_gates, *rest, h_0, c_0)
+    y_1, h_1, c_1 = recurrence(cell, x_gates[:2], *rest, h_0, c_0)
+    y_2, h_2, c_2 = recurrence(cell, x_gates[2:], *rest, h_1, c_1)
+    assert torch.equal(torch.cat((y_1, y_2)), y)
+    assert torch.equal(h_2, h_n)
+    assert c_n is None or torch.equal(c_2, c_n)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_writes_every_element(cell, dtype, device):
+    """torch fills what is allocated and not written with NaN in deterministic mode."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(8).isnan().all() and torch.zeros(1).new_empty(8).isnan().all()
+        assert not over_budget(make_problem(cell, Case(T=3, B=17, H=20, D=2), dtype, device))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh"))
+def test_saturated_input_gives_no_nan(cell, dtype, device):
+    problem = make_problem(cell, Case(T=3, B=4, H=16, D=1), dtype, device)
+    problem.inputs[0].copy_(torch.randn_like(problem.inputs[0]).sign() * 1e4)
+    assert not over_budget(problem)
+
+
+def test_saturated_relu_gives_no_nan(device):
+    problem = make_problem("rnn_relu", Case(T=3, B=4, H=16, D=1), torch.float32, device)
+    problem.inputs[0].copy_(torch.randn_like(problem.inputs[0]).sign() * 1e4)
+    assert not over_budget(problem)
+
+
+@pytest.mark.parametrize("cell", ("lstm", "gru", "rnn_tanh"))
+def test_small_activations_keep_relative_precision(cell, device):
+    """1 - 2 / (1 + exp(2x)) would cancel here: tanh must be accurate near 0 too."""
+    problem = make_problem(cell, Case(T=3, B=4, H=16, D=1), torch.float32, device, bias=False)
+    for tensor in problem.inputs:
+        if tensor is not None:
+            tensor.mul_(1e-4)
+    assert not over_budget(problem)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("unused", ("y", "h_n", "c_n"))
+def test_outputs_without_upstream_gradient(cell, unused, device):
+    """Autograd passes None for an output that the loss does not use; None must act as zero."""
+    problem = make_problem(cell, Case(T=3, B=2, H=8, D=2), torch.float32, device)
+    index = ("y", "h_n", "c_n").index(unused)
+    if problem.upstream[index] is None:
+        return
+    problem.upstream[index].zero_()
+
+    def without(*args):
+        outputs = list(recurrence(*args))
+        outputs[index] = outputs[index].detach().requires_grad_()
+        return tuple(outputs)
+
+    assert not over_budget(problem, without)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_runs_are_bitwise_repeatable(cell, device):
+    problem = make_problem(cell, Case(T=5, B=19, H=24, D=2), torch.float32, device)
+    first, second = problem.run(recurrence), problem.run(recurrence)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck_of_the_reference(cell):
+    """The specification itself, in fp64, first and second order, against finite differences."""
+    problem = make_problem(cell, Case(T=3, B=2, H=3, D=2), torch.float64, "cpu")
+    inputs = [None if t is None else t.requires_grad_() for t in problem.inputs]
+    present = [t for t in inputs if t is not None]
+
+    def run(*tensors):
+        given = iter(tensors)
+        outputs = reference.recurrence(cell, *(None if t is None else next(given) for t in inputs))
+        return tuple(o for o in outputs if o is not None)
+
+    assert torch.autograd.gradcheck(run, present)
+    assert torch.autograd.gradgradcheck(run, present)
