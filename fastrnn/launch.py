@@ -119,7 +119,7 @@ def _kernel_plan(cell: str, gates: Tensor) -> KernelPlan | None:
 
 def _launch(kernel, plan: KernelPlan, like: Tensor, *pointers: Tensor | None, **cell) -> None:
     T, B, D, H = like.shape[0], like.shape[1], like.shape[2], like.shape[-1]
-    options = {"num_warps": plan.warps} | ({"maxnreg": plan.max_registers} if plan.max_registers else {})
+    options = {"num_warps": plan.warps, "enable_fp_fusion": True} | ({"maxnreg": plan.max_registers} if plan.max_registers else {})
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(like):
         kernel[(plan.programs // D, D)](

@@ -102,7 +102,7 @@ def plan(
       programs  4 (batch tiles of 16 rows x 1 direction)
       on chip   128 KiB of W_hh in shared memory; 160 KiB of shared memory in all
       products  bfloat16, summed in fp32
-      saved     93.8 MiB for backward, nothing for inference
+      saved     78.1 MiB for backward, nothing for inference
     """
     _expect("cell", cell, tuple(GATES))
     _expect("backend", backend, BACKENDS)
@@ -189,10 +189,10 @@ def _resident(
     precision = precision if spec.has_tf32 else "ieee"
     weight_bytes = gates * block_h**2 * dtype.itemsize
     # Beside W_hh, layout conversions pass through shared memory: at most one operand tile a gate.
-    shared_bytes = weight_bytes + max(2, gates) * block_b * block_h * 4
+    tiles = max(2, gates) * block_b * block_h * 4
     limit, place = _weight_limit(spec, dtype, precision)
-    if place == "registers":
-        shared_bytes -= weight_bytes
+    # On its way to registers W_hh passes through shared memory gate by gate, before the loop.
+    shared_bytes = tiles + weight_bytes if place == "shared memory" else max(tiles, weight_bytes // gates)
     if weight_bytes > limit or shared_bytes > spec.shared_bytes:
         raise NotImplementedError(
             f"W_hh does not fit one program: {_kib(weight_bytes)} at H={H} (padded to {block_h}) of at most "
@@ -201,15 +201,16 @@ def _resident(
     # Modelled for sm_90, LSTM, bf16: at H=64 16 warps take 1745 cycles a step and 8 take 2131; at H=32 1807 and 1790.
     # AMD's four SIMDs hold 512 registers a lane at 4 warps, and 8 spill.
     warps = 4 if spec.is_amd else 16 if block_h >= 64 else 8
-    # Left alone, ptxas saves registers for a second program and spills 8 bytes of some fp32 kernels; with the whole
-    # register file it spills 8 bytes of the 16-bit LSTM at H=128 instead.
-    whole_file = min(255, spec.register_bytes // (4 * spec.warp_size * warps))
+    # Left alone, ptxas saves registers for a second program and spills 8 bytes of some kernels with FMA products; given
+    # all but 8 registers a thread it spills none of those (all 128: 8 bytes on sm_120), but 8 to 32 bytes of the LSTM's
+    # with tensor cores.
+    fma = dtype == torch.float32 and precision == "ieee" and place == "shared memory"
     return KernelPlan(
         dialect="tile Triton",
         block_b=block_b,
         block_h=block_h,
         warps=warps,
-        max_registers=whole_file if dtype == torch.float32 and place == "shared memory" else None,
+        max_registers=min(255, spec.register_bytes // (4 * spec.warp_size * warps)) - 8 if fma else None,
         programs=-(-B // block_b) * D,
         precision=precision,
         weight_bytes=weight_bytes,
