@@ -103,7 +103,8 @@ def _amd(assembly: str) -> dict[str, int]:
     def count(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0])
 
-    spilled = count("vgpr_spill_count") + count("sgpr_spill_count")
+    # Scalar registers spill to lanes of vector registers, not to memory: not counted.
+    spilled = count("vgpr_spill_count")
     return {"registers": count("vgpr_count"), "spilled": spilled, "tensor_core": assembly.count("v_mfma")}
 
 

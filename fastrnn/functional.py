@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from . import ops, reference
 from .planner import Plan, plan
 from .reference import GATES
-from .validation import check_call
+from .validation import check_call, compute_dtype
 
 
 
@@ -212,11 +212,3 @@ def run(
 def _stack(directions: Sequence[Tensor]) -> Tensor:
     """(D, ...) of D tensors; a view where there is one."""
     return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(tuple(directions))
-
-
-def compute_dtype(input: Tensor) -> torch.dtype:
-    """The dtype to compute in: autocast's where it is on, as torch.nn's on CUDA; float64 is never narrowed by it."""
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
-        return torch.getcompute_dtype(kind)
-    return input.dtype

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 from .planner import BACKENDS, Plan, plan
-from .validation import check_rank
+from .validation import check_rank, compute_dtype
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -27,27 +27,28 @@ class _Recurrent(torch.nn.RNNBase):
         super().__init__(mode, *args, **kwargs)
         self.backend = backend
 
+    def _needs(self, input: "Tensor | PackedSequence") -> tuple[str, ...]:
+        """What this call needs beside a plain recurrence."""
+        packed = isinstance(input, PackedSequence)
+        return (("packed sequences",) if packed else ()) + (("proj_size",) if self.proj_size else ())
+
     def plan(self, input: "Tensor | PackedSequence") -> Plan:
         """The Plan that forward(input) follows; each layer runs by it."""
-        needs = ("proj_size",) if self.proj_size else ()
         if isinstance(input, PackedSequence):
-            needs += ("packed sequences",)
-            T, B = len(input.batch_sizes), int(input.batch_sizes[0])
-        elif input.dim() == 3:
-            T, B = (input.shape[1], input.shape[0]) if self.batch_first else (input.shape[0], input.shape[1])
+            data, T, B = input.data, len(input.batch_sizes), int(input.batch_sizes[0])
         else:
-            T, B = input.shape[0], 1
-        data = input.data if isinstance(input, PackedSequence) else input
+            data, T = input, input.shape[1 if self.batch_first and input.dim() == 3 else 0]
+            B = input.shape[0 if self.batch_first else 1] if input.dim() == 3 else 1
         return plan(
             self.mode.lower(),
             hidden_size=self.hidden_size,
             batch_size=max(B, 1),
             seq_len=max(T, 1),
             directions=2 if self.bidirectional else 1,
-            dtype=functional.compute_dtype(data),
+            dtype=compute_dtype(data),
             device=str(data.device),
             backend=self.backend,
-            needs=needs,
+            needs=self._needs(input),
         )
 
     def forward(self, input, hx=None):
@@ -56,8 +57,8 @@ class _Recurrent(torch.nn.RNNBase):
             return self._torch.forward(self, input, hx)
         if not isinstance(input, PackedSequence):
             check_rank(self._torch.__name__, input, hx)
-        backend = functional.backend_of(self.plan(input))
-        if backend == "torch":
+        # "auto" may fall back; a named backend runs or raises: here for what it lacks, below for what is wrong.
+        if (self.backend == "auto" or self._needs(input)) and functional.backend_of(self.plan(input)) == "torch":
             return self._torch.forward(self, input, hx)
 
         batch_dim = 0 if self.batch_first else 1
@@ -76,7 +77,7 @@ class _Recurrent(torch.nn.RNNBase):
             self.dropout,
             self.training,
             self.bidirectional,
-            backend,
+            self.backend,
         )
         final = tuple(finals) if len(finals) == 2 else finals[0]
         if not batched:

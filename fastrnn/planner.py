@@ -113,6 +113,8 @@ def plan(
             raise ValueError(f"{name}: expected a positive int, got {size!r}")
     where = device.arch if isinstance(device, DeviceSpec) else str(device or "the current GPU")
     problem = functools.partial(Plan, cell, hidden_size, batch_size, seq_len, directions, dtype)
+    if backend == "reference" and needs:
+        raise NotImplementedError(f"backend='reference' with {' and '.join(needs)} is missing")
     if backend in ("torch", "reference"):
         return problem(where, backend, "asked for")
     if backend == "auto" and where == "cpu":
@@ -201,16 +203,17 @@ def _resident(
     # Modelled for sm_90, LSTM, bf16: at H=64 16 warps take 1745 cycles a step and 8 take 2131; at H=32 1807 and 1790.
     # AMD's four SIMDs hold 512 registers a lane at 4 warps, and 8 spill.
     warps = 4 if spec.is_amd else 16 if block_h >= 64 else 8
-    # Left alone, ptxas saves registers for a second program and spills 8 bytes of some kernels with FMA products; given
-    # all but 8 registers a thread it spills none of those (all 128: 8 bytes on sm_120), but 8 to 32 bytes of the LSTM's
-    # with tensor cores.
-    fma = dtype == torch.float32 and precision == "ieee" and place == "shared memory"
+    # Left alone, ptxas keeps registers for a second program: it then spills 8 to 16 bytes of some fp32 kernels (FMA
+    # products, and the small RNNs). Given all but 8 registers a thread it spills none of those, but 8 to 32 bytes of
+    # the LSTM and GRU on tensor cores, which it leaves alone otherwise.
+    fills_file = dtype == torch.float32 and (precision == "ieee" or gates == 1) and not spec.is_amd
+    max_registers = min(255, spec.register_bytes // (4 * spec.warp_size * warps)) - 8
     return KernelPlan(
         dialect="tile Triton",
         block_b=block_b,
         block_h=block_h,
         warps=warps,
-        max_registers=min(255, spec.register_bytes // (4 * spec.warp_size * warps)) - 8 if fma else None,
+        max_registers=max_registers if fills_file else None,
         programs=-(-B // block_b) * D,
         precision=precision,
         weight_bytes=weight_bytes,

@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 
 
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype to compute in: autocast's where it is on, as torch.nn's on CUDA; float64 is never narrowed by it."""
+    kind = input.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return input.dtype
+
+
 def check_rank(name: str, input: Tensor, hx: "Tensor | tuple[Tensor, Tensor] | None") -> None:
     """Input of a module is (T, B, I) or, unbatched, (T, I); the state has as many dimensions."""
     if input.dim() not in (2, 3):
@@ -47,7 +55,8 @@ def check_call(
     if input.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
     W_ih, W_hh = params[0], params[1]
-    if input.dtype != W_ih.dtype and not torch.is_autocast_enabled(input.device.type):
+    cast = compute_dtype(input) != input.dtype
+    if input.dtype != W_ih.dtype and not cast:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({W_ih.dtype}). "
             f"Convert input: input.to({W_ih.dtype}), or convert model: model.to({input.dtype})"
@@ -70,7 +79,7 @@ def check_call(
                     f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
                     f"and {kind} tensor at {tensor.device}"
                 )
-            if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            if tensor.dtype != input.dtype and not cast:
                 raise RuntimeError(
                     f"Input and {kind} tensors are not the same dtype, found input tensor with {input.dtype} "
                     f"and {kind} tensor with {tensor.dtype}"

@@ -1,0 +1,163 @@
+"""Plans: pure, right about what fits, and clear about what does not."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn.device import SPECS, DeviceSpec
+from fastrnn.planner import torch_precision
+
+BF16 = torch.bfloat16
+
+
+def resident(cell="lstm", hidden_size=64, batch_size=16, dtype=BF16, device="sm_90", **kwargs):
+    return fastrnn.plan(
+        cell, hidden_size=hidden_size, batch_size=batch_size, dtype=dtype, device=device, backend="resident", **kwargs
+    )
+
+
+def test_covers_the_architectures_of_the_design():
+    named = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950"}
+    assert named | {"interpreter"} == set(SPECS)
+
+
+@pytest.mark.parametrize("arch", [a for a in SPECS if a != "interpreter"])
+def test_plans_stay_within_the_device(arch):
+    spec = DeviceSpec.named(arch)
+    fitting = 0
+    for cell in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+        for hidden_size in (1, 7, 16, 24, 64, 65, 96, 128, 130, 256, 300, 512, 1024):
+            for dtype in (torch.float32, torch.float16, BF16):
+                for precision in ("ieee", "tf32"):
+                    sizes = {"hidden_size": hidden_size, "batch_size": 33, "directions": 2, "seq_len": 10}
+                    plan = fastrnn.plan(cell, **sizes, dtype=dtype, device=arch, precision=precision)
+                    if plan.backend == "torch":
+                        assert plan.kernel is None and "does not fit one program" in plan.why
+                        continue
+                    fitting += 1
+                    kernel = plan.kernel
+                    assert kernel.programs == 3 * 2
+                    assert kernel.block_h >= hidden_size
+                    assert kernel.shared_bytes <= spec.shared_bytes
+                    assert kernel.weight_bytes <= max(spec.shared_bytes, spec.register_bytes)
+                    assert kernel.warps * spec.warp_size <= 1024
+                    assert kernel.precision == "ieee" or spec.has_tf32
+                    if kernel.max_registers:
+                        assert kernel.max_registers * kernel.warps * spec.warp_size * 4 <= spec.register_bytes
+    assert fitting > 100
+
+
+def test_what_fits_is_what_the_design_says():
+    assert resident("lstm", 128).kernel.weight_bytes == 4 * 128 * 128 * 2
+    with pytest.raises(NotImplementedError, match="does not fit one program: 512 KiB at H=129 .padded to 256."):
+        resident("lstm", 129)
+    with pytest.raises(NotImplementedError, match="does not fit one program"):
+        resident("lstm", 128, device="sm_120")
+
+
+def test_saved_bytes_are_what_the_op_keeps(device):
+    from fastrnn import ops
+
+    from .cases import CELLS, Case, make_problem
+
+    for cell in CELLS:
+        inputs = make_problem(cell, Case(T=5, B=3, H=24, D=2), torch.float16, device).inputs
+        kept = ops._recurrence(*inputs, cell, True)[3:]
+        plan = fastrnn.plan(
+            cell, hidden_size=24, batch_size=3, seq_len=5, directions=2, dtype=torch.float16, device="sm_80"
+        )
+        assert plan.kernel.saved_bytes == sum(t.numel() * t.element_size() for t in kept)
+
+
+def test_plans_are_frozen_equal_and_hashable():
+    plan = resident()
+    assert plan == resident() and hash(plan) == hash(resident())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.backend = "torch"
+
+
+def test_precision_follows_torch():
+    rnn = torch.backends.cudnn.rnn
+    for setting, expected in (("tf32", "tf32"), ("ieee", "ieee")):
+        rnn.fp32_precision = setting
+        assert torch_precision() == expected
+        assert resident(dtype=torch.float32).kernel.precision == expected
+    assert resident(dtype=torch.float32, device="gfx942", precision="tf32").kernel.precision == "ieee"
+
+
+def test_explicit_backends_and_cpu():
+    cpu = fastrnn.plan("gru", hidden_size=8, batch_size=2, device="cpu")
+    assert (cpu.backend, cpu.kernel) == ("torch", None)
+    for backend in ("torch", "reference"):
+        assert fastrnn.plan("gru", hidden_size=8, batch_size=2, device="sm_90", backend=backend).backend == backend
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "text"),
+    (
+        ({"cell": "peephole"}, ValueError, "cell: expected one of 'lstm'.*got 'peephole'"),
+        ({"device": "sm_70"}, ValueError, "device: expected one of sm_80.*got 'sm_70'"),
+        ({"hidden_size": 0}, ValueError, "hidden_size: expected a positive int, got 0"),
+        ({"batch_size": -1}, ValueError, "batch_size: expected a positive int, got -1"),
+        ({"batch_size": 2.0}, ValueError, "batch_size: expected a positive int, got 2.0"),
+        ({"directions": 3}, ValueError, "directions: expected one of 1, 2; got 3"),
+        ({"precision": "tf64"}, ValueError, "precision: expected one of 'ieee', 'tf32', None; got 'tf64'"),
+        ({"dtype": torch.float64}, NotImplementedError, "a kernel for torch.float64 is missing"),
+        ({"needs": ("proj_size",)}, NotImplementedError, "a kernel with proj_size is missing"),
+        ({"device": "meta"}, NotImplementedError, "a kernel for meta tensors is missing"),
+    ),
+    ids=str,
+)
+def test_bad_arguments(kwargs, error, text):
+    with pytest.raises(error, match=text):
+        resident(**kwargs)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected one of 'auto'.*got 'cudnn'"):
+        fastrnn.plan("lstm", hidden_size=4, batch_size=1, device="sm_90", backend="cudnn")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_device_without_a_gpu():
+    with pytest.raises(ValueError, match="expected an architecture such as 'sm_90'"):
+        fastrnn.plan("lstm", hidden_size=4, batch_size=1)
+
+
+def python(code: str, **environment: str) -> str:
+    """Output of a fresh Python without the interpreter's setting."""
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_cpu_tensors_without_the_interpreter_are_refused():
+    code = """
+import torch, fastrnn
+try:
+    fastrnn.LSTM(3, 4, backend="resident")(torch.randn(2, 1, 3))
+except NotImplementedError as error:
+    print(error)
+"""
+    assert "TRITON_INTERPRET=1 is set before fastrnn is imported" in python(code)
+
+
+def test_without_triton_the_rest_works():
+    """On platforms that have no Triton (macOS, Windows), torch's and the reference backend run."""
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, fastrnn
+x = torch.randn(2, 1, 3)
+for backend in ("auto", "torch", "reference"):
+    fastrnn.LSTM(3, 4, backend=backend)(x)
+    fastrnn.gru(x, None, list(torch.nn.GRU(3, 4).parameters()), backend=backend)
+print(fastrnn.plan("lstm", hidden_size=64, batch_size=1, device="sm_90").why)
+"""
+    assert "fastrnn's kernels are written in Triton, which is missing here" in python(code)
