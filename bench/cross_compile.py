@@ -4,7 +4,7 @@
 
 The launcher runs as it would on a GPU, with its real arguments, up to the launch itself. Printed for each pass:
 
-    registers, spilled, shared      registers a thread, bytes of stack a thread (AMD: spilled registers), bytes a program
+    registers, spilled, shared      registers and bytes of stack (AMD: spilled registers) a thread, bytes a program
     loads                           global loads in the time loop, from the TTGIR: x_gates only, never W_hh
     cycles                          modelled, NVIDIA: stall counts + 14 * scoreboard waits of the step loop in the SASS
 
@@ -58,13 +58,12 @@ def _compile(spec: DeviceSpec, cell: str, H: int, dtype: torch.dtype, which: str
 
     family, arch = ("hip", spec.arch) if spec.is_amd else ("cuda", int(spec.arch.removeprefix("sm_")))
     target = GPUTarget(family, arch, spec.warp_size)
-    driver.set_active(
-        SimpleNamespace(
-            get_current_device=lambda: spec.arch,  # the key of Triton's cache of compiled kernels
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: target,
-        )
+    stand_in: Any = SimpleNamespace(
+        get_current_device=lambda: spec.arch,  # the key of Triton's cache of compiled kernels
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
     )
+    driver.set_active(stand_in)
     kernels = []
     run = JITFunction.run
 
@@ -76,8 +75,11 @@ def _compile(spec: DeviceSpec, cell: str, H: int, dtype: torch.dtype, which: str
 
     G, has_c = GATES[cell], cell == "lstm"
     h_0, c_0, W_hh = tensor(1, 2, H), tensor(1, 2, H) if has_c else None, tensor(1, G * H, H)
-    torch.backends.cudnn.rnn.fp32_precision = precision
-    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(DeviceSpec, "of", lambda _: spec):
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(DeviceSpec, "of", lambda _: spec),
+        mock.patch("fastrnn.planner.torch_precision", lambda: precision),
+    ):
         outputs = launch.forward(cell, tensor(3, 2, 1, G, H), W_hh, tensor(1, G * H), h_0, c_0, save=True)
         if which == "backward":
             y, h_n, c_n, saved, c = outputs

@@ -14,13 +14,13 @@ import argparse
 import json
 import math
 import os
+import pydoc_data.topics
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib
-import pydoc_data.topics
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -32,7 +32,20 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 # What a checkpoint must agree on to be continued exactly.
-CONFIG = ("cell", "hidden", "embedding", "layers", "dropout", "batch", "window", "lr", "clip", "eval_every", "seed", "dtype")
+CONFIG = (
+    "cell",
+    "hidden",
+    "embedding",
+    "layers",
+    "dropout",
+    "batch",
+    "window",
+    "lr",
+    "clip",
+    "eval_every",
+    "seed",
+    "dtype",
+)
 
 
 class CharLM(nn.Module):
@@ -64,7 +77,9 @@ def load_streams(batch: int, window: int) -> tuple[Tensor, Tensor]:
     def streams(part: Tensor) -> Tensor:
         length = len(part) // batch
         if length < window + 1:
-            raise SystemExit(f"--batch {batch} x --window {window} needs more text than the {len(part)} bytes there are")
+            raise SystemExit(
+                f"--batch {batch} x --window {window} needs more text than the {len(part)} bytes there are"
+            )
         return part[: length * batch].view(batch, length).T.contiguous()
 
     return streams(data[:split]), streams(data[split:])
@@ -164,7 +179,9 @@ def train(trainer: Trainer, out: Path) -> bool:
                 bar.set_postfix_str(f"{bits:.3f} bits/char")
                 if trainer.step % args.eval_every == 0 or trainer.step == args.steps:
                     trainer.history.append({"step": trainer.step, "train": bits, "valid": trainer.validate()})
-                    bar.write(f"step {trainer.step:5d}  validation {trainer.history[-1]['valid']:.4f} bits per character")
+                    bar.write(
+                        f"step {trainer.step:5d}  validation {trainer.history[-1]['valid']:.4f} bits per character"
+                    )
                     trainer.save(out / "checkpoint.pt")
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -235,12 +252,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
         return value
 
+    def fraction(text: str) -> float:
+        value = float(text)
+        if not 0 <= value <= 1:
+            raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
+        return value
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
     parser.add_argument("--hidden", type=positive, default=128)
     parser.add_argument("--embedding", type=positive, default=64)
     parser.add_argument("--layers", type=positive, default=1)
-    parser.add_argument("--dropout", type=float, default=0.0, help="between layers")
+    parser.add_argument("--dropout", type=fraction, default=0.0, help="between layers")
     parser.add_argument("--batch", type=positive, default=32, help="parallel streams of text")
     parser.add_argument("--window", type=positive, default=64, help="bytes between gradient cuts")
     parser.add_argument("--steps", type=positive, default=2000)
@@ -249,15 +272,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-every", type=positive, default=250)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the products; bfloat16 on a GPU")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the products; bfloat16 on a GPU"
+    )
     parser.add_argument("--backend", choices=("auto", "torch", "reference", "resident"), default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/char_lm"))
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--sample", type=int, default=400, help="characters to write at the end")
-    parser.add_argument("--check-kernels", action="store_true", help="only compare the kernels on the checkpoint in --out")
+    parser.add_argument(
+        "--check-kernels", action="store_true", help="only compare the kernels on the checkpoint in --out"
+    )
     args = parser.parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: torch sees no GPU here")
+    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
+        parser.error(
+            f"--device {args.device}: expected cpu"
+            + (" or cuda" if torch.cuda.is_available() else ", since torch sees no GPU here")
+        )
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     return args
 
@@ -286,7 +316,7 @@ def main() -> None:
         settings = [f"--{key}={getattr(args, key)}" for key in ("cell", "hidden", "embedding", "layers", "out")]
         subprocess.run([sys.executable, __file__, "--check-kernels", *settings], env=environment, check=True)
         print("\non an H100 this would run:")
-        cell = {"rnn": "rnn_tanh"}.get(args.cell, args.cell)
+        cell = "rnn_tanh" if args.cell == "rnn" else args.cell
         sizes = {"hidden_size": args.hidden, "batch_size": args.batch, "seq_len": args.window}
         print(fastrnn.plan(cell, **sizes, dtype=torch.bfloat16, device="sm_90"))
     last = trainer.history[-1]["valid"]

@@ -1,7 +1,7 @@
 """One call per cell: validate, project the input, run the recurrence, stack the layers.
 
-    x_gates = W_ih x + b_ih          one product over all of time and both directions, torch's own
-    y, h_n, c_n = recurrence(x_gates, W_hh, b_hh, h_0, c_0)
+x_gates = W_ih x + b_ih          one product over all of time and both directions, torch's own
+y, h_n, c_n = recurrence(x_gates, W_hh, b_hh, h_0, c_0)
 """
 
 import functools
@@ -17,7 +17,6 @@ from . import ops, reference
 from .planner import Plan, plan
 from .reference import GATES
 from .validation import check_call, compute_dtype
-
 
 
 class FallbackWarning(UserWarning):
@@ -143,9 +142,7 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     cell = f"rnn_{nonlinearity}"
-    output, h_n = run(
-        cell, input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend
-    )
+    output, h_n = run(cell, input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend)
     return output, h_n
 
 
@@ -174,14 +171,17 @@ def run(
 
     dtype = compute_dtype(input)
     T, B = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
-    device = str(input.device)
-    backend = backend_of(
-        plan(
-            cell, hidden_size=H, batch_size=max(B, 1), seq_len=T, directions=D, dtype=dtype, device=device,
-            backend=backend,
-        )  # fmt: skip
+    chosen = plan(
+        cell,
+        hidden_size=H,
+        batch_size=max(B, 1),
+        seq_len=T,
+        directions=D,
+        dtype=dtype,
+        device=str(input.device),
+        backend=backend,
     )
-    if backend == "torch":
+    if backend_of(chosen) == "torch":
         torch_kernel = getattr(torch._VF, cell)
         hidden = state if states == 2 else state[0]
         return torch_kernel(
@@ -189,7 +189,7 @@ def run(
         )
 
     input, state, params = input.to(dtype), tuple(s.to(dtype) for s in state), [p.to(dtype) for p in params]
-    recurrence = reference.recurrence if backend == "reference" else ops.recurrence
+    recurrence = reference.recurrence if chosen.backend == "reference" else ops.recurrence
     per_direction = 4 if bias else 2
     x = input.transpose(0, 1) if batch_first else input
     finals: list[tuple[Tensor, ...]] = []

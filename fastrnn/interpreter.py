@@ -8,10 +8,10 @@ even. All use of the interpreter's internals is in this file.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import torch
-
 
 # Kernels are interpreted if TRITON_INTERPRET=1 was set before fastrnn was imported.
 ENABLED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
@@ -43,10 +43,9 @@ def corrected() -> Iterator[None]:
             return TensorHandle(exact, tl.float32)
         return plain_cast(self, src, dst_type)
 
-    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
     # exp overflows to inf on purpose (kernels/activations.py); a GPU says nothing, numpy would warn.
-    with np.errstate(over="ignore"):
-        try:
-            yield
-        finally:
-            InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = plain_dot, plain_cast
+    with (
+        np.errstate(over="ignore"),
+        mock.patch.multiple(InterpreterBuilder, create_dot=create_dot, cast_impl=cast_impl),
+    ):
+        yield

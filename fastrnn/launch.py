@@ -89,9 +89,9 @@ def backward(
 
 
 def _weight_gradient(d_rec: Tensor, h_0: Tensor, y: Tensor) -> Tensor:
-    """dW_hh[d] = sum over t, b of d_rec[t, b, d] (x) h_prev[t, b, d], with h_prev = y one step before and h_0 at the start.
+    """dW_hh[d] = sum over t, b of d_rec[t, b, d] (x) h_prev[t, b, d]; h_prev is y one step before, h_0 at the start.
 
-    d_rec (T, B, D, N, H) gives (D, N*H, H). The start is a product of its own, so that y need not be copied to shift it.
+    d_rec (T, B, D, N, H) gives (D, N*H, H). The start is a product of its own: y need not be copied to shift it.
     """
     gradients = []
     for d in range(y.shape[2]):
@@ -112,14 +112,23 @@ def _kernel_plan(cell: str, gates: Tensor) -> KernelPlan | None:
     T, B, D, _, H = gates.shape
     if B == 0:
         return None
-    spec = DeviceSpec.of(gates.device)
-    sizes = {"hidden_size": H, "batch_size": B, "seq_len": T, "directions": D}
-    return plan(cell, **sizes, dtype=gates.dtype, device=spec, backend="resident").kernel
+    return plan(
+        cell,
+        hidden_size=H,
+        batch_size=B,
+        seq_len=T,
+        directions=D,
+        dtype=gates.dtype,
+        device=DeviceSpec.of(gates.device),
+        backend="resident",
+    ).kernel
 
 
 def _launch(kernel, plan: KernelPlan, like: Tensor, *pointers: Tensor | None, **cell) -> None:
     T, B, D, H = like.shape[0], like.shape[1], like.shape[2], like.shape[-1]
-    options = {"num_warps": plan.warps, "enable_fp_fusion": True} | ({"maxnreg": plan.max_registers} if plan.max_registers else {})
+    options = {"num_warps": plan.warps, "enable_fp_fusion": True} | (
+        {"maxnreg": plan.max_registers} if plan.max_registers else {}
+    )
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(like):
         kernel[(plan.programs // D, D)](

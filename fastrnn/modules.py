@@ -51,11 +51,12 @@ class _Recurrent(torch.nn.RNNBase):
             needs=self._needs(input),
         )
 
-    def forward(self, input, hx=None):
+    def forward(self, input: Any, hx: Any = None) -> Any:
         # CPU tensors take torch's path with nothing before it, so that "auto" costs there what torch.nn costs.
         if self.backend == "torch" or (self.backend == "auto" and not input.is_cuda):
             return self._torch.forward(self, input, hx)
-        if not isinstance(input, PackedSequence):
+        packed = isinstance(input, PackedSequence)
+        if not packed:
             check_rank(self._torch.__name__, input, hx)
         # "auto" may fall back; a named backend runs or raises: here for what it lacks, below for what is wrong.
         if (self.backend == "auto" or self._needs(input)) and functional.backend_of(self.plan(input)) == "torch":
@@ -123,9 +124,10 @@ class LSTM(_Recurrent):
     """
 
     _torch = torch.nn.LSTM
-    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
-    permute_hidden = torch.nn.LSTM.permute_hidden
+    # What torch.nn.LSTM.forward calls of its own class, on a pair of states.
+    get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = torch.nn.LSTM.check_forward_args
+    permute_hidden: Any = torch.nn.LSTM.permute_hidden
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)

@@ -1,7 +1,7 @@
 """torch.library ops: schema, fake and autograd of the persistent recurrence. Kernels are launched by launch.py.
 
-    fastrnn::recurrence             forward over all of time
-    fastrnn::recurrence_backward    its gradients; not differentiable again
+fastrnn::recurrence             forward over all of time
+fastrnn::recurrence_backward    its gradients; not differentiable again
 """
 
 import torch
@@ -16,8 +16,8 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 def _recurrence(
     x_gates: Tensor, W_hh: Tensor, b_hh: Tensor | None, h_0: Tensor, c_0: Tensor | None, cell: str, save: bool
 ) -> Outputs:
-    x_gates, W_hh, b_hh, h_0, c_0 = map(_contiguous, (x_gates, W_hh, b_hh, h_0, c_0))
-    return launch.forward(cell, x_gates, W_hh, b_hh, h_0, c_0, save)
+    x_gates, W_hh, h_0 = x_gates.contiguous(), W_hh.contiguous(), h_0.contiguous()
+    return launch.forward(cell, x_gates, W_hh, _contiguous(b_hh), h_0, _contiguous(c_0), save)
 
 
 @_recurrence.register_fake
@@ -40,7 +40,8 @@ def _recurrence_backward(
     needs_dW: bool,
     needs_db: bool,
 ) -> Outputs:
-    dy, dh_n, dc_n, W_hh, h_0, c_0 = map(_contiguous, (dy, dh_n, dc_n, W_hh, h_0, c_0))
+    dy, dh_n, dc_n = _contiguous(dy), _contiguous(dh_n), _contiguous(dc_n)
+    W_hh, h_0, c_0 = W_hh.contiguous(), h_0.contiguous(), _contiguous(c_0)
     return launch.backward(cell, dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, needs_dW, needs_db)
 
 

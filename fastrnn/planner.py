@@ -58,7 +58,7 @@ class Plan:
             rows |= {
                 "kernel": f"{k.dialect}, {k.warps} warps a program, forward and backward",
                 "programs": f"{k.programs} (batch tiles of {k.block_b} rows x {directions})",
-                "on chip": f"{_kib(k.weight_bytes)} of W_hh in {k.weight_place}; {_kib(k.shared_bytes)} of shared memory in all",
+                "on chip": f"{_kib(k.weight_bytes)} of W_hh in {k.weight_place}; {_kib(k.shared_bytes)} shared in all",
                 "products": f"{k.precision if self.dtype == torch.float32 else dtype}, summed in fp32",
                 "saved": f"{_kib(k.saved_bytes)} for backward, nothing for inference",
             }
@@ -100,7 +100,7 @@ def plan(
       why       W_hh fits one program: 128 KiB of at most 227 KiB
       kernel    tile Triton, 16 warps a program, forward and backward
       programs  4 (batch tiles of 16 rows x 1 direction)
-      on chip   128 KiB of W_hh in shared memory; 160 KiB of shared memory in all
+      on chip   128 KiB of W_hh in shared memory; 160 KiB shared in all
       products  bfloat16, summed in fp32
       saved     78.1 MiB for backward, nothing for inference
     """
@@ -158,10 +158,9 @@ def torch_precision() -> str:
 
     Source: torch.backends.cudnn.rnn.fp32_precision, before torch 2.9 torch.backends.cudnn.allow_tf32.
     """
-    rnn = getattr(torch.backends.cudnn, "rnn", None)
-    if hasattr(rnn, "fp32_precision"):
-        return "tf32" if rnn.fp32_precision == "tf32" else "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    setting = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
+    allowed = torch.backends.cudnn.allow_tf32 if setting is None else setting == "tf32"
+    return "tf32" if allowed else "ieee"
 
 
 def _weight_limit(spec: DeviceSpec, dtype: torch.dtype, precision: str) -> tuple[int, str]:

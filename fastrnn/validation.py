@@ -87,9 +87,7 @@ def check_call(
     _check_params(gates, I, H, params, directions, per_direction)
 
 
-def _check_params(
-    gates: int, I: int, H: int, params: Sequence[Tensor], directions: int, per_direction: int
-) -> None:
+def _check_params(gates: int, I: int, H: int, params: Sequence[Tensor], directions: int, per_direction: int) -> None:
     for i, tensor in enumerate(params):
         layer, role = i // (directions * per_direction), i % per_direction
         expected = [(gates * H, I if layer == 0 else directions * H), (gates * H, H), (gates * H,), (gates * H,)][role]

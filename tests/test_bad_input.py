@@ -39,7 +39,7 @@ CALLS = {
 @pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM"))
 def test_wrong_calls_fail_as_in_torch_nn(name, call, backend):
     arguments = CALLS[call](name)
-    with pytest.raises(Exception) as theirs:  # noqa: PT011 - the type is what is compared
+    with pytest.raises(Exception) as theirs:
         getattr(torch.nn, name)(3, 4, num_layers=2)(*arguments)
     with pytest.raises(theirs.type, match=re.escape(str(theirs.value))):
         getattr(fastrnn, name)(3, 4, num_layers=2, backend=backend)(*arguments)
@@ -62,7 +62,7 @@ CONSTRUCTORS = {
 @pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM"))
 def test_wrong_constructors_fail_as_in_torch_nn(name, arguments):
     args, kwargs = CONSTRUCTORS[arguments]
-    with pytest.raises(Exception) as theirs:  # noqa: PT011
+    with pytest.raises(Exception) as theirs:
         getattr(torch.nn, name)(*args, **kwargs)
     with pytest.raises(theirs.type) as ours:
         getattr(fastrnn, name)(*args, **kwargs)
@@ -71,7 +71,9 @@ def test_wrong_constructors_fail_as_in_torch_nn(name, arguments):
 
 @pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM"))
 def test_unknown_backend(name):
-    with pytest.raises(ValueError, match="backend: expected one of 'auto', 'torch', 'reference', 'resident'; got 'tpu'"):
+    with pytest.raises(
+        ValueError, match="backend: expected one of 'auto', 'torch', 'reference', 'resident'; got 'tpu'"
+    ):
         getattr(fastrnn, name)(3, 4, backend="tpu")
 
 

@@ -107,7 +107,9 @@ def test_construction_is_torch_nns(name, device):
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert repr(ours) == repr(theirs)
-    assert [[p.shape for p in group] for group in ours.all_weights] == [[p.shape for p in g] for g in theirs.all_weights]
+    assert [[p.shape for p in group] for group in ours.all_weights] == [
+        [p.shape for p in g] for g in theirs.all_weights
+    ]
     ours.flatten_parameters()
 
 

@@ -1,11 +1,15 @@
 """The persistent kernels against the fp64 reference: outputs, final states and every gradient, inside the budget."""
 
+import unittest.mock
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
 
-from fastrnn import reference
+from fastrnn import interpreter, reference
+from fastrnn.kernels.cells import CELLS as CELL_TABLE
+from fastrnn.kernels.tile import resident
 from fastrnn.ops import recurrence
 
 from .cases import CASES, CELLS, DTYPES, Case, make_problem, over_budget, require_kernel
@@ -46,6 +50,51 @@ def test_two_windows_with_carried_state_equal_one_run(cell, device):
     assert torch.equal(torch.cat((y_1, y_2)), y)
     assert torch.equal(h_2, h_n)
     assert c_n is None or torch.equal(c_2, c_n)
+
+
+def carried_state_error(cell: str, device: str, T: int = 128) -> float:
+    """The error, in units of 2^-11, of a float16 state that moves by less than it could if it were float16."""
+    large = 60.0
+    gates = {
+        "lstm": [large, large, 2.0**-12, large],  # i = f = o = 1: c' = c + tanh(2^-12)
+        "gru": [0.0, 9.7, -large],  # z = 1 - 2^-14 and n = -1: h' = h - 2^-14 (h + 1)
+    }[cell]
+    x_gates = torch.tensor(gates)[:, None].expand(T, 1, 1, len(gates), 16)
+    ones = torch.ones(1, 1, 16)
+    tensors = (x_gates, torch.zeros(1, len(gates) * 16, 16), None, ones, ones if cell == "lstm" else None)
+    rounded = [None if t is None else t.half() for t in tensors]
+    *_, truth = filter(
+        torch.is_tensor, reference.recurrence(cell, *(None if t is None else t.double() for t in rounded))
+    )
+    *_, found = filter(torch.is_tensor, recurrence(cell, *(None if t is None else t.to(device) for t in rounded)))
+    assert (truth - 1).abs().min() > 2**-7  # it did move
+    return (found.double().cpu() - truth).abs().max().item() / 2**-11
+
+
+@pytest.mark.parametrize("cell", ("lstm", "gru"))
+def test_carried_state_is_fp32(cell, device):
+    """Rounded at every step, it would stay where it started, 16 to 32 units off; at the end only, half a unit."""
+    assert carried_state_error(cell, device) <= 1
+
+
+def test_offsets_beyond_2_31_elements(device):
+    """The second of two time steps starts at element 2^31; only the first batch tile of 2^23 is run."""
+    B, H = 2**27, 16
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    x_gates, y = (torch.empty(2, B, 1, 1, H, dtype=torch.float16, device=device) for _ in range(2))
+    small = torch.zeros(1, 16, H, dtype=torch.float16, device=device)
+    x_gates[:, :16] = torch.tensor([0.5, -0.5], device=device)[:, None, None, None, None]
+    cell = CELL_TABLE["rnn_tanh"]
+    # The interpreter would copy all 16 GiB back; on the CPU kernels write in place, and untouched pages cost nothing.
+    with interpreter.corrected(), unittest.mock.patch("triton.runtime.interpreter.GridExecutor._restore_args_dev"):
+        resident.forward[(1, 1)](
+            x_gates, small, None, small, None, y, small, None, None, None, 2, B,
+            CELL=cell.forward, G=1, S=0, HAS_C=False, H=H, BLOCK_B=16, BLOCK_H=H, PRECISION="ieee",
+        )  # fmt: skip
+    expected = torch.tensor([0.5, -0.5]).tanh().half().tolist()
+    assert y[:, 0, 0, 0, 0].tolist() == expected
+    assert y[:, 15, 0, 0, 15].tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

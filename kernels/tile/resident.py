@@ -1,7 +1,7 @@
 """The resident tier: one program holds all of W_hh for one batch tile and one direction, and walks all of time.
 
     forward    for t in time:    rec = W_hh h + b_hh;  (h, c), saved = cell(x_gates[t], rec, (h, c));  y[t] = h
-    backward   for t reversed:   dh += dy[t];  d_gates[t] = cell'(dh, dc, saved[t]);  dh = W_hh^T d_gates[t] + direct share
+    backward   for t reversed:   dh += dy[t];  d_gates[t] = cell'(dh, dc, saved[t]);  dh = W_hh^T d_gates[t] + rest
 
 Source: section 3 of Appleyard et al. 2016 (arXiv:1604.01946) for the split of the input product from the recurrent
 one; Diamos et al. 2016 (persistent RNNs) for weights that stay on chip.
@@ -23,6 +23,17 @@ state; more batch tiles or directions only fill more SMs.
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def place(B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """This program's direction (of D), its first row (of B), and offsets and mask of its tile; scalars are int64."""
+    direction = tl.program_id(1).to(tl.int64)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
+    offs_b = tl.arange(0, BLOCK_B)
+    offs_h = tl.arange(0, BLOCK_H)
+    mask = (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :]
+    return direction, tl.num_programs(1), tl.cast(B, tl.int64), first_row, offs_b, offs_h, mask
 
 
 @triton.jit
@@ -63,13 +74,7 @@ def forward(
     CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    direction = tl.program_id(1).to(tl.int64)
-    D = tl.num_programs(1)
-    first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
-    rows = tl.cast(B, tl.int64)
-    offs_b = tl.arange(0, BLOCK_B)
-    offs_h = tl.arange(0, BLOCK_H)
-    mask = (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :]
+    direction, D, rows, first_row, offs_b, offs_h, mask = place(B, H, BLOCK_B, BLOCK_H)
     square = (offs_h < H)[:, None] & (offs_h < H)[None, :]
 
     W_hh = ()  # G tiles [BLOCK_H of k, BLOCK_H of n]
@@ -141,13 +146,7 @@ def backward(
     CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    direction = tl.program_id(1).to(tl.int64)
-    D = tl.num_programs(1)
-    first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
-    rows = tl.cast(B, tl.int64)
-    offs_b = tl.arange(0, BLOCK_B)
-    offs_h = tl.arange(0, BLOCK_H)
-    mask = (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :]
+    direction, D, rows, first_row, offs_b, offs_h, mask = place(B, H, BLOCK_B, BLOCK_H)
     square = (offs_h < H)[:, None] & (offs_h < H)[None, :]
 
     W_hh = ()  # G tiles [BLOCK_H of n, BLOCK_H of k]: as stored, since backward multiplies by the transpose

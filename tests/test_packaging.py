@@ -1,0 +1,83 @@
+"""What is shipped and installed: fastrnn.kernels from the symlink, and never a top-level `kernels`."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+KERNELS = {str(p.relative_to(ROOT)) for p in (ROOT / "kernels").rglob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A directory with the sdist, and the wheel that is built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_symlink_is_one():
+    assert (ROOT / "fastrnn" / "kernels").is_symlink(), "a checkout without symlinks would ship no kernels"
+    assert len(KERNELS) >= 5
+
+
+def test_wheel_contents(built):
+    (wheel,) = built.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"fastrnn/{name}" for name in KERNELS} <= names
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"fastrnn", next(t for t in tops if t.endswith(".dist-info"))}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_sdist_contents(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "fastrnn/modules.py"} <= names
+    assert names >= KERNELS or {f"fastrnn/{name}" for name in KERNELS} <= names
+
+
+def test_wheel_runs_on_its_own(built, tmp_path):
+    """Unpacked elsewhere, without the checkout: the kernels are found and run in the interpreter."""
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import fastrnn, torch; import fastrnn.kernels.tile.resident as r; print(r.__file__);"
+        "print(fastrnn.GRU(3, 4, backend='resident')(torch.randn(2, 1, 3))[0].shape)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        str(tmp_path / "fastrnn/kernels/tile/resident.py"),
+        "torch.Size([2, 1, 4])",
+    ]
+
+
+def test_editable_install_sees_new_files(tmp_path):
+    """In an environment of its own: a file added to kernels/ after the install can be imported."""
+    copy = tmp_path / "checkout"
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".*", "runs"))
+    subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")], check=True)
+    python = tmp_path / "venv/bin/python"
+    # The packages of the environment that runs the tests, hatchling and torch among them, without installing again.
+    (next((tmp_path / "venv/lib").glob("python*")) / "site-packages/outer.pth").write_text(
+        str(Path(pytest.__file__).parents[1]) + "\n"
+    )
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(copy)]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (copy / "kernels/added.py").write_text("ANSWER = 42\n")
+    code = "import fastrnn, fastrnn.kernels.added as a; print(fastrnn.__file__, a.ANSWER)"
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(copy / "fastrnn/__init__.py"), "42"]
