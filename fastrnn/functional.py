@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from . import ops, reference
 from .planner import Plan, plan
 from .reference import GATES
-from .validation import check_call, compute_dtype
+from .validation import check_call, check_params, compute_dtype
 
 
 class FallbackWarning(UserWarning):
@@ -160,14 +160,16 @@ def run(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """output and the final states, (h_n,) or (h_n, c_n)."""
-    D, H = 2 if bidirectional else 1, params[1].shape[-1]
+    D = 2 if bidirectional else 1
+    check_params(GATES[cell], params, num_layers, D, bias)
+    H = params[1].shape[-1]
     states = 2 if cell == "lstm" else 1
     if hx is None:
         B = input.shape[0 if batch_first else 1]
         state: tuple[Tensor, ...] = (input.new_zeros(num_layers * D, B, H),) * states
     else:
         state = tuple(hx) if states == 2 else (hx,)  # type: ignore[arg-type]
-    check_call(GATES[cell], input, state, params, num_layers, D, bias, batch_first)
+    check_call(input, state, params, num_layers, D, batch_first)
 
     dtype = compute_dtype(input)
     T, B = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from . import launch
+from .reference import GATES
+from .validation import check_recurrence
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -120,8 +122,8 @@ def recurrence(
     Returns y (T, B, D, H), h_n (D, B, H) and c_n (D, B, H) or None, differentiable once with respect to every tensor.
     The state is fp32 from step to step. Nothing is kept for backward where no gradient is wanted.
 
-    Raises NotImplementedError where no kernel holds W_hh (fastrnn.plan says why), or the device has none.
-    Shapes are the caller's to check: fastrnn.lstm and its sisters do.
+    Raises ValueError, with expected and got, for a wrong shape, dtype or device, and NotImplementedError where no
+    kernel holds W_hh (fastrnn.plan says why) or the device has none.
 
     Source: the equations of torch.nn.LSTM, GRU and RNN; the persistent form after Diamos et al. 2016.
 
@@ -132,7 +134,10 @@ def recurrence(
     >>> h_n[0, 0, 0].item()
     0.03125
     """
+    if cell not in GATES:
+        raise ValueError(f"cell: expected one of {', '.join(map(repr, GATES))}; got {cell!r}")
     inputs = (x_gates, W_hh, b_hh, h_0, c_0)
+    check_recurrence(GATES[cell], *inputs, has_c=cell == "lstm")
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, h_n, c_n, _, _ = _recurrence(*inputs, cell, save)
     return y, h_n, c_n if c_0 is not None else None

@@ -1,7 +1,7 @@
 """Which kernel runs a recurrence, in which tiles, and why: pure functions from shapes and a DeviceSpec to a Plan.
 
 Every threshold is what compiled without spilling for all nine architectures in Triton 3.9.0; tests/test_codegen.py
-compiles the table again. Cycles are modelled, not measured (`python -m bench.model_cycles`).
+compiles the table again. Cycles are modelled, not measured (`python -m bench.cross_compile`).
 """
 
 import functools

@@ -35,23 +35,33 @@ def check_rank(name: str, input: Tensor, hx: "Tensor | tuple[Tensor, Tensor] | N
         raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")  # type: ignore[union-attr]
 
 
+def check_params(gates: int, params: Sequence[Tensor], num_layers: int, directions: int, bias: bool) -> None:
+    """The flat list of weights: for each layer and direction weight_ih, weight_hh and, if bias, bias_ih and bias_hh."""
+    per_direction = 4 if bias else 2
+    count = num_layers * directions * per_direction
+    if len(params) != count:
+        raise ValueError(
+            f"params: expected {num_layers} layers x {directions} directions x {per_direction} tensors, "
+            f"{count} in all; got {len(params)}"
+        )
+    I, H = params[0].shape[-1], params[1].shape[-1]
+    for i, tensor in enumerate(params):
+        layer, role = i // (directions * per_direction), i % per_direction
+        expected = [(gates * H, I if layer == 0 else directions * H), (gates * H, H), (gates * H,), (gates * H,)][role]
+        if tensor.shape != expected:
+            name = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[role]
+            raise ValueError(f"params[{i}] ({name}_l{layer}): expected {expected}, got {tuple(tensor.shape)}")
+
+
 def check_call(
-    gates: int,
     input: Tensor,
     state: Sequence[Tensor],
     params: Sequence[Tensor],
     num_layers: int,
     directions: int,
-    bias: bool,
     batch_first: bool,
 ) -> None:
-    """Everything that a kernel relies on; input is (T, B, I), or (B, T, I) if batch_first."""
-    per_direction = 4 if bias else 2
-    if len(params) != num_layers * directions * per_direction:
-        raise ValueError(
-            f"params: expected {num_layers} layers x {directions} directions x {per_direction} tensors, "
-            f"{num_layers * directions * per_direction} in all; got {len(params)}"
-        )
+    """Input (T, B, I), or (B, T, I) if batch_first, and state against the weights, and dtypes and devices of all."""
     if input.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
     W_ih, W_hh = params[0], params[1]
@@ -84,13 +94,33 @@ def check_call(
                     f"Input and {kind} tensors are not the same dtype, found input tensor with {input.dtype} "
                     f"and {kind} tensor with {tensor.dtype}"
                 )
-    _check_params(gates, I, H, params, directions, per_direction)
 
 
-def _check_params(gates: int, I: int, H: int, params: Sequence[Tensor], directions: int, per_direction: int) -> None:
-    for i, tensor in enumerate(params):
-        layer, role = i // (directions * per_direction), i % per_direction
-        expected = [(gates * H, I if layer == 0 else directions * H), (gates * H, H), (gates * H,), (gates * H,)][role]
+def check_recurrence(
+    gates: int, x_gates: Tensor, W_hh: Tensor, b_hh: Tensor | None, h_0: Tensor, c_0: Tensor | None, has_c: bool
+) -> None:
+    """Arguments of the bare op, so that no kernel reads outside of a tensor."""
+    if x_gates.dim() != 5 or x_gates.shape[3] != gates or x_gates.shape[2] not in (1, 2):
+        raise ValueError(f"x_gates: expected (T, B, D, {gates}, H) with D 1 or 2, got {tuple(x_gates.shape)}")
+    T, B, D, _, H = x_gates.shape
+    if T == 0 or H == 0:
+        raise ValueError(f"x_gates: expected at least one time step and hidden unit, got {tuple(x_gates.shape)}")
+    if (c_0 is not None) != has_c:
+        raise ValueError(
+            f"c_0: expected {'a tensor' if has_c else 'None'}, got {'None' if c_0 is None else 'a tensor'}"
+        )
+    for name, tensor, expected in (
+        ("W_hh", W_hh, (D, gates * H, H)),
+        ("b_hh", b_hh, (D, gates * H)),
+        ("h_0", h_0, (D, B, H)),
+        ("c_0", c_0, (D, B, H)),
+    ):
+        if tensor is None:
+            continue
         if tensor.shape != expected:
-            name = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[role]
-            raise ValueError(f"params[{i}] ({name}_l{layer}): expected {expected}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
+        if (tensor.dtype, tensor.device) != (x_gates.dtype, x_gates.device):
+            raise ValueError(
+                f"{name}: expected {x_gates.dtype} on {x_gates.device}, as x_gates; "
+                f"got {tensor.dtype} on {tensor.device}"
+            )

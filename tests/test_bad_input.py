@@ -112,3 +112,35 @@ def test_functional_checks_its_parameters(backend):
         fastrnn.rnn(x, None, params, nonlinearity="sin", backend=backend)
     with pytest.raises(ValueError, match="backend: expected one of"):
         fastrnn.lstm(x, None, params, backend="tpu")
+
+
+def test_the_op_checks_its_arguments(device):
+    from fastrnn.ops import recurrence
+
+    def call(cell="gru", **replaced):
+        tensors = {
+            "x_gates": ZEROS(5, 2, 1, 3, 4),
+            "W_hh": ZEROS(1, 12, 4),
+            "b_hh": ZEROS(1, 12),
+            "h_0": ZEROS(1, 2, 4),
+        }
+        tensors = {k: v.to(device) for k, v in (tensors | {"c_0": None} | replaced).items() if v is not None}
+        return recurrence(cell, *(tensors.get(k) for k in ("x_gates", "W_hh", "b_hh", "h_0", "c_0")))
+
+    assert call()[0].shape == (5, 2, 1, 4)
+    for wrong, text in (
+        ({"cell": "mgu"}, "cell: expected one of 'lstm'.*got 'mgu'"),
+        ({"x_gates": ZEROS(5, 2, 3, 4)}, r"x_gates: expected \(T, B, D, 3, H\) with D 1 or 2, got \(5, 2, 3, 4\)"),
+        ({"x_gates": ZEROS(0, 2, 1, 3, 4)}, "at least one time step"),
+        ({"W_hh": ZEROS(1, 12, 5)}, r"W_hh: expected \(1, 12, 4\), got \(1, 12, 5\)"),
+        ({"b_hh": ZEROS(12)}, r"b_hh: expected \(1, 12\), got \(12,\)"),
+        ({"h_0": ZEROS(1, 3, 4)}, r"h_0: expected \(1, 2, 4\), got \(1, 3, 4\)"),
+        ({"h_0": ZEROS(1, 2, 4).half()}, "h_0: expected torch.float32 on .* got torch.float16"),
+        ({"c_0": ZEROS(1, 2, 4)}, "c_0: expected None, got a tensor"),
+        (
+            {"cell": "lstm", "x_gates": ZEROS(5, 2, 1, 4, 4), "W_hh": ZEROS(1, 16, 4)},
+            "c_0: expected a tensor, got None",
+        ),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call(**wrong)
