@@ -1,6 +1,7 @@
 # `make demo` and `make test` work alone on a fresh clone: each makes .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 
 .PHONY: demo test lint clean .venv
 
@@ -8,7 +9,7 @@ demo: .venv
 	$(BIN)/python examples/char_lm.py --out runs/char_lm
 
 test: .venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: .venv
 	$(BIN)/ruff check .

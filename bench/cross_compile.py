@@ -5,7 +5,8 @@
 The launcher runs as it would on a GPU, with its real arguments, up to the launch itself. Printed for each pass:
 
     registers, spilled, shared      registers and bytes of stack (AMD: spilled registers) a thread, bytes a program
-    loads                           global loads in the time loop, from the TTGIR: x_gates only, never W_hh
+    loads, polls                    global loads in the time loop, from the TTGIR: the step's inputs and the exchanged
+                                    state, never W_hh; of these, loads of a barrier's counter
     cycles                          modelled, NVIDIA: stall counts + 14 * scoreboard waits of the step loop in the SASS
 
 14 fits two published H100 figures of another library's LSTM forward (FlashRNN: 1.94 us a step at H=64, 3.15 us at
@@ -34,24 +35,45 @@ from fastrnn.reference import GATES
 PASSES = ("forward", "backward")
 
 
-def compile_kernel(arch: str, cell: str, hidden_size: int, dtype: torch.dtype, which: str, precision: str) -> dict:
+def compile_kernel(
+    arch: str,
+    backend: str,
+    cell: str,
+    hidden_size: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    which: str,
+    precision: str,
+) -> dict:
     """One row: what compiling this pass of the planned kernel for arch gave; NotImplementedError if none is planned."""
     spec = DeviceSpec.named(arch)
-    planned = plan(
-        cell, hidden_size=hidden_size, batch_size=1, dtype=dtype, device=spec, backend="resident", precision=precision
-    ).kernel
-    assert planned is not None
-    compiled = _compile(spec, cell, hidden_size, dtype, which, precision)
+    chosen = plan(
+        cell,
+        hidden_size=hidden_size,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=spec,
+        backend=backend,
+        precision=precision,
+    )
+    planned = chosen.kernel
+    if planned is None:
+        raise NotImplementedError(chosen.why)
+    compiled = _compile(spec, chosen.backend, cell, hidden_size, batch_size, dtype, which, precision)
     row = {
-        "arch": arch, "cell": cell, "hidden": hidden_size, "dtype": str(dtype).removeprefix("torch."),
-        "precision": planned.precision, "pass": which, "warps": planned.warps,
+        "arch": arch, "backend": chosen.backend, "cell": cell, "hidden": hidden_size, "batch": batch_size,
+        "dtype": str(dtype).removeprefix("torch."), "pieces": len(planned.k_tiles), "programs": planned.programs,
+        "polls": 2 * planned.spin_on_load,
+        "precision": planned.precision, "pass": which, "warps": getattr(planned, which).warps,
         "shared": compiled.metadata.shared, "shared_planned": planned.shared_bytes,
         "loads": _loads_in_loop(compiled.asm["ttgir"]),
     }  # fmt: skip
     return row | (_amd(compiled.asm["amdgcn"]) if spec.is_amd else _nvidia(compiled.asm["cubin"]))
 
 
-def _compile(spec: DeviceSpec, cell: str, H: int, dtype: torch.dtype, which: str, precision: str) -> Any:
+def _compile(
+    spec: DeviceSpec, backend: str, cell: str, H: int, B: int, dtype: torch.dtype, which: str, precision: str
+) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -74,16 +96,16 @@ def _compile(spec: DeviceSpec, cell: str, H: int, dtype: torch.dtype, which: str
         return torch.empty(shape, dtype=dtype)
 
     G, has_c = GATES[cell], cell == "lstm"
-    h_0, c_0, W_hh = tensor(1, 2, H), tensor(1, 2, H) if has_c else None, tensor(1, G * H, H)
+    h_0, c_0, W_hh = tensor(1, B, H), tensor(1, B, H) if has_c else None, tensor(1, G * H, H)
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(DeviceSpec, "of", lambda _: spec),
         mock.patch("fastrnn.planner.torch_precision", lambda: precision),
     ):
-        outputs = launch.forward(cell, tensor(3, 2, 1, G, H), W_hh, tensor(1, G * H), h_0, c_0, save=True)
+        outputs = launch.forward(cell, tensor(3, B, 1, G, H), W_hh, tensor(1, G * H), h_0, c_0, True, backend)
         if which == "backward":
             y, h_n, c_n, saved, c = outputs
-            launch.backward(cell, y, h_n, c_n if has_c else None, W_hh, h_0, c_0, y, saved, c, False, False)
+            launch.backward(cell, y, h_n, c_n if has_c else None, W_hh, h_0, c_0, y, saved, c, False, False, backend)
     return kernels[-1]
 
 
@@ -161,6 +183,8 @@ def _step_loop(sass: str) -> tuple[int, int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--arch", nargs="+", default=[a for a in SPECS if a != "interpreter"])
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--cell", nargs="+", default=list(GATES))
     parser.add_argument("--hidden", nargs="+", type=int, default=[16, 32, 64, 128, 256])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
@@ -172,8 +196,10 @@ def main() -> None:
             if precision == "tf32" and not DeviceSpec.named(arch).has_tf32:
                 continue
             try:
-                row = compile_kernel(arch, cell, hidden, getattr(torch, dtype), which, precision)
-            except NotImplementedError as missing:
+                row = compile_kernel(
+                    arch, args.backend, cell, hidden, args.batch, getattr(torch, dtype), which, precision
+                )
+            except (NotImplementedError, ValueError) as missing:
                 row = {"arch": arch, "cell": cell, "hidden": hidden, "dtype": dtype, "missing": str(missing)}
             print(json.dumps(row) if args.json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
 

@@ -86,6 +86,6 @@ SPECS = {
         _amd("gfx942", "MI300X", 304, 64),
         _amd("gfx950", "MI355X", 256, 160),
         # numpy on the CPU: nothing is on chip, so nothing limits a kernel.
-        DeviceSpec("interpreter", "Triton's interpreter", 1, 1 << 62, 1 << 62, 32, 1, has_tf32=False),
+        DeviceSpec("interpreter", "Triton's interpreter", 1 << 20, 1 << 62, 1 << 62, 32, 1, has_tf32=False),
     )
 }

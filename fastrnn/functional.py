@@ -191,7 +191,10 @@ def run(
         )
 
     input, state, params = input.to(dtype), tuple(s.to(dtype) for s in state), [p.to(dtype) for p in params]
-    recurrence = reference.recurrence if chosen.backend == "reference" else ops.recurrence
+    if chosen.backend == "reference":
+        recurrence = reference.recurrence
+    else:
+        recurrence = functools.partial(ops.recurrence, backend=chosen.backend)
     per_direction = 4 if bias else 2
     x = input.transpose(0, 1) if batch_first else input
     finals: list[tuple[Tensor, ...]] = []

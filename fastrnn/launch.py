@@ -5,9 +5,10 @@ from torch import Tensor
 
 from . import interpreter
 from .device import DeviceSpec
-from .planner import KernelPlan, plan
+from .planner import plan
 from .reference import GATES
 
+CACHE_LINE = 128  # bytes
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -27,20 +28,21 @@ def allocate_forward(cell: str, x_gates: Tensor, save: bool) -> Tensors:
 
 
 def forward(
-    cell: str, x_gates: Tensor, W_hh: Tensor, b_hh: Tensor | None, h_0: Tensor, c_0: Tensor | None, save: bool
+    cell: str,
+    x_gates: Tensor,
+    W_hh: Tensor,
+    b_hh: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    save: bool,
+    backend: str,
 ) -> Tensors:
-    """Run the persistent forward kernel."""
-    from .kernels.cells import CELLS
-    from .kernels.tile import resident
-
+    """Run the persistent forward kernel of a tier."""
     y, h_n, c_n, saved, c = outputs = allocate_forward(cell, x_gates, save)
-    kernel = _kernel_plan(cell, x_gates)
-    if kernel is not None:
-        _launch(
-            resident.forward, kernel, x_gates,
-            x_gates, W_hh, b_hh, h_0, c_0, y, h_n, _present(c_n), _present(c), _present(saved),
-            CELL=CELLS[cell].forward, G=GATES[cell], S=CELLS[cell].saved, HAS_C=CELLS[cell].has_c,
-        )  # fmt: skip
+    _launch(
+        "forward", cell, backend, y,
+        x_gates, W_hh, b_hh, h_0, c_0, y, h_n, _present(c_n), _present(c), _present(saved),
+    )  # fmt: skip
     return outputs
 
 
@@ -57,14 +59,14 @@ def backward(
     c: Tensor,
     needs_dW: bool,
     needs_db: bool,
+    backend: str,
 ) -> Tensors:
-    """Run the persistent backward kernel, then dW_hh (D, G*H, H) as one product and db_hh (D, G*H) as one sum.
+    """Run the persistent backward kernel of a tier, then dW_hh (D, G*H, H) as one product, db_hh (D, G*H) as one sum.
 
     Returns d_x_gates, dW_hh, db_hh, dh_0, dc_0. Products and sums accumulate in fp32 in a fixed order, so that a
     run can be repeated bit by bit.
     """
     from .kernels.cells import CELLS
-    from .kernels.tile import resident
 
     spec = CELLS[cell]
     T, B, D, H = y.shape
@@ -74,14 +76,11 @@ def backward(
     dh_0 = y.new_empty(D, B, H)
     dc_0 = y.new_empty((D, B, H) if spec.has_c else 0)
     kept_0, kept = (c_0, c) if spec.has_c else (h_0, y)
-    kernel = _kernel_plan(cell, d_x_gates)
-    if kernel is not None:
-        _launch(
-            resident.backward, kernel, y,
-            dy, dh_n, dc_n if spec.has_c else None, W_hh, kept_0, kept, _present(saved),
-            d_x_gates, _present(d_rec_last), dh_0, _present(dc_0),
-            CELL=spec.backward, G=GATES[cell], S=spec.saved, HAS_C=spec.has_c,
-        )  # fmt: skip
+    _launch(
+        "backward", cell, backend, y,
+        dy, dh_n, dc_n if spec.has_c else None, W_hh, kept_0, kept, _present(saved),
+        d_x_gates, _present(d_rec_last), dh_0, _present(dc_0),
+    )  # fmt: skip
     d_rec = [d_x_gates[..., :-1, :], d_rec_last] if spec.splits_last_gate else [d_x_gates]
     dW_hh = torch.cat([_weight_gradient(d, h_0, y) for d in d_rec], dim=1) if needs_dW else y.new_empty(0)
     db_hh = torch.cat([d.sum((0, 1)) for d in d_rec], dim=1).flatten(1) if needs_db else y.new_empty(0)
@@ -107,32 +106,51 @@ def _present(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-def _kernel_plan(cell: str, gates: Tensor) -> KernelPlan | None:
-    """The plan for gates (T, B, D, G, H); None for an empty batch, which needs no kernel."""
-    T, B, D, _, H = gates.shape
+def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | None) -> None:
+    """Launch the tier's kernel, "forward" or "backward", by its plan for y (T, B, D, H); an empty batch needs none."""
+    from .kernels.cells import CELLS
+    from .kernels.tile import cooperative, resident
+
+    T, B, D, H = y.shape
     if B == 0:
-        return None
-    return plan(
-        cell,
-        hidden_size=H,
-        batch_size=B,
-        seq_len=T,
-        directions=D,
-        dtype=gates.dtype,
-        device=DeviceSpec.of(gates.device),
-        backend="resident",
-    ).kernel
-
-
-def _launch(kernel, plan: KernelPlan, like: Tensor, *pointers: Tensor | None, **cell) -> None:
-    T, B, D, H = like.shape[0], like.shape[1], like.shape[2], like.shape[-1]
-    options = {"num_warps": plan.warps, "enable_fp_fusion": True} | (
-        {"maxnreg": plan.max_registers} if plan.max_registers else {}
-    )
+        return
+    spec = CELLS[cell]
+    sizes = {"hidden_size": H, "batch_size": B, "seq_len": T, "directions": D}
+    kernel = plan(cell, **sizes, dtype=y.dtype, device=DeviceSpec.of(y.device), backend=backend).kernel  # type: ignore[arg-type]
+    assert kernel is not None
+    constants = {
+        "CELL": getattr(spec, which),
+        "G": GATES[cell],
+        "S": spec.saved,
+        "HAS_C": spec.has_c,
+        "H": H,
+        "BLOCK_B": kernel.block_b,
+        "PRECISION": kernel.precision,
+    }
+    launch = getattr(kernel, which)
+    options = {"num_warps": launch.warps, "enable_fp_fusion": True}
+    if launch.max_registers:
+        options["maxnreg"] = launch.max_registers
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
-    with interpreter.corrected(), torch.cuda.device_of(like):
-        kernel[(plan.programs // D, D)](
-            *pointers, T, B,
-            H=H, BLOCK_B=plan.block_b, BLOCK_H=plan.block_h, PRECISION=plan.precision,
-            **cell, **options,
-        )  # fmt: skip
+    with interpreter.corrected(), torch.cuda.device_of(y):
+        if backend == "resident":
+            getattr(resident, which)[kernel.grid](*pointers, T, B, BLOCK_H=kernel.units, **constants, **options)
+            return
+        # Counters of the grid barrier, zero at every launch; each on a cache line of its own.
+        _, batch_tiles, directions = kernel.grid
+        counters = torch.zeros(batch_tiles * directions, CACHE_LINE // 8, dtype=torch.int64, device=y.device)
+        arguments = (*pointers, counters, T, B)
+        constants |= {
+            "BLOCK_N": kernel.units,
+            "K_TILES": kernel.k_tiles,
+            "SPIN_ON_LOAD": kernel.spin_on_load,
+            "COUNTER_STRIDE": counters.stride(0),
+        }
+        if interpreter.ENABLED:
+            from . import together
+
+            together.launch(getattr(cooperative, which), kernel.grid, *arguments, **constants)
+        else:
+            # The driver refuses a grid whose programs cannot all be resident, instead of leaving it to hang.
+            options["launch_cooperative_grid"] = True
+            getattr(cooperative, which)[kernel.grid](*arguments, **constants, **options)

@@ -107,8 +107,9 @@ class LSTM(_Recurrent):
 
     backend: "auto" takes a persistent kernel where one fits and torch's own elsewhere (on CPU tensors always; on a
     GPU with a fastrnn.FallbackWarning that says why); "resident" is the kernel that keeps W_hh in one program,
-    "torch" torch's own kernel, "reference" a differentiable loop in torch. A named backend runs or raises. Kernels
-    compute in float32, bfloat16 and float16; float32 products follow torch.backends.cudnn.rnn.fp32_precision.
+    "cooperative" the one that splits it over the GPU, "torch" torch's own kernel, "reference" a differentiable loop in
+    torch. A named backend runs or raises. Kernels compute in float32, bfloat16 and float16; float32 products follow
+    torch.backends.cudnn.rnn.fp32_precision.
 
     Raises torch.nn.LSTM's errors for wrong arguments, ValueError for an unknown backend, NotImplementedError, naming
     what is missing, where a named backend cannot run.

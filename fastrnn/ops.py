@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import launch
 from .reference import GATES
+from .tiers import TIERS
 from .validation import check_recurrence
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -16,14 +17,21 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 @torch.library.custom_op("fastrnn::recurrence", mutates_args=())
 def _recurrence(
-    x_gates: Tensor, W_hh: Tensor, b_hh: Tensor | None, h_0: Tensor, c_0: Tensor | None, cell: str, save: bool
+    x_gates: Tensor,
+    W_hh: Tensor,
+    b_hh: Tensor | None,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    cell: str,
+    save: bool,
+    backend: str,
 ) -> Outputs:
     x_gates, W_hh, h_0 = x_gates.contiguous(), W_hh.contiguous(), h_0.contiguous()
-    return launch.forward(cell, x_gates, W_hh, _contiguous(b_hh), h_0, _contiguous(c_0), save)
+    return launch.forward(cell, x_gates, W_hh, _contiguous(b_hh), h_0, _contiguous(c_0), save, backend)
 
 
 @_recurrence.register_fake
-def _(x_gates, W_hh, b_hh, h_0, c_0, cell, save):
+def _(x_gates, W_hh, b_hh, h_0, c_0, cell, save, backend):
     return launch.allocate_forward(cell, x_gates, save)
 
 
@@ -41,14 +49,15 @@ def _recurrence_backward(
     cell: str,
     needs_dW: bool,
     needs_db: bool,
+    backend: str,
 ) -> Outputs:
     dy, dh_n, dc_n = _contiguous(dy), _contiguous(dh_n), _contiguous(dc_n)
     W_hh, h_0, c_0 = W_hh.contiguous(), h_0.contiguous(), _contiguous(c_0)
-    return launch.backward(cell, dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, needs_dW, needs_db)
+    return launch.backward(cell, dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, needs_dW, needs_db, backend)
 
 
 @_recurrence_backward.register_fake
-def _(dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, cell, needs_dW, needs_db):
+def _(dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, cell, needs_dW, needs_db, backend):
     T, B, D, H = y.shape
     gates = W_hh.shape[1]
     return (
@@ -61,7 +70,7 @@ def _(dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, cell, needs_dW, needs_db):
 
 
 def _save(ctx, inputs, output):
-    _, W_hh, b_hh, h_0, c_0, ctx.cell, ctx.saved_for_backward = inputs
+    _, W_hh, b_hh, h_0, c_0, ctx.cell, ctx.saved_for_backward, ctx.backend = inputs
     y, _, _, saved, c = output
     ctx.has_bias = b_hh is not None
     ctx.save_for_backward(W_hh, h_0, c_0, y, saved, c)
@@ -74,7 +83,7 @@ def _backward(ctx, dy, dh_n, dc_n, d_saved, d_c):
     W_hh, h_0, c_0, y, saved, c = ctx.saved_tensors
     needs_dW, needs_db = ctx.needs_input_grad[1], ctx.has_bias and ctx.needs_input_grad[2]
     d_x_gates, dW_hh, db_hh, dh_0, dc_0 = _recurrence_backward(
-        dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, ctx.cell, needs_dW, needs_db
+        dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, ctx.cell, needs_dW, needs_db, ctx.backend
     )
     return (
         d_x_gates,
@@ -82,6 +91,7 @@ def _backward(ctx, dy, dh_n, dc_n, d_saved, d_c):
         db_hh if needs_db else None,
         dh_0,
         dc_0 if c_0 is not None else None,
+        None,
         None,
         None,
     )
@@ -109,6 +119,7 @@ def recurrence(
     b_hh: Tensor | None,
     h_0: Tensor,
     c_0: Tensor | None,
+    backend: str = "resident",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run one recurrent layer, D directions, over all of time in one persistent launch.
 
@@ -117,7 +128,7 @@ def recurrence(
     cell: "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1, 1 gates in torch's row order.
     x_gates (T, B, D, G, H): W_ih x_t + b_ih. W_hh (D, G*H, H). b_hh (D, G*H) or None. h_0, c_0 (D, B, H); c_0 is None
     but for the LSTM. All of one dtype (float32, bfloat16, float16) and device; any strides. Direction 1 walks time
-    from its end.
+    from its end. backend: the tier, "resident" or "cooperative".
 
     Returns y (T, B, D, H), h_n (D, B, H) and c_n (D, B, H) or None, differentiable once with respect to every tensor.
     The state is fp32 from step to step. Nothing is kept for backward where no gradient is wanted.
@@ -136,8 +147,10 @@ def recurrence(
     """
     if cell not in GATES:
         raise ValueError(f"cell: expected one of {', '.join(map(repr, GATES))}; got {cell!r}")
+    if backend not in TIERS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, TIERS))}; got {backend!r}")
     inputs = (x_gates, W_hh, b_hh, h_0, c_0)
     check_recurrence(GATES[cell], *inputs, has_c=cell == "lstm")
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, h_n, c_n, _, _ = _recurrence(*inputs, cell, save)
+    y, h_n, c_n, _, _ = _recurrence(*inputs, cell, save, backend)
     return y, h_n, c_n if c_0 is not None else None

@@ -1,37 +1,17 @@
-"""Which kernel runs a recurrence, in which tiles, and why: pure functions from shapes and a DeviceSpec to a Plan.
-
-Every threshold is what compiled without spilling for all nine architectures in Triton 3.9.0; tests/test_codegen.py
-compiles the table again. Cycles are modelled, not measured (`python -m bench.cross_compile`).
-"""
+"""Which kernel runs a recurrence, in which tiles, and why: a pure function from shapes and a device to a Plan."""
 
 import functools
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
 from .device import DeviceSpec
 from .reference import GATES
+from .tiers import TIERS, GridTooLargeError, KernelPlan, as_text
 
-BACKENDS = ("auto", "torch", "reference", "resident")
+BACKENDS = ("auto", "torch", "reference", *TIERS)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KIB = 1024
-
-
-@dataclass(frozen=True)
-class KernelPlan:
-    """How a persistent kernel is launched: tiles, warps, programs, and where W_hh stays."""
-
-    dialect: str
-    block_b: int
-    block_h: int
-    warps: int
-    max_registers: int | None  # a thread; None leaves it to the compiler
-    programs: int
-    precision: str  # of fp32 products, as Triton's input_precision: "ieee" or "tf32"
-    weight_bytes: int  # of W_hh in one program, padding included
-    weight_place: str
-    shared_bytes: int  # upper bound for one program
-    saved_bytes: int  # kept for backward
 
 
 @dataclass(frozen=True)
@@ -54,20 +34,19 @@ class Plan:
         shape = f"T={self.seq_len}, B={self.batch_size}, H={self.hidden_size}"
         rows = {"why": self.why}
         if k := self.kernel:
-            directions = f"{self.directions} direction{'s' if self.directions > 1 else ''}"
+            *slices, batch_tiles, directions = k.grid
+            groups = f"{batch_tiles} batch tile(s) of {k.block_b} rows x {directions} direction(s)"
+            split = f"{slices[0]} slices of {k.units} units x " if slices else ""
             rows |= {
-                "kernel": f"{k.dialect}, {k.warps} warps a program, forward and backward",
-                "programs": f"{k.programs} (batch tiles of {k.block_b} rows x {directions})",
-                "on chip": f"{_kib(k.weight_bytes)} of W_hh in {k.weight_place}; {_kib(k.shared_bytes)} shared in all",
+                "kernel": f"{k.dialect}, {k.forward.warps} warps a program forward, {k.backward.warps} backward",
+                "programs": f"{k.programs} = {split}{groups}",
+                "on chip": f"{as_text(k.weight_bytes)} of W_hh a program in {k.weight_place}; shared memory: "
+                f"{as_text(k.shared_bytes)} of {as_text(k.shared_limit)}",
                 "products": f"{k.precision if self.dtype == torch.float32 else dtype}, summed in fp32",
-                "saved": f"{_kib(k.saved_bytes)} for backward, nothing for inference",
+                "saved": f"{as_text(k.saved_bytes)} for backward, nothing for inference",
             }
         head = f"{self.cell}, {shape}, {dtype}, on {self.device}: backend {self.backend}"
         return "\n".join([head, *(f"  {key:<9} {value}" for key, value in rows.items())])
-
-
-def _kib(size: int) -> str:
-    return f"{size / KIB:,.0f} KiB" if size < 1024 * KIB else f"{size / KIB**2:,.1f} MiB"
 
 
 def plan(
@@ -90,17 +69,17 @@ def plan(
     current GPU; precision is "ieee" or "tf32" for float32 and defaults to torch's own setting for RNNs; needs names
     features that the call uses beside a plain recurrence. Sizes in the Plan are bytes.
 
-    Raises ValueError for an unknown cell, backend, device or a size below 1, and NotImplementedError, naming what is
-    missing, if backend="resident" cannot run this; "auto" then plans torch's own kernel and keeps the reason, as it
-    does for CPU tensors.
+    Raises ValueError for an unknown cell, backend, device or a size below 1, and if more programs would have to run at
+    once than the device has room for; NotImplementedError, naming what is missing, if a named tier cannot run this.
+    "auto" takes the first tier that can, else torch's own kernel, and keeps the reasons; CPU tensors take torch's.
 
     >>> import torch, fastrnn
     >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_90"))
     lstm, T=1000, B=64, H=128, bfloat16, on sm_90: backend resident
-      why       W_hh fits one program: 128 KiB of at most 227 KiB
-      kernel    tile Triton, 16 warps a program, forward and backward
-      programs  4 (batch tiles of 16 rows x 1 direction)
-      on chip   128 KiB of W_hh in shared memory; 160 KiB shared in all
+      why       W_hh fits one program
+      kernel    tile Triton, 16 warps a program forward, 16 backward
+      programs  4 = 4 batch tile(s) of 16 rows x 1 direction(s)
+      on chip   128 KiB of W_hh a program in shared memory; shared memory: 160 KiB of 227 KiB
       products  bfloat16, summed in fp32
       saved     78.1 MiB for backward, nothing for inference
     """
@@ -122,20 +101,28 @@ def plan(
     try:
         if needs:
             raise NotImplementedError(f"a kernel with {' and '.join(needs)} is missing")
+        if find_spec("triton") is None:
+            raise NotImplementedError("fastrnn's kernels are written in Triton, which is missing here")
         spec = _spec(device)
         if dtype not in KERNEL_DTYPES:
             raise NotImplementedError(f"a kernel for {dtype} is missing; there are float32, bfloat16 and float16")
         precision = precision or torch_precision()
-        kernel = _resident(cell, hidden_size, batch_size, seq_len, directions, dtype, precision, spec)
-    except NotImplementedError as missing:
+        reasons = []
+        for tier in TIERS if backend == "auto" else (backend,):
+            try:
+                plan_tier, why = TIERS[tier]
+                kernel = plan_tier(cell, hidden_size, batch_size, seq_len, directions, dtype, precision, spec)
+            except (NotImplementedError, GridTooLargeError) as reason:
+                if backend != "auto":
+                    raise
+                reasons.append(f"{tier}: {reason}")
+            else:
+                return problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)
+        return problem(where, "torch", "; ".join(reasons))
+    except (NotImplementedError, GridTooLargeError) as reason:
         if backend == "auto":
-            return problem(where, "torch", str(missing))
-        raise NotImplementedError(f"backend={backend!r}: {missing}") from None
-    limit = _weight_limit(spec, dtype, kernel.precision)[0]
-    why = f"W_hh fits one program: {_kib(kernel.weight_bytes)} of at most {_kib(limit)}"
-    if spec.arch == "interpreter":
-        why = "Triton's interpreter holds any W_hh"
-    return problem(spec.arch, "resident", why, kernel)
+            return problem(where, "torch", str(reason))
+        raise type(reason)(f"backend={backend!r}: {reason}") from None
 
 
 def _expect(name: str, got: object, allowed: tuple) -> None:
@@ -161,62 +148,3 @@ def torch_precision() -> str:
     setting = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
     allowed = torch.backends.cudnn.allow_tf32 if setting is None else setting == "tf32"
     return "tf32" if allowed else "ieee"
-
-
-def _weight_limit(spec: DeviceSpec, dtype: torch.dtype, precision: str) -> tuple[int, str]:
-    """The most bytes of W_hh that one program holds without spilling, and where."""
-    if spec.arch == "interpreter":
-        return spec.shared_bytes, "arrays"
-    if spec.is_amd:  # an operand of a product stays in registers; above 64 KiB (LSTM, H=128) 200 and more spill
-        return 64 * KIB, "registers"
-    if dtype == torch.float32 and precision == "ieee":  # FMA products: GRU at H=128 (192 KiB) spills 880 bytes
-        return min(64 * KIB, spec.shared_bytes), "shared memory"
-    return spec.shared_bytes, "shared memory"
-
-
-@functools.lru_cache(maxsize=1024)
-def _resident(
-    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
-) -> KernelPlan:
-    try:
-        from .kernels.cells import CELLS
-    except ModuleNotFoundError as error:
-        raise NotImplementedError(f"fastrnn's kernels are written in Triton, which is missing here ({error})") from None
-    cell, gates = CELLS[name], GATES[name]
-    # Tensor cores take at least 16 rows. A batch tile of 32 was modelled at 1.6 times the cycles of 16 (LSTM, H=64,
-    # sm_90, 2848 against 1745) and spilled at H=128: more programs serve a large batch.
-    block_b = 16
-    block_h = max(16, 1 << (H - 1).bit_length())  # tile Triton's ranges are powers of two
-    precision = precision if spec.has_tf32 else "ieee"
-    weight_bytes = gates * block_h**2 * dtype.itemsize
-    # Beside W_hh, layout conversions pass through shared memory: at most one operand tile a gate.
-    tiles = max(2, gates) * block_b * block_h * 4
-    limit, place = _weight_limit(spec, dtype, precision)
-    # On its way to registers W_hh passes through shared memory gate by gate, before the loop.
-    shared_bytes = tiles + weight_bytes if place == "shared memory" else max(tiles, weight_bytes // gates)
-    if weight_bytes > limit or shared_bytes > spec.shared_bytes:
-        raise NotImplementedError(
-            f"W_hh does not fit one program: {_kib(weight_bytes)} at H={H} (padded to {block_h}) of at most "
-            f"{_kib(limit)} in {place} on {spec.arch}; the tiers that split W_hh over programs are missing"
-        )
-    # Modelled for sm_90, LSTM, bf16: at H=64 16 warps take 1745 cycles a step and 8 take 2131; at H=32 1807 and 1790.
-    # AMD's four SIMDs hold 512 registers a lane at 4 warps, and 8 spill.
-    warps = 4 if spec.is_amd else 16 if block_h >= 64 else 8
-    # Left alone, ptxas keeps registers for a second program: it then spills 8 to 16 bytes of some fp32 kernels (FMA
-    # products, and the small RNNs). Given all but 8 registers a thread it spills none of those, but 8 to 32 bytes of
-    # the LSTM and GRU on tensor cores, which it leaves alone otherwise.
-    fills_file = dtype == torch.float32 and (precision == "ieee" or gates == 1) and not spec.is_amd
-    max_registers = min(255, spec.register_bytes // (4 * spec.warp_size * warps)) - 8
-    return KernelPlan(
-        dialect="tile Triton",
-        block_b=block_b,
-        block_h=block_h,
-        warps=warps,
-        max_registers=max_registers if fills_file else None,
-        programs=-(-B // block_b) * D,
-        precision=precision,
-        weight_bytes=weight_bytes,
-        weight_place=place,
-        shared_bytes=shared_bytes,
-        saved_bytes=T * B * D * H * (cell.saved + cell.has_c) * dtype.itemsize,
-    )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastrnn import plan, reference
 from fastrnn.ops import recurrence
+from fastrnn.tiers import GridTooLargeError
 
 CELLS = tuple(reference.STEPS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,11 +84,11 @@ def make_problem(cell: str, case: Case, dtype: torch.dtype, device: str, bias: b
     )
 
 
-def require_kernel(cell: str, case: Case, dtype: torch.dtype, device: str) -> None:
-    """Skip, with the plan's reason, what this GPU's resident tier does not hold; the interpreter holds everything."""
+def require_kernel(cell: str, case: Case, dtype: torch.dtype, device: str, backend: str = "resident") -> None:
+    """Skip, with the plan's reason, what a tier does not hold on this GPU; the interpreter holds everything."""
     try:
-        plan(cell, hidden_size=case.H, batch_size=case.B, dtype=dtype, device=device, backend="resident")
-    except NotImplementedError as missing:
+        plan(cell, hidden_size=case.H, batch_size=case.B, dtype=dtype, device=device, backend=backend)
+    except (NotImplementedError, GridTooLargeError) as missing:
         pytest.skip(str(missing))
 
 

@@ -1,6 +1,11 @@
 """The same tests run in Triton's interpreter where there is no GPU, and natively where there is one."""
 
+import importlib
+import itertools
 import os
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +13,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fastrnn and triton are imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the tests that compare runs bit by bit
+
+
+def pytest_addoption(parser):
+    parser.addoption("--schedules", type=int, default=200, help="schedules a cell and pass (tests/concurrency)")
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +32,45 @@ def _seeded_and_exact():
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poisoned():
+    """torch in deterministic mode fills what it allocates with NaN: what is unwritten or read early shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.zeros(1).new_empty(8).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def mutate(monkeypatch, tmp_path):
+    """Replace texts in one source file, and put what is made of it in the original's place for the test.
+
+    mutate("kernels/cells.py", {old: new, ...}); all of kernels is copied, since its modules import each other.
+    """
+    root = Path(__file__).parents[1]
+
+    def put(path: str, texts: dict[str, str]) -> None:
+        source = (root / path).read_text()
+        for old, new in texts.items():
+            assert old in source, f"{old!r} is not in {path} any more: mutate the code that took its place"
+            source = source.replace(old, new)
+        name = f"mutant_{next(_numbers)}"
+        if path == "fastrnn/launch.py":
+            source = source.replace("from . ", "from fastrnn ").replace("from .", "from fastrnn.")
+            (tmp_path / f"{name}.py").write_text(source)
+        else:
+            shutil.copytree(root / "kernels", tmp_path / name)
+            (tmp_path / name / path.removeprefix("kernels/")).write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        if path == "fastrnn/launch.py":
+            monkeypatch.setattr("fastrnn.ops.launch", importlib.import_module(name))
+            return
+        for module in ("", ".cells", ".tile", ".tile.resident", ".tile.cooperative"):
+            monkeypatch.setitem(sys.modules, f"fastrnn.kernels{module}", importlib.import_module(name + module))
+
+    return put

@@ -34,7 +34,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("backend", ("auto", "torch", "reference", "resident"))
+@pytest.mark.parametrize("backend", ("auto", "torch", "reference", "resident", "cooperative"))
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM"))
 def test_wrong_calls_fail_as_in_torch_nn(name, call, backend):
@@ -72,7 +72,7 @@ def test_wrong_constructors_fail_as_in_torch_nn(name, arguments):
 @pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM"))
 def test_unknown_backend(name):
     with pytest.raises(
-        ValueError, match="backend: expected one of 'auto', 'torch', 'reference', 'resident'; got 'tpu'"
+        ValueError, match="backend: expected one of 'auto', 'torch', 'reference', 'resident', 'cooperative'; got 'tpu'"
     ):
         getattr(fastrnn, name)(3, 4, backend="tpu")
 

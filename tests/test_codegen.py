@@ -25,19 +25,31 @@ def compile_table(*flags: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"))
-def test_planned_kernels_compile_without_spilling_or_reloading_weights(arch):
-    # The largest sizes that each tier limit admits, a padded one, and the smallest.
-    rows = compile_table("--arch", arch, "--cell", "lstm", "gru", "--hidden", "7", "64", "100", "128")
-    compiled = [row for row in rows if "missing" not in row]
-    assert len(compiled) >= 12
-    for row in compiled:
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# The largest sizes that each resident limit admits, a padded one and the smallest; sizes that no power of two is near.
+RESIDENT = ("--backend", "resident", "--cell", "lstm", "gru", "--hidden", "7", "64", "100", "128")
+COOPERATIVE = ("--backend", "cooperative", "--cell", "lstm", "gru", "--hidden")
+
+
+# On sm_120 the LSTM's forward still spills at 384 (CHANGELOG.md).
+TABLE = [(arch, RESIDENT, 12) for arch in ARCHS] + [
+    (arch, (*COOPERATIVE, "192" if arch == "sm_120" else "384"), 4) for arch in ARCHS
+]
+
+
+@pytest.mark.parametrize(("arch", "flags", "least"), TABLE, ids=lambda value: value if isinstance(value, str) else "")
+def test_planned_kernels_compile_without_spilling_or_reloading_weights(arch, flags, least):
+    rows = [row for row in compile_table("--arch", arch, *flags) if "missing" not in row]
+    assert len(rows) >= least
+    for row in rows:
         forward, G = row["pass"] == "forward", GATES[row["cell"]]
         has_tensor_core = row["dtype"] != "float32" or row["precision"] == "tf32" or arch.startswith("gfx")
+        # x_gates of the next step; backward: the kept state, dy and four saved tiles. Not W_hh.
+        inputs = G if forward else 6
+        exchanged = 0 if row["backend"] == "resident" else row["pieces"] * (1 if forward else G)
+        assert row["loads"] == inputs + exchanged + row["polls"], row
         assert row["spilled"] == 0, row
         assert row["shared"] <= row["shared_planned"] <= DeviceSpec.named(arch).shared_bytes, row
-        # x_gates of the next step; backward: the kept state, dy and four saved tiles. Not W_hh.
-        assert row["loads"] == (G if forward else 6), row
         assert (row["tensor_core"] > 0) == has_tensor_core, row
 
 

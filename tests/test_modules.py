@@ -12,7 +12,7 @@ import fastrnn
 from fastrnn import functional
 
 NAMES = ("RNN", "GRU", "LSTM")
-BACKENDS = ("auto", "torch", "reference", "resident")
+BACKENDS = ("auto", "torch", "reference", "resident", "cooperative")
 
 
 def pair(name: str, device: str, backend: str, *args, dtype=torch.float64, **kwargs):
@@ -225,7 +225,7 @@ def test_explain_prints_the_plan_and_the_reason(device, capsys):
     plan = fastrnn.explain(fastrnn.GRU(3, 24, bidirectional=True, backend="resident", device=device), x)
     printed = capsys.readouterr().out
     assert plan.kernel is not None and plan.kernel.programs == 4
-    assert "backend resident" in printed and "4 (batch tiles of 16 rows x 2 directions)" in printed
+    assert "backend resident" in printed and "4 = 2 batch tile(s) of 16 rows x 2 direction(s)" in printed
     fastrnn.explain(fastrnn.LSTM(3, 24, proj_size=5), x.cpu())
     assert "backend torch\n  why       CPU tensors" in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected a fastrnn.RNN, GRU or LSTM; got Linear"):

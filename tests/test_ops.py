@@ -8,21 +8,24 @@ from fastrnn import launch, ops, reference
 from .cases import CELLS, Case, make_problem
 
 
+@pytest.mark.parametrize("backend", ("resident", "cooperative"))
 @pytest.mark.parametrize("save", (True, False))
 @pytest.mark.parametrize("cell", CELLS)
-def test_opcheck_forward(cell, save, device):
+def test_opcheck_forward(cell, save, backend, device):
     inputs = make_problem(cell, Case(T=2, B=3, H=5, D=2), torch.float32, device).inputs
     if save:
         inputs = tuple(None if t is None else t.requires_grad_() for t in inputs)
-    torch.library.opcheck(ops._recurrence, (*inputs, cell, save))
+    torch.library.opcheck(ops._recurrence, (*inputs, cell, save, backend))
 
 
+@pytest.mark.parametrize("backend", ("resident", "cooperative"))
 @pytest.mark.parametrize("cell", CELLS)
-def test_opcheck_backward(cell, device):
+def test_opcheck_backward(cell, backend, device):
     problem = make_problem(cell, Case(T=2, B=3, H=5, D=2), torch.float32, device)
     x_gates, W_hh, b_hh, h_0, c_0 = problem.inputs
-    y, _, _, saved, c = ops._recurrence(x_gates, W_hh, b_hh, h_0, c_0, cell, True)
-    torch.library.opcheck(ops._recurrence_backward, (*problem.upstream, W_hh, h_0, c_0, y, saved, c, cell, True, True))
+    y, _, _, saved, c = ops._recurrence(x_gates, W_hh, b_hh, h_0, c_0, cell, True, backend)
+    arguments = (*problem.upstream, W_hh, h_0, c_0, y, saved, c, cell, True, True, backend)
+    torch.library.opcheck(ops._recurrence_backward, arguments)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -86,7 +89,7 @@ def test_backward_twice_needs_retain_graph(cell, device):
 
 def test_backward_without_saving_says_so(device):
     inputs = make_problem("gru", Case(T=2, B=3, H=5, D=1), torch.float32, device).inputs
-    y, *_ = ops._recurrence(inputs[0].requires_grad_(), *inputs[1:], "gru", False)
+    y, *_ = ops._recurrence(inputs[0].requires_grad_(), *inputs[1:], "gru", False, "resident")
     with pytest.raises(RuntimeError, match="ran with save=False"):
         y.sum().backward()
 

@@ -1,6 +1,8 @@
 """Plans: pure, right about what fits, and clear about what does not."""
 
 import dataclasses
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -36,19 +38,29 @@ def test_plans_stay_within_the_device(arch):
                 for precision in ("ieee", "tf32"):
                     sizes = {"hidden_size": hidden_size, "batch_size": 33, "directions": 2, "seq_len": 10}
                     plan = fastrnn.plan(cell, **sizes, dtype=dtype, device=arch, precision=precision)
+                    if plan.backend != "resident":
+                        assert "does not fit one program" in plan.why
                     if plan.backend == "torch":
-                        assert plan.kernel is None and "does not fit one program" in plan.why
+                        assert plan.kernel is None
                         continue
                     fitting += 1
                     kernel = plan.kernel
-                    assert kernel.programs == 3 * 2
-                    assert kernel.block_h >= hidden_size
+                    *slices, batch_tiles, directions = kernel.grid
+                    assert batch_tiles * kernel.block_b >= 33 and directions == 2
+                    assert math.prod(slices) * kernel.units >= hidden_size
+                    starts, pieces = zip(*kernel.k_tiles, strict=True)
+                    assert sum(pieces) >= hidden_size and starts == tuple(itertools.accumulate((0, *pieces[:-1])))
+                    if slices:
+                        assert kernel.programs <= spec.multiprocessors
+                        assert sum(pieces) < hidden_size + 32  # no more than the next multiple of 32 is paid for
                     assert kernel.shared_bytes <= spec.shared_bytes
                     assert kernel.weight_bytes <= max(spec.shared_bytes, spec.register_bytes)
-                    assert kernel.warps * spec.warp_size <= 1024
+                    for launch in (kernel.forward, kernel.backward):
+                        assert launch.warps * spec.warp_size <= 1024
+                        if launch.max_registers:
+                            used = launch.max_registers * launch.warps * spec.warp_size * 4
+                            assert used <= spec.register_bytes
                     assert kernel.precision == "ieee" or spec.has_tf32
-                    if kernel.max_registers:
-                        assert kernel.max_registers * kernel.warps * spec.warp_size * 4 <= spec.register_bytes
     assert fitting > 100
 
 
@@ -60,6 +72,32 @@ def test_what_fits_is_what_the_design_says():
         resident("lstm", 128, device="sm_120")
 
 
+def test_auto_takes_the_first_tier_that_fits():
+    sizes = {"batch_size": 16, "dtype": BF16, "device": "sm_90"}
+    tiers = {H: fastrnn.plan("lstm", hidden_size=H, **sizes).backend for H in (64, 128, 129, 650, 1024, 1536, 2048)}
+    assert tiers == {64: "resident", 128: "resident", 129: "cooperative", 650: "cooperative", 1024: "cooperative",
+                     1536: "cooperative", 2048: "torch"}  # fmt: skip
+    assert "slices over both memories are missing" in fastrnn.plan("lstm", hidden_size=2048, **sizes).why
+
+
+def test_a_grid_that_cannot_be_resident_is_refused():
+    sizes = {"hidden_size": 650, "dtype": BF16, "device": "sm_90"}
+    assert fastrnn.plan("lstm", batch_size=96, **sizes, backend="cooperative").kernel.programs <= 132
+    with pytest.raises(
+        ValueError, match=r"programs \(\d+ slices x 32 batch tiles x 1 directions\) .* 132 fit on sm_90"
+    ):
+        fastrnn.plan("lstm", batch_size=1024, **sizes, backend="cooperative")
+    refused = fastrnn.plan("lstm", batch_size=1024, **sizes)
+    assert refused.backend == "torch" and "132 fit on sm_90" in refused.why
+
+
+def test_a_larger_batch_takes_larger_tiles_before_it_is_refused():
+    sizes = {"hidden_size": 512, "dtype": BF16, "device": "sm_90", "backend": "cooperative"}
+    kernels = [fastrnn.plan("gru", batch_size=B, **sizes).kernel for B in (16, 128, 256)]
+    assert [k.block_b for k in kernels] == [16, 16, 32]
+    assert all(k.programs <= 132 for k in kernels)
+
+
 def test_saved_bytes_are_what_the_op_keeps(device):
     from fastrnn import ops
 
@@ -67,7 +105,7 @@ def test_saved_bytes_are_what_the_op_keeps(device):
 
     for cell in CELLS:
         inputs = make_problem(cell, Case(T=5, B=3, H=24, D=2), torch.float16, device).inputs
-        kept = ops._recurrence(*inputs, cell, True)[3:]
+        kept = ops._recurrence(*inputs, cell, True, "resident")[3:]
         plan = fastrnn.plan(
             cell, hidden_size=24, batch_size=3, seq_len=5, directions=2, dtype=torch.float16, device="sm_80"
         )

@@ -1,5 +1,6 @@
 """The persistent kernels against the fp64 reference: outputs, final states and every gradient, inside the budget."""
 
+import functools
 import unittest.mock
 
 import hypothesis
@@ -11,16 +12,28 @@ from fastrnn import interpreter, reference
 from fastrnn.kernels.cells import CELLS as CELL_TABLE
 from fastrnn.kernels.tile import resident
 from fastrnn.ops import recurrence
+from fastrnn.tiers import TIERS
 
 from .cases import CASES, CELLS, DTYPES, Case, make_problem, over_budget, require_kernel
 
 
+@pytest.mark.parametrize("backend", TIERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_matches_reference(cell, case, dtype, device):
-    require_kernel(cell, case, dtype, device)
-    assert not over_budget(make_problem(cell, case, dtype, device))
+def test_matches_reference(cell, case, dtype, backend, device):
+    require_kernel(cell, case, dtype, device, backend)
+    assert not over_budget(make_problem(cell, case, dtype, device), functools.partial(recurrence, backend=backend))
+
+
+@pytest.mark.parametrize(
+    "case", (Case(T=3, B=17, H=130, D=2), Case(T=2, B=3, H=384, D=2), Case(T=2, B=5, H=650, D=2)), ids=str
+)
+@pytest.mark.parametrize("cell", CELLS)
+def test_large_hidden_sizes_match_reference(cell, case, device):
+    require_kernel(cell, case, torch.float32, device, "cooperative")
+    problem = make_problem(cell, case, torch.float32, device)
+    assert not over_budget(problem, functools.partial(recurrence, backend="cooperative"))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -97,16 +110,13 @@ def test_offsets_beyond_2_31_elements(device):
     assert y[:, 15, 0, 0, 15].tolist() == expected
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", TIERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_writes_every_element(cell, dtype, device):
-    """torch fills what is allocated and not written with NaN in deterministic mode."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        assert torch.empty(8).isnan().all() and torch.zeros(1).new_empty(8).isnan().all()
-        assert not over_budget(make_problem(cell, Case(T=3, B=17, H=20, D=2), dtype, device))
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_writes_every_element(cell, dtype, backend, device):
+    problem = make_problem(cell, Case(T=3, B=17, H=20, D=2), dtype, device)
+    assert not over_budget(problem, functools.partial(recurrence, backend=backend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,10 +6,7 @@
 Source: section 3 of Appleyard et al. 2016 (arXiv:1604.01946) for the split of the input product from the recurrent
 one; Diamos et al. 2016 (persistent RNNs) for weights that stay on chip.
 
-Layout, time-major and contiguous, D directions side by side; direction 1 walks time from the end:
-
-    x_gates, d_x_gates   [T, B, D, G, H]     y, dy, c (all steps)   [T, B, D, H]     saved   [T, B, D, S, H]
-    W_hh                 [D, G, H, H]        h_0, c_0, h_n, c_n     [D, B, H]        b_hh    [D, G, H]
+The layout of every tensor is in tiles.py.
 
 Grid: (batch tiles, D). W_hh is read before the loop, once; x_gates (backward: everything a step reads) of the next
 step is loaded before this step's product, so that its latency hides behind it. The state is fp32 from step to step
@@ -24,46 +21,17 @@ state; more batch tiles or directions only fill more SMs.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def place(B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    """This program's direction (of D), its first row (of B), and offsets and mask of its tile; scalars are int64."""
-    direction = tl.program_id(1).to(tl.int64)
-    first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
-    offs_b = tl.arange(0, BLOCK_B)
-    offs_h = tl.arange(0, BLOCK_H)
-    mask = (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :]
-    return direction, tl.num_programs(1), tl.cast(B, tl.int64), first_row, offs_b, offs_h, mask
-
-
-@triton.jit
-def time_index(step, T, direction):
-    """The t that a program of this direction visits at its step."""
-    return tl.where(direction == 0, step, T - 1 - step)
-
-
-@triton.jit
-def load_tiles(ptr, row_stride, N: tl.constexpr, H: tl.constexpr, offs_b, offs_h, mask):
-    """N tiles [BLOCK_B, BLOCK_H], H apart, as a tuple; zero where masked."""
-    tiles = ()
-    for n in tl.static_range(N):
-        tiles = tiles + (tl.load(ptr + offs_b[:, None] * row_stride + n * H + offs_h[None, :], mask=mask, other=0.0),)
-    return tiles
-
-
-@triton.jit
-def store_tiles(ptr, row_stride, tiles, N: tl.constexpr, H: tl.constexpr, offs_b, offs_h, mask):
-    for n in tl.static_range(N):
-        tile = tiles[n].to(ptr.dtype.element_ty)
-        tl.store(ptr + offs_b[:, None] * row_stride + n * H + offs_h[None, :], tile, mask=mask)
-
-
-@triton.jit
-def as_fp32(tiles, N: tl.constexpr):
-    converted = ()
-    for n in tl.static_range(N):
-        converted = converted + (tiles[n].to(tl.float32),)
-    return converted
+from .tiles import (
+    as_fp32,
+    load_bias,
+    load_state,
+    load_step,
+    load_tiles,
+    place,
+    store_state,
+    store_tiles,
+    time_index,
+)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -78,20 +46,13 @@ def forward(
     square = (offs_h < H)[:, None] & (offs_h < H)[None, :]
 
     W_hh = ()  # G tiles [BLOCK_H of k, BLOCK_H of n]
-    b_hh = ()
     for g in tl.static_range(G):
-        block = (direction * G + g) * H
-        W_hh = W_hh + (tl.load(W_hh_ptr + block * H + offs_h[None, :] * H + offs_h[:, None], mask=square, other=0.0),)
-        if b_hh_ptr is None:
-            bias = tl.zeros((BLOCK_H,), tl.float32)
-        else:
-            bias = tl.load(b_hh_ptr + block + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)
-        b_hh = b_hh + (tl.broadcast_to(bias[None, :], (BLOCK_B, BLOCK_H)),)
+        block_ptr = W_hh_ptr + (direction * G + g) * H * H
+        W_hh = W_hh + (tl.load(block_ptr + offs_h[None, :] * H + offs_h[:, None], mask=square, other=0.0),)
+    b_hh = load_bias(b_hh_ptr, direction, G, H, offs_h, mask)
 
     own_rows = (direction * rows + first_row) * H  # of this program in [D, B, H]
-    state = as_fp32(load_tiles(h_0_ptr + own_rows, H, 1, H, offs_b, offs_h, mask), 1)
-    if HAS_C:
-        state = state + as_fp32(load_tiles(c_0_ptr + own_rows, H, 1, H, offs_b, offs_h, mask), 1)
+    state = load_state(h_0_ptr, c_0_ptr, own_rows, HAS_C, H, offs_b, offs_h, mask)
 
     start = (time_index(0, T, direction) * rows + first_row) * D + direction
     x_next = load_tiles(x_gates_ptr + start * G * H, D * G * H, G, H, offs_b, offs_h, mask)
@@ -113,29 +74,7 @@ def forward(
         if saved_ptr is not None:
             store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_h, mask)
 
-    store_tiles(h_n_ptr + own_rows, H, state, 1, H, offs_b, offs_h, mask)
-    if HAS_C:
-        store_tiles(c_n_ptr + own_rows, H, (state[1],), 1, H, offs_b, offs_h, mask)
-
-
-@triton.jit
-def load_step(
-    step, T, rows, first_row, direction, D, dy_ptr, kept_ptr, kept_0_ptr, saved_ptr, offs_b, offs_h, mask,
-    S: tl.constexpr, H: tl.constexpr,
-):  # fmt: skip
-    """What backward reads at a step, counted from the end: the kept state one step earlier, dy and the saved tiles."""
-    now = (time_index(T - 1 - step, T, direction) * rows + first_row) * D + direction
-    before = (time_index(tl.maximum(T - 2 - step, 0), T, direction) * rows + first_row) * D + direction
-    last = step == T - 1
-    kept_prev_ptr = tl.where(last, kept_0_ptr + (direction * rows + first_row) * H, kept_ptr + before * H)
-    tiles = load_tiles(kept_prev_ptr, tl.where(last, H, D * H), 1, H, offs_b, offs_h, mask)
-    if dy_ptr is not None:
-        tiles = tiles + load_tiles(dy_ptr + now * H, D * H, 1, H, offs_b, offs_h, mask)
-    else:
-        tiles = tiles + (tl.zeros(mask.shape, tl.float32),)
-    if S > 0:
-        tiles = tiles + load_tiles(saved_ptr + now * S * H, D * S * H, S, H, offs_b, offs_h, mask)
-    return tiles
+    store_state(h_n_ptr, c_n_ptr, own_rows, state, HAS_C, H, offs_b, offs_h, mask)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -151,21 +90,11 @@ def backward(
 
     W_hh = ()  # G tiles [BLOCK_H of n, BLOCK_H of k]: as stored, since backward multiplies by the transpose
     for g in tl.static_range(G):
-        block = (direction * G + g) * H
-        W_hh = W_hh + (tl.load(W_hh_ptr + block * H + offs_h[:, None] * H + offs_h[None, :], mask=square, other=0.0),)
+        block_ptr = W_hh_ptr + (direction * G + g) * H * H
+        W_hh = W_hh + (tl.load(block_ptr + offs_h[:, None] * H + offs_h[None, :], mask=square, other=0.0),)
 
     own_rows = (direction * rows + first_row) * H
-    d_state = ()
-    if dh_n_ptr is not None:
-        d_state = d_state + as_fp32(load_tiles(dh_n_ptr + own_rows, H, 1, H, offs_b, offs_h, mask), 1)
-    else:
-        d_state = d_state + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
-    if HAS_C:
-        if dc_n_ptr is not None:
-            d_state = d_state + as_fp32(load_tiles(dc_n_ptr + own_rows, H, 1, H, offs_b, offs_h, mask), 1)
-        else:
-            d_state = d_state + (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
-
+    d_state = load_state(dh_n_ptr, dc_n_ptr, own_rows, HAS_C, H, offs_b, offs_h, mask)
     end = (time_index(T - 1, T, direction) * rows + first_row) * D + direction
     kept = load_tiles(kept_ptr + end * H, D * H, 1, H, offs_b, offs_h, mask)[0].to(tl.float32)
     following = load_step(
@@ -201,6 +130,4 @@ def backward(
         if d_rec_last_ptr is not None:
             store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_h, mask)
 
-    store_tiles(dh_0_ptr + own_rows, H, d_state, 1, H, offs_b, offs_h, mask)
-    if HAS_C:
-        store_tiles(dc_0_ptr + own_rows, H, (d_state[1],), 1, H, offs_b, offs_h, mask)
+    store_state(dh_0_ptr, dc_0_ptr, own_rows, d_state, HAS_C, H, offs_b, offs_h, mask)

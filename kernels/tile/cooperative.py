@@ -1,0 +1,177 @@
+"""The cooperative tier: W_hh is split over a group of P programs that run at once and exchange the state every step.
+
+    forward    wait for h[t-1];   rec = W_hh[own units] h + b_hh;   (h, c), saved = cell(x_gates[t], rec, (h, c));
+               y[t, own units] = h;   arrive
+    backward   d_gates[t, own units] = cell'(dh + dy[t], dc, saved[t]);   arrive;   wait for d_gates[t];
+               dh = W_hh^T[own units] d_gates[t] + rest
+
+A program owns BLOCK_N hidden units, all their gates and their W_hh: the rows that make its own gates in forward, the
+columns that make its own dh in backward; either stays on chip for the whole sequence. What is exchanged is an output
+anyway, y forward and d_gates backward, and each slot is written once: no copy, no double buffer. barrier.py holds the
+protocol. What does not depend on the others (x_gates of the next step, everything that backward reads of it) is loaded
+before the wait; what they do not need (c, saved tiles) is stored after the arrival.
+
+Source: Diamos et al. 2016 (persistent RNNs) for the split over the GPU with a barrier a step.
+
+Grid: (P, batch tiles, D); the last two number the groups. K_TILES, ((start, size), ...), covers the H units of the
+exchanged state with powers of two, so that H = 650 costs 672 and not 1024. The layout of tensors is in tiles.py.
+
+Limit: the latency of a step, not bandwidth: one grid barrier and one read of the state through L2 (about 1 us on an
+H100 by public notes, not measured here), then the chain product, activations, store.
+"""
+
+import triton
+import triton.language as tl
+
+from ..barrier import arrive, wait
+from .tiles import as_fp32, load_bias, load_state, load_step, load_tiles, store_state, store_tiles, time_index
+
+
+@triton.jit
+def place(B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's direction (of D), its first row (of B), its own units, and the mask of rows and of its tile."""
+    direction = tl.program_id(2).to(tl.int64)
+    first_row = tl.program_id(1).to(tl.int64) * BLOCK_B
+    offs_b = tl.arange(0, BLOCK_B)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = first_row + offs_b < B
+    mask = row_mask[:, None] & (offs_n < H)[None, :]
+    return direction, tl.num_programs(2), tl.cast(B, tl.int64), first_row, offs_b, offs_n, row_mask, mask
+
+
+@triton.jit
+def load_exchanged(ptr, row_stride, K_TILE: tl.constexpr, H: tl.constexpr, offs_b, row_mask):
+    """A piece [BLOCK_B, K] of what the group's programs wrote: past L1, which may hold what stood there before."""
+    offs_k = K_TILE[0] + tl.arange(0, K_TILE[1])
+    mask = row_mask[:, None] & (offs_k < H)[None, :]
+    return tl.load(ptr + offs_b[:, None] * row_stride + offs_k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def load_weights(
+    W_hh_ptr, direction, offs_n, G: tl.constexpr, H: tl.constexpr, K_TILES: tl.constexpr, BY_ROW: tl.constexpr
+):
+    """Tiles [K, BLOCK_N] for each piece of K and gate: rows of W_hh are the own units if BY_ROW, else its columns."""
+    tiles = ()
+    for i in tl.static_range(len(K_TILES)):
+        offs_k = K_TILES[i][0] + tl.arange(0, K_TILES[i][1])
+        mask = (offs_k < H)[:, None] & (offs_n < H)[None, :]
+        for g in tl.static_range(G):
+            block_ptr = W_hh_ptr + (direction * G + g) * H * H
+            if BY_ROW:
+                tile_ptr = block_ptr + offs_n[None, :] * H + offs_k[:, None]
+            else:
+                tile_ptr = block_ptr + offs_k[:, None] * H + offs_n[None, :]
+            tiles = tiles + (tl.load(tile_ptr, mask=mask, other=0.0),)
+    return tiles
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def forward(
+    x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
+    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, counters_ptr,
+    T, B,
+    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
+    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr,
+    PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
+):  # fmt: skip
+    direction, D, rows, first_row, offs_b, offs_n, row_mask, mask = place(B, H, BLOCK_B, BLOCK_N)
+    P = tl.num_programs(0).to(tl.int64)
+    counter_ptr = counters_ptr + (tl.program_id(1) * D + tl.program_id(2)) * COUNTER_STRIDE
+
+    W_hh = load_weights(W_hh_ptr, direction, offs_n, G, H, K_TILES, True)
+    b_hh = load_bias(b_hh_ptr, direction, G, H, offs_n, mask)
+    own_rows = (direction * rows + first_row) * H  # of this program in [D, B, H]
+    state = load_state(h_0_ptr, c_0_ptr, own_rows, HAS_C, H, offs_b, offs_n, mask)
+
+    start = (time_index(0, T, direction) * rows + first_row) * D + direction
+    x_next = load_tiles(x_gates_ptr + start * G * H, D * G * H, G, H, offs_b, offs_n, mask)
+    for step in tl.range(0, T, num_stages=1):
+        x = as_fp32(x_next, G)
+        ahead = (time_index(tl.minimum(step + 1, T - 1), T, direction) * rows + first_row) * D + direction
+        x_next = load_tiles(x_gates_ptr + ahead * G * H, D * G * H, G, H, offs_b, offs_n, mask)
+
+        wait(counter_ptr, step * P, SPIN_ON_LOAD)
+        before = (time_index(tl.maximum(step - 1, 0), T, direction) * rows + first_row) * D + direction
+        h_ptr = tl.where(step == 0, h_0_ptr + own_rows, y_ptr + before * H)
+        h_stride = tl.where(step == 0, H, D * H)
+        rec = b_hh
+        for i in tl.static_range(len(K_TILES)):
+            h = load_exchanged(h_ptr, h_stride, K_TILES[i], H, offs_b, row_mask)
+            summed = ()
+            for g in tl.static_range(G):
+                summed = summed + (tl.dot(h, W_hh[i * G + g], acc=rec[g], input_precision=PRECISION),)
+            rec = summed
+        state, saved = CELL(x, rec, state)
+
+        now = (time_index(step, T, direction) * rows + first_row) * D + direction
+        store_tiles(y_ptr + now * H, D * H, state, 1, H, offs_b, offs_n, mask)
+        arrive(counter_ptr)
+        if c_ptr is not None:
+            store_tiles(c_ptr + now * H, D * H, (state[1],), 1, H, offs_b, offs_n, mask)
+        if saved_ptr is not None:
+            store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_n, mask)
+
+    store_state(h_n_ptr, c_n_ptr, own_rows, state, HAS_C, H, offs_b, offs_n, mask)
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def backward(
+    dy_ptr, dh_n_ptr, dc_n_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr,
+    d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, counters_ptr,
+    T, B,
+    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
+    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr,
+    PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
+):  # fmt: skip
+    direction, D, rows, first_row, offs_b, offs_n, row_mask, mask = place(B, H, BLOCK_B, BLOCK_N)
+    P = tl.num_programs(0).to(tl.int64)
+    counter_ptr = counters_ptr + (tl.program_id(1) * D + tl.program_id(2)) * COUNTER_STRIDE
+    W_hh = load_weights(W_hh_ptr, direction, offs_n, G, H, K_TILES, False)
+
+    own_rows = (direction * rows + first_row) * H
+    d_state = load_state(dh_n_ptr, dc_n_ptr, own_rows, HAS_C, H, offs_b, offs_n, mask)
+    end = (time_index(T - 1, T, direction) * rows + first_row) * D + direction
+    kept = load_tiles(kept_ptr + end * H, D * H, 1, H, offs_b, offs_n, mask)[0].to(tl.float32)
+    following = load_step(
+        0, T, rows, first_row, direction, D, dy_ptr, kept_ptr, kept_0_ptr, saved_ptr, offs_b, offs_n, mask, S, H
+    )
+    for step in tl.range(0, T, num_stages=1):
+        tiles = as_fp32(following, S + 2)
+        kept_prev = tiles[0]
+        saved = ()
+        for n in tl.static_range(S):
+            saved = saved + (tiles[n + 2],)
+        if HAS_C:
+            d_state = (d_state[0] + tiles[1], d_state[1])
+        else:
+            d_state = (d_state[0] + tiles[1],)
+        d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev)
+        kept = kept_prev
+
+        now = (time_index(T - 1 - step, T, direction) * rows + first_row) * D + direction
+        store_tiles(d_x_gates_ptr + now * G * H, D * G * H, d_x, G, H, offs_b, offs_n, mask)
+        if d_rec_last_ptr is not None:
+            store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_n, mask)
+        arrive(counter_ptr)
+        following = load_step(
+            tl.minimum(step + 1, T - 1), T, rows, first_row, direction, D,
+            dy_ptr, kept_ptr, kept_0_ptr, saved_ptr, offs_b, offs_n, mask, S, H,
+        )  # fmt: skip
+        wait(counter_ptr, (step + 1) * P, SPIN_ON_LOAD)
+
+        dh = d_state[0]
+        for i in tl.static_range(len(K_TILES)):
+            for g in tl.static_range(G):
+                if d_rec_last_ptr is not None and g == G - 1:
+                    d_gate = load_exchanged(d_rec_last_ptr + now * H, D * H, K_TILES[i], H, offs_b, row_mask)
+                else:
+                    gate_ptr = d_x_gates_ptr + (now * G + g) * H
+                    d_gate = load_exchanged(gate_ptr, D * G * H, K_TILES[i], H, offs_b, row_mask)
+                dh = tl.dot(d_gate, W_hh[i * G + g], acc=dh, input_precision=PRECISION)
+        if HAS_C:
+            d_state = (dh, d_state[1])
+        else:
+            d_state = (dh,)
+
+    store_state(dh_0_ptr, dc_0_ptr, own_rows, d_state, HAS_C, H, offs_b, offs_n, mask)
