@@ -275,7 +275,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the products; bfloat16 on a GPU"
     )
-    parser.add_argument("--backend", choices=("auto", "torch", "reference", "resident"), default="auto")
+    parser.add_argument("--backend", choices=fastrnn.planner.BACKENDS, default="auto")
     parser.add_argument("--out", type=Path, default=Path("runs/char_lm"))
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
     parser.add_argument("--sample", type=int, default=400, help="characters to write at the end")

@@ -2,7 +2,7 @@
 
 Two faults of triton/runtime/interpreter.py, read in 3.9.0 (the same in 3.5 to 3.8): `create_dot` multiplies the
 uint16 that bfloat16 is stored in as integers, and the cast from float32 truncates where hardware rounds to nearest
-even. All use of the interpreter's internals is in this file.
+even. All use of the interpreter's internals is in this file and in together.py.
 """
 
 import os

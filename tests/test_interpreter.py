@@ -1,0 +1,31 @@
+"""What fastrnn corrects in Triton's interpreter is wrong there and right afterwards: a fixed Triton is noticed."""
+
+import contextlib
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastrnn import interpreter
+
+pytestmark = pytest.mark.skipif(not interpreter.ENABLED, reason="about the interpreter: set TRITON_INTERPRET=1")
+
+
+@triton.jit
+def product(a_ptr, b_ptr, c_ptr, rounded_ptr):
+    rows = tl.arange(0, 16)[:, None]
+    columns = tl.arange(0, 16)[None, :]
+    c = tl.dot(tl.load(a_ptr + rows * 16 + columns), tl.load(b_ptr + rows * 16 + columns))
+    tl.store(c_ptr + rows * 16 + columns, c)
+    tl.store(rounded_ptr + rows * 16 + columns, c.to(tl.bfloat16))
+
+
+@pytest.mark.parametrize("corrected", (True, False))
+def test_bfloat16(corrected):
+    a, b = torch.randn(2, 16, 16).bfloat16()
+    c, rounded = torch.zeros(16, 16), torch.zeros(16, 16).bfloat16()
+    with interpreter.corrected() if corrected else contextlib.nullcontext():
+        product[(1,)](a, b, c, rounded)
+    assert torch.allclose(c, a.float() @ b.float(), atol=1e-5) == corrected
+    assert torch.equal(rounded, c.bfloat16()) == corrected
