@@ -1,6 +1,6 @@
 """Train a character-level language model on the English text that every Python carries (pydoc_data.topics).
 
-    python examples/char_lm.py                          1 to 2 minutes on 2 CPU cores, with torch's CPU kernel
+    python examples/char_lm.py                          about a minute on 2 CPU cores, with torch's CPU kernel
     python examples/char_lm.py --device cuda            on the persistent Triton kernels, in bfloat16
     python examples/char_lm.py --cell gru --resume      continue an interrupted run, exactly
 
@@ -266,7 +266,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=fraction, default=0.0, help="between layers")
     parser.add_argument("--batch", type=positive, default=32, help="parallel streams of text")
     parser.add_argument("--window", type=positive, default=64, help="bytes between gradient cuts")
-    parser.add_argument("--steps", type=positive, default=4000)
+    parser.add_argument("--steps", type=positive, default=3000)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--eval-every", type=positive, default=500)
