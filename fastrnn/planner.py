@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from .device import DeviceSpec
+from .device import SPECS, DeviceSpec
 from .reference import GATES
 from .tiers import TIERS, GridTooLargeError, KernelPlan, as_text
 
@@ -137,7 +137,13 @@ def _spec(device: "str | torch.device | DeviceSpec | None") -> DeviceSpec:
         return DeviceSpec.named(device)
     if device is None and not torch.cuda.is_available():
         raise ValueError("device: expected an architecture such as 'sm_90', since there is no GPU here; got None")
-    return DeviceSpec.of(torch.device(device or "cuda"))
+    try:
+        found = torch.device(device or "cuda")
+    except RuntimeError:
+        raise ValueError(
+            f"device: expected an architecture ({', '.join(SPECS)}) or a torch device; got {device!r}"
+        ) from None
+    return DeviceSpec.of(found)
 
 
 def torch_precision() -> str:

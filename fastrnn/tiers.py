@@ -1,8 +1,9 @@
 """The tiers: which sizes each holds, and in which tiles; pure functions from shapes and a DeviceSpec to a KernelPlan.
 
 Every threshold is what compiled without spilling in Triton 3.9.0: the resident tier for all nine architectures, the
-cooperative one for sm_80, 90, 100, 120 and gfx942 at H = 192, 384, 650, 1024; tests/test_codegen.py compiles a part of
-that again. Cycles are modelled, not measured (`python -m bench.cross_compile`).
+cooperative one for sm_80, 90, 100, 120 and gfx942 at H up to 1024, where CHANGELOG.md lists four kernels that still
+spill; tests/test_codegen.py compiles a part of that again. Cycles are modelled, not measured: change a choice here and
+`python -m bench.cross_compile` says what it gave.
 """
 
 import functools
@@ -132,8 +133,8 @@ def cooperative(
     k_tiles = _power_of_two_pieces(_tiles(H, 32) * 32, at_most=128)
     k = sum(size for _, size in k_tiles)
     # As above: left alone, ptxas spills 8 or 16 bytes here and there; told to use all registers, it spills up to 136
-    # bytes of long forward steps (LSTM, H=1024) and 8 to 24 of long 16-bit backward ones. Found for sm_90; elsewhere a
-    # few sizes still spill (CHANGELOG.md).
+    # bytes of long forward steps (LSTM, H=1024) and 8 to 24 of long 16-bit backward ones. Found for sm_90; sm_80
+    # and sm_120 want other rules at a few sizes (CHANGELOG.md).
     if spec.is_amd:
         forward = backward = Launch(warps=4)
     else:

@@ -140,6 +140,7 @@ def test_explicit_backends_and_cpu():
     (
         ({"cell": "peephole"}, ValueError, "cell: expected one of 'lstm'.*got 'peephole'"),
         ({"device": "sm_70"}, ValueError, "device: expected one of sm_80.*got 'sm_70'"),
+        ({"device": "h100"}, ValueError, "device: expected an architecture .sm_80.* or a torch device; got 'h100'"),
         ({"hidden_size": 0}, ValueError, "hidden_size: expected a positive int, got 0"),
         ({"batch_size": -1}, ValueError, "batch_size: expected a positive int, got -1"),
         ({"batch_size": 2.0}, ValueError, "batch_size: expected a positive int, got 2.0"),
