@@ -59,12 +59,12 @@ def compile_kernel(
     planned = chosen.kernel
     if planned is None:
         raise NotImplementedError(chosen.why)
-    compiled = _compile(spec, chosen.backend, cell, hidden_size, batch_size, dtype, which, precision)
+    compiled, exchanged = _compile(spec, chosen.backend, cell, hidden_size, batch_size, dtype, which, precision)
     row = {
         "arch": arch, "backend": chosen.backend, "cell": cell, "hidden": hidden_size, "batch": batch_size,
-        "dtype": str(dtype).removeprefix("torch."), "pieces": len(planned.k_tiles), "programs": planned.programs,
-        "polls": 2 * planned.spin_on_load,
-        "precision": planned.precision, "pass": which, "warps": getattr(planned, which).warps,
+        "dtype": str(dtype).removeprefix("torch."), "pieces": exchanged, "programs": planned.programs,
+        "polls": 2 * planned.spin_on_load * (chosen.backend == "cooperative"),
+        "precision": planned.precision, "pass": which, "warps": planned.warps, "units": planned.units,
         "shared": compiled.metadata.shared, "shared_planned": planned.shared_bytes,
         "loads": _loads_in_loop(compiled.asm["ttgir"]),
     }  # fmt: skip
@@ -73,7 +73,7 @@ def compile_kernel(
 
 def _compile(
     spec: DeviceSpec, backend: str, cell: str, H: int, B: int, dtype: torch.dtype, which: str, precision: str
-) -> Any:
+) -> tuple[Any, int]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -86,11 +86,15 @@ def _compile(
         get_current_target=lambda: target,
     )
     driver.set_active(stand_in)
-    kernels = []
+    kernels: list[tuple[Any, int]] = []  # and the pieces in which the exchanged state is multiplied
     run = JITFunction.run
 
     def compile_only(self, *args, warmup, **kwargs):
-        kernels.append(run(self, *args, warmup=True, **kwargs))
+        kernels.append((run(self, *args, warmup=True, **kwargs), len(kwargs.get("K_TILES", ()))))
+        return kernels[-1][0]
+
+    def spilled(compiled) -> int:
+        return (_amd(compiled.asm["amdgcn"]) if spec.is_amd else _usage(compiled.asm["cubin"]))["spilled"]
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
@@ -100,6 +104,7 @@ def _compile(
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(DeviceSpec, "of", lambda _: spec),
+        mock.patch("fastrnn.compiler.spilled_registers", spilled),
         mock.patch("fastrnn.planner.torch_precision", lambda: precision),
     ):
         outputs = launch.forward(cell, tensor(3, B, 1, G, H), W_hh, tensor(1, G * H), h_0, c_0, True, backend)
@@ -132,24 +137,28 @@ def _amd(assembly: str) -> dict[str, int]:
     return {"registers": count("vgpr_count"), "spilled": spilled, "tensor_core": assembly.count("v_mfma")}
 
 
-def _nvidia(cubin: bytes) -> dict[str, int]:
+def _tool(cubin: bytes, tool: str, *flags: str) -> str:
+    """What one of the NVIDIA tools that come with Triton says of a cubin."""
     import triton
 
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", tool)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        return subprocess.run([path, *flags, file.name], capture_output=True, text=True, check=True).stdout
 
-        def output(tool: str, *flags: str) -> str:
-            command = [os.path.join(tools, tool), *flags, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", output("cuobjdump", "-res-usage"))
-        sass = output("nvdisasm", "-c", "-hex")
+def _usage(cubin: bytes) -> dict[str, int]:
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool(cubin, "cuobjdump", "-res-usage"))
     assert usage is not None
+    return {"registers": int(usage[1]), "spilled": int(usage[2])}
+
+
+def _nvidia(cubin: bytes) -> dict[str, int]:
+    sass = _tool(cubin, "nvdisasm", "-c", "-hex")
     instructions, stalls, waits = _step_loop(sass)
-    return {
-        "registers": int(usage[1]), "spilled": int(usage[2]), "tensor_core": len(re.findall(r"\bHMMA|\bHGMMA", sass)),
+    return _usage(cubin) | {
+        "tensor_core": len(re.findall(r"\bHMMA|\bHGMMA", sass)),
         "loop_instructions": instructions, "cycles": stalls + 14 * waits,
     }  # fmt: skip
 

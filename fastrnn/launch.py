@@ -1,12 +1,16 @@
 """Allocate outputs and launch the kernels of a plan; what is left to one product and one sum is here too."""
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import interpreter
+from . import compiler, interpreter
 from .device import DeviceSpec
 from .planner import plan
 from .reference import GATES
+from .tiers import KernelPlan, pieces
 
 CACHE_LINE = 128  # bytes
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -106,6 +110,17 @@ def _present(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
+def compile_choices(kernel: KernelPlan, backend: str) -> list[dict[str, Any]]:
+    """The ways of compiling a plan's kernel, as launch options, in the order to try them."""
+    choices = []
+    for registers, columns in itertools.product(kernel.register_limits, kernel.piece_limits):
+        choice: dict[str, Any] = {"maxnreg": registers} if registers else {}
+        if backend == "cooperative":
+            choice["K_TILES"] = pieces(kernel.share, columns)
+        choices.append(choice)
+    return choices
+
+
 def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | None) -> None:
     """Launch the tier's kernel, "forward" or "backward", by its plan for y (T, B, D, H); an empty batch needs none."""
     from .kernels.cells import CELLS
@@ -116,7 +131,8 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
         return
     spec = CELLS[cell]
     sizes = {"hidden_size": H, "batch_size": B, "seq_len": T, "directions": D}
-    kernel = plan(cell, **sizes, dtype=y.dtype, device=DeviceSpec.of(y.device), backend=backend).kernel  # type: ignore[arg-type]
+    device = DeviceSpec.of(y.device)
+    kernel = plan(cell, **sizes, dtype=y.dtype, device=device, backend=backend).kernel  # type: ignore[arg-type]
     assert kernel is not None
     constants = {
         "CELL": getattr(spec, which),
@@ -127,30 +143,34 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
         "BLOCK_B": kernel.block_b,
         "PRECISION": kernel.precision,
     }
-    launch = getattr(kernel, which)
-    options = {"num_warps": launch.warps, "enable_fp_fusion": True}
-    if launch.max_registers:
-        options["maxnreg"] = launch.max_registers
+    options: dict[str, Any] = {"num_warps": kernel.warps, "enable_fp_fusion": True}
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(y):
         if backend == "resident":
-            getattr(resident, which)[kernel.grid](*pointers, T, B, BLOCK_H=kernel.units, **constants, **options)
-            return
-        # Counters of the grid barrier, zero at every launch; each on a cache line of its own.
-        _, batch_tiles, directions = kernel.grid
-        counters = torch.zeros(batch_tiles * directions, CACHE_LINE // 8, dtype=torch.int64, device=y.device)
-        arguments = (*pointers, counters, T, B)
-        constants |= {
-            "BLOCK_N": kernel.units,
-            "K_TILES": kernel.k_tiles,
-            "SPIN_ON_LOAD": kernel.spin_on_load,
-            "COUNTER_STRIDE": counters.stride(0),
-        }
-        if interpreter.ENABLED:
-            from . import together
-
-            together.launch(getattr(cooperative, which), kernel.grid, *arguments, **constants)
+            function, arguments = getattr(resident, which), (*pointers, T, B)
+            constants["BLOCK_H"] = kernel.units
         else:
+            # Counters of the grid barrier, zero at every launch; each on a cache line of its own.
+            _, batch_tiles, directions = kernel.grid
+            counters = torch.zeros(batch_tiles * directions, CACHE_LINE // 8, dtype=torch.int64, device=y.device)
+            function, arguments = getattr(cooperative, which), (*pointers, counters, T, B)
+            constants |= {
+                "BLOCK_N": kernel.units,
+                "WARPS": kernel.warps,
+                "SPIN_ON_LOAD": kernel.spin_on_load,
+                "COUNTER_STRIDE": counters.stride(0),
+            }
             # The driver refuses a grid whose programs cannot all be resident, instead of leaving it to hang.
             options["launch_cooperative_grid"] = True
-            getattr(cooperative, which)[kernel.grid](*arguments, **constants, **options)
+        choices = compile_choices(kernel, backend)
+        if not interpreter.ENABLED:
+            variant = (device, y.dtype, *constants.values(), *(pointer is None for pointer in pointers))
+            options |= constants
+            options |= compiler.first_without_spills(function, variant, choices, arguments, kernel.grid, options)
+            function[kernel.grid](*arguments, **options)
+        elif backend == "resident":
+            function[kernel.grid](*arguments, **constants)
+        else:
+            from . import together
+
+            together.launch(function, kernel.grid, *arguments, **constants, K_TILES=choices[0]["K_TILES"])

@@ -38,7 +38,7 @@ class Plan:
             groups = f"{batch_tiles} batch tile(s) of {k.block_b} rows x {directions} direction(s)"
             split = f"{slices[0]} slices of {k.units} units x " if slices else ""
             rows |= {
-                "kernel": f"{k.dialect}, {k.forward.warps} warps a program forward, {k.backward.warps} backward",
+                "kernel": f"{k.dialect}, {k.warps} warps a program",
                 "programs": f"{k.programs} = {split}{groups}",
                 "on chip": f"{as_text(k.weight_bytes)} of W_hh a program in {k.weight_place}; shared memory: "
                 f"{as_text(k.shared_bytes)} of {as_text(k.shared_limit)}",
@@ -77,7 +77,7 @@ def plan(
     >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_90"))
     lstm, T=1000, B=64, H=128, bfloat16, on sm_90: backend resident
       why       W_hh fits one program
-      kernel    tile Triton, 16 warps a program forward, 16 backward
+      kernel    tile Triton, 16 warps a program
       programs  4 = 4 batch tile(s) of 16 rows x 1 direction(s)
       on chip   128 KiB of W_hh a program in shared memory; shared memory: 160 KiB of 227 KiB
       products  bfloat16, summed in fp32

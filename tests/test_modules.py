@@ -48,6 +48,25 @@ def functional_map(f, hx):
     return tuple(map(f, hx)) if isinstance(hx, tuple) else f(hx)
 
 
+def test_a_large_lstm_trains_as_torch_nn_does(device):
+    """H = 650 over many programs: two steps of gradient descent leave the same parameters."""
+    ours, theirs = pair("LSTM", device, "cooperative", 650, 650)
+    input = torch.randn(2, 3, 650, device=device)
+    losses = []
+    for module, dtype in ((ours, torch.float32), (theirs, torch.float64)):
+        optimizer = torch.optim.SGD(module.parameters(), lr=10.0)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = (module(input.to(dtype))[0] - 0.5).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[1] < losses[0]
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 import fastrnn
 from fastrnn.device import SPECS, DeviceSpec
 from fastrnn.planner import torch_precision
+from fastrnn.tiers import pieces
 
 BF16 = torch.bfloat16
 
@@ -48,18 +49,21 @@ def test_plans_stay_within_the_device(arch):
                     *slices, batch_tiles, directions = kernel.grid
                     assert batch_tiles * kernel.block_b >= 33 and directions == 2
                     assert math.prod(slices) * kernel.units >= hidden_size
-                    starts, pieces = zip(*kernel.k_tiles, strict=True)
-                    assert sum(pieces) >= hidden_size and starts == tuple(itertools.accumulate((0, *pieces[:-1])))
+                    for most in kernel.piece_limits:
+                        starts, columns = zip(*pieces(kernel.share, most), strict=True)
+                        assert max(columns) <= most and starts == tuple(itertools.accumulate((0, *columns[:-1])))
+                        assert sum(columns) == kernel.share
                     if slices:
                         assert kernel.programs <= spec.multiprocessors
-                        assert sum(pieces) < hidden_size + 32  # no more than the next multiple of 32 is paid for
+                        # Each warp pays for the next multiple of 16 columns, each program for the next of its units.
+                        assert hidden_size <= kernel.share * kernel.warps < hidden_size + 16 * kernel.warps
+                        assert math.prod(slices) * kernel.units < hidden_size + kernel.units
                     assert kernel.shared_bytes <= spec.shared_bytes
                     assert kernel.weight_bytes <= max(spec.shared_bytes, spec.register_bytes)
-                    for launch in (kernel.forward, kernel.backward):
-                        assert launch.warps * spec.warp_size <= 1024
-                        if launch.max_registers:
-                            used = launch.max_registers * launch.warps * spec.warp_size * 4
-                            assert used <= spec.register_bytes
+                    threads = kernel.warps * spec.warp_size
+                    assert threads <= 1024
+                    for registers in kernel.register_limits:
+                        assert (registers or 0) * threads * 4 <= spec.register_bytes
                     assert kernel.precision == "ieee" or spec.has_tf32
     assert fitting > 100
 
@@ -81,7 +85,7 @@ def test_auto_takes_the_first_tier_that_fits():
 
 
 def test_a_grid_that_cannot_be_resident_is_refused():
-    sizes = {"hidden_size": 650, "dtype": BF16, "device": "sm_90"}
+    sizes = {"hidden_size": 640, "dtype": BF16, "device": "sm_90"}
     assert fastrnn.plan("lstm", batch_size=96, **sizes, backend="cooperative").kernel.programs <= 132
     with pytest.raises(
         ValueError, match=r"programs \(\d+ slices x 32 batch tiles x 1 directions\) .* 132 fit on sm_90"

@@ -2,22 +2,26 @@
 
     forward    wait for h[t-1];   rec = W_hh[own units] h + b_hh;   (h, c), saved = cell(x_gates[t], rec, (h, c));
                y[t, own units] = h;   arrive
-    backward   d_gates[t, own units] = cell'(dh + dy[t], dc, saved[t]);   arrive;   wait for d_gates[t];
-               dh = W_hh^T[own units] d_gates[t] + rest
+    backward   wait for d_gates[t+1];   dh = W_hh^T[own units] d_gates[t+1] + rest;
+               d_gates[t, own units] = cell'(dh + dy[t], dc, saved[t]);   arrive
 
 A program owns BLOCK_N hidden units, all their gates and their W_hh: the rows that make its own gates in forward, the
 columns that make its own dh in backward; either stays on chip for the whole sequence. What is exchanged is an output
 anyway, y forward and d_gates backward, and each slot is written once: no copy, no double buffer. barrier.py holds the
 protocol. What does not depend on the others (x_gates of the next step, everything that backward reads of it) is loaded
-before the wait; what they do not need (c, saved tiles) is stored after the arrival.
+between arrival and wait; what they do not need (c, saved tiles) is stored after the arrival.
+
+The WARPS warps of a program share the sum over K, the H units of the exchanged state, as a batched product: each reads
+its own columns of the state once and multiplies them with all own units, so that no warp repeats another's products and
+chains of dependent ones are short. A share is a multiple of 16 columns, H = 650 on 8 warps costs 768: K_TILES, ((start,
+size), ...), covers it with powers of two, small ones, since each is an operand that a warp holds whole.
 
 Source: Diamos et al. 2016 (persistent RNNs) for the split over the GPU with a barrier a step.
 
-Grid: (P, batch tiles, D); the last two number the groups. K_TILES, ((start, size), ...), covers the H units of the
-exchanged state with powers of two, so that H = 650 costs 672 and not 1024. The layout of tensors is in tiles.py.
+Grid: (P, batch tiles, D); the last two number the groups. The layout of tensors is in tiles.py.
 
 Limit: the latency of a step, not bandwidth: one grid barrier and one read of the state through L2 (about 1 us on an
-H100 by public notes, not measured here), then the chain product, activations, store.
+H100 by public notes, not measured here), then product, sum over the warps, activations, store.
 """
 
 import triton
@@ -40,30 +44,77 @@ def place(B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_exchanged(ptr, row_stride, K_TILE: tl.constexpr, H: tl.constexpr, offs_b, row_mask):
-    """A piece [BLOCK_B, K] of what the group's programs wrote: past L1, which may hold what stood there before."""
-    offs_k = K_TILE[0] + tl.arange(0, K_TILE[1])
-    mask = row_mask[:, None] & (offs_k < H)[None, :]
-    return tl.load(ptr + offs_b[:, None] * row_stride + offs_k[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+def columns(K_TILES: tl.constexpr, i: tl.constexpr, WARPS: tl.constexpr):
+    """[WARPS, K]: the units that piece i of each warp's share covers."""
+    share: tl.constexpr = K_TILES[len(K_TILES) - 1][0] + K_TILES[len(K_TILES) - 1][1]
+    return tl.arange(0, WARPS)[:, None] * share + K_TILES[i][0] + tl.arange(0, K_TILES[i][1])[None, :]
+
+
+@triton.jit
+def load_exchanged(ptr, row_stride, offs_k, H: tl.constexpr, offs_b, row_mask):
+    """A piece [WARPS, BLOCK_B, K] of what the group's programs wrote: past L1, which may hold older values."""
+    mask = row_mask[None, :, None] & (offs_k < H)[:, None, :]
+    tile_ptr = ptr + offs_b[None, :, None] * row_stride + offs_k[:, None, :]
+    return tl.load(tile_ptr, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def load_weights(
-    W_hh_ptr, direction, offs_n, G: tl.constexpr, H: tl.constexpr, K_TILES: tl.constexpr, BY_ROW: tl.constexpr
-):
-    """Tiles [K, BLOCK_N] for each piece of K and gate: rows of W_hh are the own units if BY_ROW, else its columns."""
+    W_hh_ptr, direction, offs_n,
+    G: tl.constexpr, H: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """[WARPS, K, BLOCK_N] for each piece of K and gate: rows of W_hh are the own units if BY_ROW, else its columns."""
     tiles = ()
     for i in tl.static_range(len(K_TILES)):
-        offs_k = K_TILES[i][0] + tl.arange(0, K_TILES[i][1])
-        mask = (offs_k < H)[:, None] & (offs_n < H)[None, :]
+        offs_k = columns(K_TILES, i, WARPS)[:, :, None]
+        own = offs_n[None, None, :]
         for g in tl.static_range(G):
             block_ptr = W_hh_ptr + (direction * G + g) * H * H
             if BY_ROW:
-                tile_ptr = block_ptr + offs_n[None, :] * H + offs_k[:, None]
+                tile_ptr = block_ptr + own * H + offs_k
             else:
-                tile_ptr = block_ptr + offs_k[:, None] * H + offs_n[None, :]
-            tiles = tiles + (tl.load(tile_ptr, mask=mask, other=0.0),)
+                tile_ptr = block_ptr + offs_k * H + own
+            tiles = tiles + (tl.load(tile_ptr, mask=(offs_k < H) & (own < H), other=0.0),)
     return tiles
+
+
+@triton.jit
+def recurrent_gates(
+    h_ptr, h_stride, row_mask, W_hh, b_hh, offs_b,
+    G: tl.constexpr, H: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W_hh h + b_hh of the own units, gate by gate."""
+    sums = ()
+    for _ in tl.static_range(G):
+        sums = sums + (tl.zeros([WARPS, b_hh[0].shape[0], b_hh[0].shape[1]], tl.float32),)
+    for i in tl.static_range(len(K_TILES)):
+        h = load_exchanged(h_ptr, h_stride, columns(K_TILES, i, WARPS), H, offs_b, row_mask)
+        longer = ()
+        for g in tl.static_range(G):
+            longer = longer + (tl.dot(h, W_hh[i * G + g], acc=sums[g], input_precision=PRECISION),)
+        sums = longer
+    rec = ()
+    for g in tl.static_range(G):
+        rec = rec + (b_hh[g] + tl.sum(sums[g], 0),)
+    return rec
+
+
+@triton.jit
+def d_hidden(
+    d_x_gates_ptr, d_rec_last_ptr, slot, D, row_mask, W_hh, offs_b,
+    G: tl.constexpr, H: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """W_hh^T d_gates of the own units, d_gates being those of a (t, batch tile, direction)."""
+    total = tl.zeros([WARPS, offs_b.shape[0], W_hh[0].shape[2]], tl.float32)
+    for i in tl.static_range(len(K_TILES)):
+        offs_k = columns(K_TILES, i, WARPS)
+        for g in tl.static_range(G):
+            if d_rec_last_ptr is not None and g == G - 1:
+                d_gate = load_exchanged(d_rec_last_ptr + slot * H, D * H, offs_k, H, offs_b, row_mask)
+            else:
+                d_gate = load_exchanged(d_x_gates_ptr + (slot * G + g) * H, D * G * H, offs_k, H, offs_b, row_mask)
+            total = tl.dot(d_gate, W_hh[i * G + g], acc=total, input_precision=PRECISION)
+    return tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -72,14 +123,14 @@ def forward(
     y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, counters_ptr,
     T, B,
     CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
-    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr,
+    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
     PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
 ):  # fmt: skip
     direction, D, rows, first_row, offs_b, offs_n, row_mask, mask = place(B, H, BLOCK_B, BLOCK_N)
     P = tl.num_programs(0).to(tl.int64)
     counter_ptr = counters_ptr + (tl.program_id(1) * D + tl.program_id(2)) * COUNTER_STRIDE
 
-    W_hh = load_weights(W_hh_ptr, direction, offs_n, G, H, K_TILES, True)
+    W_hh = load_weights(W_hh_ptr, direction, offs_n, G, H, K_TILES, WARPS, True)
     b_hh = load_bias(b_hh_ptr, direction, G, H, offs_n, mask)
     own_rows = (direction * rows + first_row) * H  # of this program in [D, B, H]
     state = load_state(h_0_ptr, c_0_ptr, own_rows, HAS_C, H, offs_b, offs_n, mask)
@@ -88,25 +139,20 @@ def forward(
     x_next = load_tiles(x_gates_ptr + start * G * H, D * G * H, G, H, offs_b, offs_n, mask)
     for step in tl.range(0, T, num_stages=1):
         x = as_fp32(x_next, G)
-        ahead = (time_index(tl.minimum(step + 1, T - 1), T, direction) * rows + first_row) * D + direction
-        x_next = load_tiles(x_gates_ptr + ahead * G * H, D * G * H, G, H, offs_b, offs_n, mask)
-
         wait(counter_ptr, step * P, SPIN_ON_LOAD)
         before = (time_index(tl.maximum(step - 1, 0), T, direction) * rows + first_row) * D + direction
         h_ptr = tl.where(step == 0, h_0_ptr + own_rows, y_ptr + before * H)
         h_stride = tl.where(step == 0, H, D * H)
-        rec = b_hh
-        for i in tl.static_range(len(K_TILES)):
-            h = load_exchanged(h_ptr, h_stride, K_TILES[i], H, offs_b, row_mask)
-            summed = ()
-            for g in tl.static_range(G):
-                summed = summed + (tl.dot(h, W_hh[i * G + g], acc=rec[g], input_precision=PRECISION),)
-            rec = summed
+        rec = recurrent_gates(h_ptr, h_stride, row_mask, W_hh, b_hh, offs_b, G, H, K_TILES, WARPS, PRECISION)
         state, saved = CELL(x, rec, state)
 
         now = (time_index(step, T, direction) * rows + first_row) * D + direction
         store_tiles(y_ptr + now * H, D * H, state, 1, H, offs_b, offs_n, mask)
         arrive(counter_ptr)
+        # Behind the product in the text, too: Triton 3.9 then spreads the cell over all threads, in the layout of these
+        # loads. Before it, each warp computes the whole cell in the layout of the product's sum.
+        ahead = (time_index(tl.minimum(step + 1, T - 1), T, direction) * rows + first_row) * D + direction
+        x_next = load_tiles(x_gates_ptr + ahead * G * H, D * G * H, G, H, offs_b, offs_n, mask)
         if c_ptr is not None:
             store_tiles(c_ptr + now * H, D * H, (state[1],), 1, H, offs_b, offs_n, mask)
         if saved_ptr is not None:
@@ -121,13 +167,13 @@ def backward(
     d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, counters_ptr,
     T, B,
     CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
-    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr,
+    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
     PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
 ):  # fmt: skip
     direction, D, rows, first_row, offs_b, offs_n, row_mask, mask = place(B, H, BLOCK_B, BLOCK_N)
     P = tl.num_programs(0).to(tl.int64)
     counter_ptr = counters_ptr + (tl.program_id(1) * D + tl.program_id(2)) * COUNTER_STRIDE
-    W_hh = load_weights(W_hh_ptr, direction, offs_n, G, H, K_TILES, False)
+    W_hh = load_weights(W_hh_ptr, direction, offs_n, G, H, K_TILES, WARPS, False)
 
     own_rows = (direction * rows + first_row) * H
     d_state = load_state(dh_n_ptr, dc_n_ptr, own_rows, HAS_C, H, offs_b, offs_n, mask)
@@ -142,10 +188,17 @@ def backward(
         saved = ()
         for n in tl.static_range(S):
             saved = saved + (tiles[n + 2],)
+
+        wait(counter_ptr, step * P, SPIN_ON_LOAD)
+        later = (time_index(tl.minimum(T - step, T - 1), T, direction) * rows + first_row) * D + direction
+        dh = d_state[0] + d_hidden(  # nothing is exchanged before the first step: zeros are multiplied
+            d_x_gates_ptr, d_rec_last_ptr, later, D, row_mask & (step > 0),
+            W_hh, offs_b, G, H, K_TILES, WARPS, PRECISION,
+        )  # fmt: skip
         if HAS_C:
-            d_state = (d_state[0] + tiles[1], d_state[1])
+            d_state = (dh + tiles[1], d_state[1])
         else:
-            d_state = (d_state[0] + tiles[1],)
+            d_state = (dh + tiles[1],)
         d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev)
         kept = kept_prev
 
@@ -158,20 +211,16 @@ def backward(
             tl.minimum(step + 1, T - 1), T, rows, first_row, direction, D,
             dy_ptr, kept_ptr, kept_0_ptr, saved_ptr, offs_b, offs_n, mask, S, H,
         )  # fmt: skip
-        wait(counter_ptr, (step + 1) * P, SPIN_ON_LOAD)
 
-        dh = d_state[0]
-        for i in tl.static_range(len(K_TILES)):
-            for g in tl.static_range(G):
-                if d_rec_last_ptr is not None and g == G - 1:
-                    d_gate = load_exchanged(d_rec_last_ptr + now * H, D * H, K_TILES[i], H, offs_b, row_mask)
-                else:
-                    gate_ptr = d_x_gates_ptr + (now * G + g) * H
-                    d_gate = load_exchanged(gate_ptr, D * G * H, K_TILES[i], H, offs_b, row_mask)
-                dh = tl.dot(d_gate, W_hh[i * G + g], acc=dh, input_precision=PRECISION)
-        if HAS_C:
-            d_state = (dh, d_state[1])
-        else:
-            d_state = (dh,)
-
+    wait(counter_ptr, T * P, SPIN_ON_LOAD)
+    # Once more from memory: with two uses, Triton 3.9 would hold the loop's W_hh in registers, more than there are.
+    W_hh = load_weights(W_hh_ptr, direction, offs_n, G, H, K_TILES, WARPS, False)
+    first = (time_index(0, T, direction) * rows + first_row) * D + direction
+    dh = d_state[0] + d_hidden(
+        d_x_gates_ptr, d_rec_last_ptr, first, D, row_mask, W_hh, offs_b, G, H, K_TILES, WARPS, PRECISION
+    )
+    if HAS_C:
+        d_state = (dh, d_state[1])
+    else:
+        d_state = (dh,)
     store_state(dh_0_ptr, dc_0_ptr, own_rows, d_state, HAS_C, H, offs_b, offs_n, mask)

@@ -92,23 +92,22 @@ def test_schedules_stay_in_the_budget(cell, scheduled):
 
 
 BARRIER, COOPERATIVE, LAUNCH = "kernels/barrier.py", "kernels/tile/cooperative.py", "fastrnn/launch.py"
-FORWARD_WAIT, BACKWARD_WAIT = (
-    "wait(counter_ptr, step * P, SPIN_ON_LOAD)",
-    "wait(counter_ptr, (step + 1) * P, SPIN_ON_LOAD)",
-)
+WAIT, LAST_WAIT = "wait(counter_ptr, step * P, SPIN_ON_LOAD)", "wait(counter_ptr, T * P, SPIN_ON_LOAD)"
 STORE_Y = (
     "        store_tiles(y_ptr + now * H, D * H, state, 1, H, offs_b, offs_n, mask)\n        arrive(counter_ptr)\n"
 )
 CELL_CALL = "state, saved = CELL(x, rec, state)"
 
-EARLY = {FORWARD_WAIT: "", CELL_CALL: f"{FORWARD_WAIT}\n        {CELL_CALL}"}
-LOW = {"step * P,": "step * P - 1,", "(step + 1) * P,": "(step + 1) * P - 1,"}
-HIGH = {"step * P,": "step * P + 1,", "(step + 1) * P,": "(step + 1) * P + 1,"}
+LATE = {WAIT: "", CELL_CALL: f"{WAIT}\n        {CELL_CALL}"}
+EARLY = {"tl.minimum(T - step, T - 1)": "tl.maximum(T - step - 1, 0)"}
+NO_WAIT = {WAIT: "", LAST_WAIT: ""}
+LOW = {"step * P,": "step * P - 1,", ", T * P,": ", T * P - 1,"}
+HIGH = {"step * P,": "step * P + 1,", ", T * P,": ", T * P + 1,"}
 
 # What is broken: where, the texts and what takes their place, in which pass it must be caught, and as what.
 MUTATIONS = {
-    "barrier removed": (COOPERATIVE, {FORWARD_WAIT: "", BACKWARD_WAIT: "", "arrive(counter_ptr)": ""}, "both", Race),
-    "wait removed": (COOPERATIVE, {FORWARD_WAIT: "", BACKWARD_WAIT: ""}, "both", Race),
+    "barrier removed": (COOPERATIVE, NO_WAIT | {"arrive(counter_ptr)": ""}, "both", Race),
+    "wait removed": (COOPERATIVE, NO_WAIT, "both", Race),
     "arrival removed": (COOPERATIVE, {"        arrive(counter_ptr)\n": ""}, "both", RuntimeError),
     "arrival before the store": (COOPERATIVE, {STORE_Y: "\n".join([*STORE_Y.split("\n")[1::-1], ""])}, "forward", Race),
     "target one too low": (COOPERATIVE, LOW, "both", Race),
@@ -116,8 +115,13 @@ MUTATIONS = {
     "groups share a counter": (LAUNCH, {"counters.stride(0)": "0"}, "both", Race),
     "release made relaxed": (BARRIER, {'sem="release"': 'sem="relaxed"'}, "both", Race),
     "acquire made relaxed": (BARRIER, {'sem="acquire"': 'sem="relaxed"'}, "both", Race),
-    "state loaded before the barrier": (COOPERATIVE, EARLY, "forward", Race),
-    "d_gates read a step early": (COOPERATIVE, {BACKWARD_WAIT: FORWARD_WAIT}, "backward", Race),
+    "state loaded before the barrier": (COOPERATIVE, LATE, "forward", Race),
+    "d_gates read a step early": (
+        COOPERATIVE,
+        {"tl.minimum(T - step, T - 1)": "tl.maximum(T - step - 1, 0)"},
+        "backward",
+        Race,
+    ),
 }
 
 

@@ -1,0 +1,34 @@
+"""Triton's compiler, asked before a launch: which way of compiling a kernel spills no register.
+
+Uses JITFunction.warmup and CompiledKernel.n_spills of Triton, read in 3.9.0 (the same in 3.6 to 3.8).
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+_chosen: dict[tuple, dict[str, Any]] = {}
+
+
+def first_without_spills(
+    function: Any, variant: Hashable, choices: list[dict], arguments: tuple, grid: tuple, options: dict
+) -> dict[str, Any]:
+    """The first of the choices, further compile options, with which no register spills; else that with the fewest.
+
+    Asked once for each function and variant, which must tell apart what compiles differently; a thread's registers are
+    known to the compiler only at the end, and whether a choice spills follows no rule that was found.
+    """
+    key = (function, variant)
+    if key not in _chosen:
+        spills = []
+        for choice in choices:
+            spills.append(spilled_registers(function.warmup(*arguments, grid=grid, **options, **choice)))
+            if spills[-1] == 0:
+                break
+        _chosen[key] = choices[spills.index(min(spills))]
+    return _chosen[key]
+
+
+def spilled_registers(compiled: Any) -> int:
+    """Registers a thread that a compiled kernel keeps in local memory: the driver counts when it loads the kernel."""
+    compiled._init_handles()
+    return compiled.n_spills
