@@ -1,7 +1,7 @@
 """The tiers: which sizes each holds, and in which tiles; pure functions from shapes and a DeviceSpec to a KernelPlan.
 
 Every threshold is what compiled without spilling in Triton 3.9.0; tests/test_codegen.py compiles a grid of sizes again.
-Cycles are modelled, not measured: change a choice here and `python -m bench.cross_compile` says what it gave.
+Cycles are modelled, not measured: change a choice here and `python -m fastrnn inspect` says what it gave.
 """
 
 import functools

@@ -97,7 +97,7 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
     return {name: (found[name].double() - truth[name]).abs().max().item() for name in truth}
 
 
-def over_budget(problem: Problem, run=recurrence) -> dict[str, str]:
+def over_budget(problem: Problem, run=recurrence, times: float = 2) -> dict[str, str]:
     """What errs more than twice the same-dtype reference does and one unit in the last place of the largest element."""
     dtype = problem.inputs[0].dtype  # type: ignore[union-attr]
     truth = problem.to(torch.float64).run(reference.recurrence)
@@ -106,7 +106,7 @@ def over_budget(problem: Problem, run=recurrence) -> dict[str, str]:
     assert all(t.dtype == dtype for t in found.values())
     faults = {}
     for name, error in errors(found, truth).items():
-        budget = 2 * allowed[name] + torch.finfo(dtype).eps * truth[name].abs().max().item()
+        budget = times * allowed[name] + torch.finfo(dtype).eps * truth[name].abs().max().item()
         if not error <= budget:  # a NaN is over any budget
             faults[name] = f"{error:.2e} > {budget:.2e}"
     return faults

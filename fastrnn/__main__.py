@@ -1,0 +1,125 @@
+"""Command line: what would run, what the compiler makes of it, and what this machine can run.
+
+    python -m fastrnn plan --cell lstm --hidden 128 --batch 64 --steps 1000 --dtype bfloat16 --arch sm_90
+    python -m fastrnn inspect --cell lstm --hidden 256 --batch 16 --dtype bfloat16 --arch sm_90
+    python -m fastrnn doctor
+
+plan and inspect need no GPU; --cell, --hidden, --dtype, --arch and --precision take several values.
+"""
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from . import interpreter, plan
+from .device import SPECS, DeviceSpec
+from .planner import KERNEL_DTYPES, torch_precision
+from .reference import GATES
+from .tiers import TIERS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 if it did, 1 if no kernel is planned for anything that was asked, 2 for a wrong argument."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args, arguments)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m fastrnn", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="command")
+    planner = commands.add_parser("plan", help="which kernel would run, in which tiles, and why")
+    planner.set_defaults(run=_plan)
+    inspect = commands.add_parser("inspect", help="what the compiler makes of a kernel; needs no GPU")
+    inspect.set_defaults(run=_inspect)
+    doctor = commands.add_parser("doctor", help="what is installed, and which backends can run here")
+    doctor.set_defaults(run=_doctor)
+
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
+    for command in (planner, inspect):
+        command.add_argument("--cell", nargs="+", choices=list(GATES), required=True)
+        command.add_argument("--hidden", nargs="+", type=int, required=True, metavar="H")
+        command.add_argument("--batch", type=int, default=16, metavar="B")
+        command.add_argument("--directions", type=int, choices=(1, 2), default=1)
+        command.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
+        archs = [arch for arch in SPECS if arch != "interpreter"]
+        command.add_argument("--arch", nargs="+", choices=archs, default=["sm_90"])
+        command.add_argument("--backend", choices=["auto", *TIERS], default="auto")
+        help = "of float32 products (default: torch's setting)"
+        command.add_argument("--precision", nargs="+", choices=("ieee", "tf32"), default=[torch_precision()], help=help)
+        command.add_argument("--steps", type=int, default=3, metavar="T", help="length of the sequence")
+    inspect.add_argument("--pass", dest="which", choices=("forward", "backward", "both"), default="both")
+    inspect.add_argument("--execute", action="store_true", help="run the compiled PTX on the CPU, and compare")
+    inspect.add_argument("--measure", action="store_true", help="time it on the GPU at hand as well")
+    inspect.add_argument("--seed", type=int, default=0, help="of the tensors and of the schedule (--execute)")
+    inspect.add_argument("--json", action="store_true", help="one JSON object a pass and line")
+    inspect.add_argument("--dump", type=Path, metavar="DIR", help="write ttgir, llir, ptx, cubin, sass (amdgcn, hsaco)")
+    return parser
+
+
+def _asked(args: argparse.Namespace) -> Iterator[dict]:
+    """The arguments of `compile.Problem`, one for each combination that was asked for."""
+    for arch, cell, hidden, dtype in itertools.product(args.arch, args.cell, args.hidden, args.dtype):
+        # Precision is float32's, and there is only one where there is no tf32.
+        several = dtype == "float32" and DeviceSpec.named(arch).has_tf32
+        for precision in args.precision if several else ["ieee"]:
+            yield {
+                "cell": cell,
+                "hidden_size": hidden,
+                "batch_size": args.batch,
+                "seq_len": args.steps,
+                "directions": args.directions,
+                "dtype": getattr(torch, dtype),
+                "arch": arch,
+                "backend": args.backend,
+                "precision": precision,
+            }
+
+
+def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
+    for asked in _asked(args):
+        print(plan(device=asked.pop("arch"), **asked))
+    return 0
+
+
+def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
+    if interpreter.ENABLED:  # decorated kernels are interpreted in this process: compile in one where they are not
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return subprocess.run([sys.executable, "-m", "fastrnn", *arguments], env=environment).returncode
+    from .inspect.compile import PASSES, Problem
+    from .inspect.report import as_json, print_table, records
+
+    passes = PASSES if args.which == "both" else (args.which,)
+    options = {"execute": args.execute, "measure": args.measure, "dump": args.dump}
+    planned = False
+    for asked in _asked(args):
+        rows = list(records(Problem(**asked, seed=args.seed), passes, **options))
+        planned |= "missing" not in rows[0]
+        if args.json:
+            for row in rows:
+                print(as_json(row), flush=True)
+        else:
+            print_table(rows)
+    return 0 if planned else 1
+
+
+def _doctor(args: argparse.Namespace, arguments: list[str]) -> int:
+    from .inspect.doctor import diagnosis
+
+    for what, found in diagnosis():
+        print(f"{what:<20} {found}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Compile for any architecture without a GPU: the launcher runs as it would on one, up to the launch itself.
+
+`launches(spec)` puts a stand-in in place of Triton's driver, so that whatever fastrnn launches inside the block is
+compiled for spec, from the launcher's own arguments, and handed on as a Launch instead of being run:
+
+    with launches(DeviceSpec.named("sm_90")) as found:
+        fastrnn.ops.recurrence("gru", x_gates, W_hh, b_hh, h_0, None, backend="resident")
+    found[0].asm["ptx"]
+
+`compile_problem` does this for a Problem, with tensors of its own. Triton caches compiled kernels, on disk. Where
+kernels are interpreted (TRITON_INTERPRET=1) there is nothing to compile: use a process of its own.
+
+Triton's internals used (the active driver, JITFunction.run, CompiledKernel.asm and .metadata) were read in 3.9.0.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from .. import interpreter, launch
+from ..device import DeviceSpec
+from ..planner import Plan, plan, torch_precision
+from ..reference import GATES
+
+PASSES = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel compiled for a launch that a stand-in took the place of."""
+
+    name: str  # "forward" or "backward"
+    spec: DeviceSpec
+    asm: Mapping[str, Any]  # ttir, ttgir, llir, ptx and cubin, or amdgcn and hsaco
+    grid: tuple[int, int, int]
+    warps: int
+    ctas: int  # in a cluster
+    shared_bytes: int  # dynamic, a program
+    arguments: dict[str, Tensor | int]  # the kernel's parameters: what is not None or a constant
+    constants: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A recurrence to compile: sizes, and which kernel; the seed is that of the tensors."""
+
+    cell: str
+    hidden_size: int
+    batch_size: int = 16
+    seq_len: int = 3
+    directions: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    arch: str = "sm_90"
+    backend: str = "auto"
+    precision: str = "ieee"
+    seed: int = 0
+
+    @property
+    def spec(self) -> DeviceSpec:
+        return DeviceSpec.named(self.arch)
+
+    def plan(self) -> Plan:
+        """The plan; raises as `fastrnn.plan` does, and NotImplementedError where "auto" takes torch's own kernel."""
+        chosen = plan(
+            self.cell,
+            hidden_size=self.hidden_size,
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            directions=self.directions,
+            dtype=self.dtype,
+            device=self.spec,
+            backend=self.backend,
+            precision=self.precision,
+        )
+        if chosen.kernel is None:
+            raise NotImplementedError(chosen.why)
+        return chosen
+
+    def tensors(self, device: str = "cpu") -> dict[str, Tensor | None]:
+        """Random inputs of both passes: standard normal, W_hh and b_hh uniform as torch.nn initializes them."""
+        generator = torch.Generator().manual_seed(self.seed)
+        T, B, D, H, G = self.seq_len, self.batch_size, self.directions, self.hidden_size, GATES[self.cell]
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device, self.dtype)
+
+        def uniform(*shape: int) -> Tensor:
+            return ((2 * torch.rand(shape, generator=generator) - 1) / H**0.5).to(device, self.dtype)
+
+        found: dict[str, Tensor | None] = {
+            "x_gates": normal(T, B, D, G, H),
+            "W_hh": uniform(D, G * H, H),
+            "b_hh": uniform(D, G * H),
+            "h_0": normal(D, B, H).tanh(),
+            "c_0": normal(D, B, H),
+            "dy": normal(T, B, D, H),
+            "dh_n": normal(D, B, H),
+            "dc_n": normal(D, B, H),
+        }
+        return found if self.cell == "lstm" else found | {"c_0": None, "dc_n": None}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A problem's plan, its launches by pass, and what the launcher returned: values only if the launches were run."""
+
+    plan: Plan
+    launches: dict[str, Launch]
+    tensors: dict[str, Tensor | None]
+    outputs: dict[str, Tensor]
+
+
+def compile_problem(
+    problem: Problem, passes: tuple[str, ...] = PASSES, run: Callable[[Launch], object] | None = None
+) -> Compiled:
+    """Compile forward, and backward if it is asked for, through the launcher; run, if given, executes each launch.
+
+    Raises as `Problem.plan` does.
+    """
+    planned = problem.plan()
+    tensors: Any = problem.tensors()
+    with launches(problem.spec, run, problem.precision) as found:
+        outputs = call_forward(problem.cell, tensors, planned.backend)
+        if "backward" in passes:
+            outputs |= call_backward(problem.cell, tensors, outputs, planned.backend, needs_sums=run is not None)
+    return Compiled(planned, {launch.name: launch for launch in found}, tensors, outputs)
+
+
+def call_forward(cell: str, tensors: Any, backend: str) -> dict[str, Tensor]:
+    """The launcher's forward on a problem's tensors, its outputs by name."""
+    inputs = (tensors[name] for name in ("x_gates", "W_hh", "b_hh", "h_0", "c_0"))
+    outputs = launch.forward(cell, *inputs, save=True, backend=backend)
+    return dict(zip(("y", "h_n", "c_n", "saved", "c"), outputs, strict=True))
+
+
+def call_backward(
+    cell: str, tensors: Any, outputs: dict[str, Tensor], backend: str, needs_sums: bool
+) -> dict[str, Tensor]:
+    """The launcher's backward after its forward, gradients by name; needs_sums asks for dW_hh and db_hh too."""
+    inputs = [tensors[name] for name in ("dy", "dh_n", "dc_n", "W_hh", "h_0", "c_0")]
+    inputs += [outputs[name] for name in ("y", "saved", "c")]
+    gradients = launch.backward(cell, *inputs, needs_dW=needs_sums, needs_db=needs_sums, backend=backend)
+    return dict(zip(("d_x_gates", "dW_hh", "db_hh", "dh_0", "dc_0"), gradients, strict=True))
+
+
+@contextmanager
+def launches(
+    spec: DeviceSpec, run: Callable[[Launch], object] | None = None, precision: str | None = None
+) -> Iterator[list[Launch]]:
+    """Compile for spec what is launched inside the block, on CPU tensors; run, if given, executes each launch."""
+    if interpreter.ENABLED:
+        raise RuntimeError("kernels are interpreted here (TRITON_INTERPRET=1): compile them in another process")
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from . import resources
+
+    family, arch = ("hip", spec.arch) if spec.is_amd else ("cuda", int(spec.arch.removeprefix("sm_")))
+    target = GPUTarget(family, arch, spec.warp_size)
+    stand_in: Any = SimpleNamespace(
+        get_current_device=lambda: spec.arch,  # the key of Triton's cache of compiled kernels
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+    )
+    found: list[Launch] = []
+    compile_and_launch = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled: Any = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
+        if not warmup:
+            given = dict(zip(self.arg_names, args, strict=False)) | options
+            programs = (*grid, 1, 1)
+            parameters = {name for name, kind in compiled.src.signature.items() if kind != "constexpr"}
+            stopped = Launch(
+                name=self.__name__,
+                spec=spec,
+                asm=compiled.asm,
+                grid=(programs[0], programs[1], programs[2]),
+                warps=compiled.metadata.num_warps,
+                ctas=compiled.metadata.num_ctas,
+                shared_bytes=compiled.metadata.shared,
+                arguments={name: given[name] for name in self.arg_names if name in parameters},
+                constants={name: given[name] for name in self.arg_names if name not in parameters},
+            )
+            found.append(stopped)
+            if run is not None:
+                run(stopped)
+        return compiled
+
+    with (
+        mock.patch.object(driver, "_active", stand_in),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(DeviceSpec, "of", lambda _: spec),
+        mock.patch("fastrnn.compiler.spilled_registers", lambda compiled: resources.spill_bytes(compiled.asm)),
+        mock.patch("fastrnn.planner.torch_precision", lambda: precision or torch_precision()),
+    ):
+        yield found

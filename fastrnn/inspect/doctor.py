@@ -1,0 +1,71 @@
+"""What is installed, which device is here, and which backends it can run, with the reason where it cannot."""
+
+import importlib.util
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from .. import interpreter
+from ..device import DeviceSpec
+from ..planner import plan
+from ..tiers import TIERS
+
+# A size that each tier holds on every architecture: whether a tier can run at all, not how far it goes.
+HELD = {"resident": 64, "cooperative": 256}
+
+
+def diagnosis() -> Iterator[tuple[str, str]]:
+    """(what, what was found) of this machine, line by line."""
+    yield "fastrnn", version("fastrnn")
+    yield "python", platform.python_version()
+    yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'})"
+    yield "triton", _version("triton")
+    yield "interpreter", "on (TRITON_INTERPRET=1): kernels run on CPU tensors" if interpreter.ENABLED else "off"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        yield "device", f"{found.name}, {found.multi_processor_count} multiprocessors"
+    else:
+        yield "device", "no GPU that torch can use"
+    for tier in TIERS:
+        yield f"backend {tier}", usable(tier, device)
+    yield "backend torch", "usable"
+    yield "backend reference", "usable"
+    yield "inspect", _inspect()
+
+
+def usable(tier: str, device: torch.device) -> str:
+    """ "usable", or why a tier cannot run on a device.
+
+    >>> usable("resident", torch.device("meta")).split(":")[0]
+    'not usable'
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "not usable: Triton is missing (it comes with torch on Linux with a GPU, or pip install triton)"
+    try:
+        spec = DeviceSpec.of(device)
+        plan("lstm", hidden_size=HELD[tier], batch_size=1, dtype=torch.float16, device=spec, backend=tier)
+    except (NotImplementedError, ValueError) as reason:
+        return f"not usable: {reason}"
+    return "usable"
+
+
+def _inspect() -> str:
+    missing = []
+    if importlib.util.find_spec("triton") is None:
+        missing.append("Triton, to compile")
+    if importlib.util.find_spec("rich") is None:
+        missing.append("rich, for tables (pip install 'fastrnn[inspect]')")
+    if shutil.which("gcc") is None:
+        missing.append("gcc, for --execute")
+    return f"missing: {'; '.join(missing)}" if missing else "usable"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"

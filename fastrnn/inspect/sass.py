@@ -1,0 +1,71 @@
+"""NVIDIA machine code: registers and stack of a cubin, its instructions with their control codes, and the step loop.
+
+The upper word of each 16-byte instruction (compute capability 7 and up) holds stall cycles in 4 bits from bit 41, and
+from bit 52 six bits for the scoreboards that it waits on. Source: Jia et al. 2018 (arXiv:1804.06826), section 2.1.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+from .flow import Statement, longest_loop
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One SASS instruction."""
+
+    text: str
+    opcode: str  # with its modifiers, without its guard
+    stall: int  # cycles before the warp's next instruction can issue
+    waits: bool  # on a scoreboard: the result of an instruction of variable latency
+
+
+@functools.lru_cache(maxsize=16)
+def tool(cubin: bytes, name: str, *flags: str) -> str:
+    """What one of the NVIDIA tools that come with Triton prints of a cubin."""
+    import triton
+
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *flags, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(cubin: bytes) -> str:
+    """SASS with control codes, as text."""
+    return tool(cubin, "nvdisasm", "-c", "-hex")
+
+
+def usage(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack (spilled registers) a thread, and bytes of static shared memory."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", tool(cubin, "cuobjdump", "-res-usage"))
+    assert found is not None
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": int(found[3])}
+
+
+def parse(sass: str) -> tuple[list[Instruction], list[Instruction]]:
+    """All instructions, and those of the step loop, which is the longest."""
+    instructions: list[Instruction] = []
+    statements: list[Statement] = []
+    labels: dict[str, int] = {}
+    text = ""
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif lower := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/", line):
+            text = lower[1]
+        elif text and (upper := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/", line)):
+            control = int(upper[1], 16) >> 41
+            guard, opcode = re.match(r"(@\S+\s+)?(\S+)", text).groups()  # type: ignore[union-attr]
+            instructions.append(Instruction(text, opcode, control & 15, bool(control >> 11 & 63)))
+            target = re.search(r"`\((\.L_x_\d+)\)", text) if opcode.startswith("BRA") else None
+            always = guard is None and (opcode in ("EXIT", "RET") or re.fullmatch(r"BRA\s+`\(.*\)", text) is not None)
+            targets = (target[1],) if target else ()
+            statements.append(Statement(opcode, text, targets=targets, falls_through=not always))
+            text = ""
+    return instructions, [instructions[i] for i in longest_loop(statements, labels)]

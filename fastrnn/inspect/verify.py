@@ -1,0 +1,65 @@
+"""Does compiled code compute what the reference does? Each pass is executed on the CPU and compared in fp64.
+
+The budget of an output is twice the error of the reference in the kernel's own dtype, and one unit in the last place of
+its largest element. tf32 keeps float16's 11 bits: float16's reference sets its budget.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .compile import Problem, compile_problem
+from .execute import execute
+
+# An output of the launcher: what autograd calls it, and the pass that makes it.
+OUTPUTS = {
+    "forward": ("y", "h_n", "c_n"),
+    "backward": ("d_x_gates", "dW_hh", "db_hh", "dh_0", "dc_0"),
+}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a pass is off: the largest error of an element, and the largest part of its budget an output took."""
+
+    max_error: float
+    budget_used: float  # above 1: wrong
+
+
+def agreement(problem: Problem, passes: tuple[str, ...]) -> dict[str, Agreement]:
+    """Execute a problem's compiled passes and compare; raises as `execute` does."""
+    compiled = compile_problem(problem, passes, functools.partial(execute, seed=problem.seed))
+    truth = _reference(problem, compiled.tensors, torch.float64)
+    rounded = torch.float16 if problem.dtype == torch.float32 and problem.precision == "tf32" else problem.dtype
+    plain = _reference(problem, compiled.tensors, rounded)
+    result = {}
+    for which in passes:
+        errors, used = [0.0], [0.0]
+        for name in OUTPUTS[which]:
+            if name not in truth:
+                continue
+            scale = truth[name].abs().max().item()
+            allowed = 2 * (plain[name].double() - truth[name]).abs().max().item() + torch.finfo(rounded).eps * scale
+            error = (compiled.outputs[name].double().view_as(truth[name]) - truth[name]).abs().max().item()
+            errors.append(error)
+            used.append(error / allowed)
+        # NaN is larger than anything; max() would drop it.
+        result[which] = Agreement(*(torch.tensor(values).max().item() for values in (errors, used)))
+    return result
+
+
+def _reference(problem: Problem, tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients of the reference, by the launcher's names."""
+    converted = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
+    inputs = {n: converted[n] for n in ("x_gates", "W_hh", "b_hh", "h_0", "c_0")}
+    wanted = {name: t.requires_grad_() for name, t in inputs.items() if t is not None}
+    outputs = reference.recurrence(problem.cell, *inputs.values())  # type: ignore[arg-type]
+    found = {name: t for name, t in zip(("y", "h_n", "c_n"), outputs, strict=True) if t is not None}
+    upstream = [converted[name] for name in ("dy", "dh_n", "dc_n") if converted[name] is not None]
+    gradients = torch.autograd.grad(list(found.values()), list(wanted.values()), upstream)  # type: ignore[arg-type]
+    names = {"x_gates": "d_x_gates", "W_hh": "dW_hh", "b_hh": "db_hh", "h_0": "dh_0", "c_0": "dc_0"}
+    found |= {names[name]: gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    return {name: t.detach() for name, t in found.items()}
