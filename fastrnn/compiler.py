@@ -3,6 +3,7 @@
 Uses JITFunction.warmup and CompiledKernel.n_spills of Triton, read in 3.9.0 (the same in 3.6 to 3.8).
 """
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -26,6 +27,15 @@ def first_without_spills(
                 break
         _chosen[key] = choices[spills.index(min(spills))]
     return _chosen[key]
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """(3, 9) of Triton 3.9.0."""
+    import triton
+
+    major, minor, *_ = triton.__version__.split(".")
+    return int(major), int(minor)
 
 
 def spilled_registers(compiled: Any) -> int:

@@ -147,6 +147,8 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(y):
         if backend == "resident":
+            if kernel.dialect == "Gluon":
+                from .kernels.gluon import resident
             function, arguments = getattr(resident, which), (*pointers, T, B)
             constants["BLOCK_H"] = kernel.units
         else:

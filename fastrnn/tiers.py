@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from . import compiler
 from .device import DeviceSpec
 from .reference import GATES
 
@@ -81,6 +82,25 @@ def resident(
     block_h = max(16, 1 << (H - 1).bit_length())  # tile Triton's ranges are powers of two
     precision = precision if spec.has_tf32 else "ieee"
     weight_bytes = gates * block_h**2 * dtype.itemsize
+    # Each warp of the Gluon kernel has 8 or 16 columns of the product, W_hh's part for them in registers. Beside it a
+    # thread needs about 48 and 10 a gate, on sm_100 4 more: of 128, the GRU's 48 + 78 (H=128, 16 bits) compile clean,
+    # but for sm_100; the LSTM's 64 + 88 spill 40 bytes.
+    warps = max(1, min(16, block_h // 8))
+    weight_registers = weight_bytes // (4 * 32 * warps)
+    needed = weight_registers + 48 + 10 * gates + 4 * (spec.arch == "sm_100")
+    if _speaks_gluon(spec, dtype, precision) and needed <= _registers(spec, warps):
+        return KernelPlan(
+            **_common(name, H, B, T, D, dtype, precision, spec, gluon=True),
+            block_b=block_b,
+            units=block_h,
+            share=block_h,
+            grid=(_tiles(B, block_b), D),
+            warps=warps,
+            register_limits=_register_limits(spec, warps),
+            piece_limits=(block_h,),
+            weight_bytes=weight_bytes,
+            shared_bytes=2 * gates * block_b * block_h * dtype.itemsize,  # d_gates, double
+        )
     # Beside W_hh, layout conversions pass through shared memory: at most one operand tile a gate.
     tiles = max(2, gates) * block_b * block_h * 4
     limit, place = _resident_limit(spec, dtype, precision), weight_place(spec)
@@ -164,10 +184,9 @@ def _tilings(
         yield 16, 8, 8
         return
     if spec.arch == "interpreter":  # a program's step costs it 10 ms, whatever its size
-        slices = [(32, 2)]
-    elif (
-        spec.is_amd
-    ):  # its matrix cores take no fewer than 16 units; its four SIMDs hold 512 registers a lane at 4 warps
+        yield 16, 32, 2
+        return
+    if spec.is_amd:  # its matrix cores take no fewer than 16 units; its SIMDs hold 512 registers a lane at 4 warps
         slices = [(16, 4), (32, 4)]
     else:
         slices = [(16, 8), (16, 4), (32, 8)] + [(8, 8)] * (dtype == torch.float32)
@@ -185,8 +204,19 @@ def _register_limits(spec: DeviceSpec, warps: int) -> tuple[int | None, ...]:
     """The compiler's choice, all that a program has if it is alone on its multiprocessor, and a few less."""
     if spec.is_amd:
         return (None,)
-    most = min(255, spec.register_bytes // (4 * spec.warp_size * warps))
+    most = _registers(spec, warps)
     return (None, most, most - 8)
+
+
+def _registers(spec: DeviceSpec, warps: int) -> int:
+    """The most registers that a thread of an only program can have."""
+    return min(255, spec.register_bytes // (4 * spec.warp_size * warps))
+
+
+def _speaks_gluon(spec: DeviceSpec, dtype: torch.dtype, precision: str) -> bool:
+    """Whether the Gluon kernels run: NVIDIA's tensor cores, which have no full fp32, and Triton 3.7 or later."""
+    on_tensor_cores = spec.arch.startswith("sm_") and (dtype != torch.float32 or precision == "tf32")
+    return on_tensor_cores and compiler.triton_version() >= (3, 7)
 
 
 def _tiles(size: int, tile: int) -> int:
@@ -204,16 +234,16 @@ def pieces(size: int, at_most: int) -> tuple[tuple[int, int], ...]:
 
 
 def _common(
-    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
+    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec, gluon: bool = False
 ) -> dict[str, Any]:
     """What a plan says whatever its tiles."""
     from .kernels.cells import CELLS
 
     return {
-        "dialect": "tile Triton",
+        "dialect": "Gluon" if gluon else "tile Triton",
         "spin_on_load": spec.is_amd,
         "precision": precision,
-        "weight_place": weight_place(spec),
+        "weight_place": "registers" if gluon else weight_place(spec),
         "shared_limit": spec.shared_bytes,
         "saved_bytes": T * B * D * H * (CELLS[name].saved + CELLS[name].has_c) * dtype.itemsize,
     }

@@ -19,9 +19,9 @@ Source of the equations: torch.nn.LSTM, GRU and RNN; gates in torch's row order.
 from typing import Any, NamedTuple
 
 import triton
-import triton.language as tl
+import triton.language as tl  # noqa: F401 - the interpreter wants to see it
 
-from .activations import d_relu, d_sigmoid, d_tanh, relu, sigmoid, tanh
+from .activations import d_relu, d_sigmoid, d_tanh, relu, sigmoid, tanh, zeros_like
 
 
 class Cell(NamedTuple):
@@ -57,7 +57,7 @@ def lstm_backward(d_state, saved, c, c_prev):
     d_g = dc * i * d_tanh(g)
     d_o = dh * tanh_c * d_sigmoid(o)
     d_gates = (d_i, d_f, d_g, d_o)
-    return d_gates, d_gates, (tl.zeros_like(dh), dc * f)
+    return d_gates, d_gates, (zeros_like(dh), dc * f)
 
 
 # GRU: r, z = sigmoid(x + rec);  n = tanh(x_n + r rec_n);  h' = n + z (h - n)
@@ -90,7 +90,7 @@ def rnn_tanh_forward(x, rec, state):
 def rnn_tanh_backward(d_state, saved, h, h_prev):
     dh = d_state[0]
     d_gates = (dh * d_tanh(h),)
-    return d_gates, d_gates, (tl.zeros_like(dh),)
+    return d_gates, d_gates, (zeros_like(dh),)
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def rnn_relu_forward(x, rec, state):
 def rnn_relu_backward(d_state, saved, h, h_prev):
     dh = d_state[0]
     d_gates = (dh * d_relu(h),)
-    return d_gates, d_gates, (tl.zeros_like(dh),)
+    return d_gates, d_gates, (zeros_like(dh),)
 
 
 CELLS = {

@@ -30,7 +30,10 @@ def kernels(arch: str, backend: str) -> Iterator[dict]:
         for dtype, precision in KINDS if cell == "lstm" else KINDS[seed % 2 :: 3]:
             # tf32 keeps as many bits as float16: that dtype's reference sets the budget.
             exact = torch.float16 if precision == "tf32" else getattr(torch, dtype)
-            problem = make_problem(cell, CASES[backend], exact, "cpu")
+            case = CASES[backend]
+            if backend == "resident" and (cell, dtype) == ("lstm", "bfloat16"):
+                case = case._replace(H=100)  # of the 16-bit kernels, the one in tile Triton
+            problem = make_problem(cell, case, exact, "cpu")
             faults = faults_of(problem, arch, backend, precision, functools.partial(execute, seed=seed), dtype)
             yield {"cell": cell, "dtype": dtype, "precision": precision, "seed": seed, "faults": faults}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import fastrnn
+from fastrnn import compiler, tiers
 from fastrnn.device import SPECS, DeviceSpec
 from fastrnn.planner import torch_precision
 from fastrnn.tiers import pieces
@@ -114,6 +115,22 @@ def test_saved_bytes_are_what_the_op_keeps(device):
             cell, hidden_size=24, batch_size=3, seq_len=5, directions=2, dtype=torch.float16, device="sm_80"
         )
         assert plan.kernel.saved_bytes == sum(t.numel() * t.element_size() for t in kept)
+
+
+def test_gluon_where_it_runs_and_fits_in_registers(monkeypatch):
+    def dialects(**kwargs):
+        return [resident(cell, H, **kwargs).kernel.dialect for cell, H in (("lstm", 64), ("lstm", 128), ("gru", 128))]
+
+    assert dialects() == ["Gluon", "tile Triton", "Gluon"]
+    assert dialects(device="sm_100") == ["Gluon", "tile Triton", "tile Triton"]
+    assert resident("gru", 128, device="sm_120").kernel.weight_place == "registers"
+    assert resident(dtype=torch.float32, precision="tf32").kernel.dialect == "Gluon"
+    assert resident(dtype=torch.float32, precision="ieee").kernel.dialect == "tile Triton"
+    assert resident(device="gfx942").kernel.dialect == "tile Triton"
+    monkeypatch.setattr(compiler, "triton_version", lambda: (3, 6))
+    tiers.resident.cache_clear()
+    assert dialects() == ["tile Triton"] * 3
+    tiers.resident.cache_clear()
 
 
 def test_plans_are_frozen_equal_and_hashable():

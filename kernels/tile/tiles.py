@@ -11,6 +11,8 @@ Scalar offsets are int64; offsets inside a tile are int32, which a tile of a few
 import triton
 import triton.language as tl
 
+from ..activations import zeros_like
+
 
 @triton.jit
 def place(B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
@@ -57,12 +59,12 @@ def as_fp32(tiles, N: tl.constexpr):
 def load_state(h_ptr, c_ptr, row_offset, HAS_C: tl.constexpr, H: tl.constexpr, offs_b, offs_h, mask):
     """(h,) or (h, c) in fp32 from [D, B, H] at a row's offset, or their gradients; zeros for an absent pointer."""
     if h_ptr is None:
-        state = (tl.zeros(mask.shape, tl.float32),)
+        state = (zeros_like(mask),)
     else:
         state = as_fp32(load_tiles(h_ptr + row_offset, H, 1, H, offs_b, offs_h, mask), 1)
     if HAS_C:
         if c_ptr is None:
-            state = state + (tl.zeros(mask.shape, tl.float32),)
+            state = state + (zeros_like(mask),)
         else:
             state = state + as_fp32(load_tiles(c_ptr + row_offset, H, 1, H, offs_b, offs_h, mask), 1)
     return state
@@ -81,7 +83,7 @@ def load_bias(b_hh_ptr, direction, G: tl.constexpr, H: tl.constexpr, offs_h, mas
     tiles = ()
     for g in tl.static_range(G):
         if b_hh_ptr is None:
-            bias = tl.zeros(offs_h.shape, tl.float32)
+            bias = zeros_like(offs_h)
         else:
             bias = tl.load(b_hh_ptr + (direction * G + g) * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32)
         tiles = tiles + (tl.broadcast_to(bias[None, :], mask.shape),)
@@ -102,7 +104,7 @@ def load_step(
     if dy_ptr is not None:
         tiles = tiles + load_tiles(dy_ptr + now * H, D * H, 1, H, offs_b, offs_h, mask)
     else:
-        tiles = tiles + (tl.zeros(mask.shape, tl.float32),)
+        tiles = tiles + (zeros_like(mask),)
     if S > 0:
         tiles = tiles + load_tiles(saved_ptr + now * S * H, D * S * H, S, H, offs_b, offs_h, mask)
     return tiles
