@@ -82,40 +82,26 @@ def resident(
     block_h = max(16, 1 << (H - 1).bit_length())  # tile Triton's ranges are powers of two
     precision = precision if spec.has_tf32 else "ieee"
     weight_bytes = gates * block_h**2 * dtype.itemsize
-    # Each warp of the Gluon kernel has 8 or 16 columns of the product, W_hh's part for them in registers. Beside it a
-    # thread needs about 48 and 10 a gate, on sm_100 4 more: of 128, the GRU's 48 + 78 (H=128, 16 bits) compile clean,
-    # but for sm_100; the LSTM's 64 + 88 spill 40 bytes.
-    warps = max(1, min(16, block_h // 8))
-    weight_registers = weight_bytes // (4 * 32 * warps)
-    needed = weight_registers + 48 + 10 * gates + 4 * (spec.arch == "sm_100")
-    if _speaks_gluon(spec, dtype, precision) and needed <= _registers(spec, warps):
-        return KernelPlan(
-            **_common(name, H, B, T, D, dtype, precision, spec, gluon=True),
-            block_b=block_b,
-            units=block_h,
-            share=block_h,
-            grid=(_tiles(B, block_b), D),
-            warps=warps,
-            register_limits=_register_limits(spec, warps),
-            piece_limits=(block_h,),
-            weight_bytes=weight_bytes,
-            shared_bytes=2 * gates * block_b * block_h * dtype.itemsize,  # d_gates, double
-        )
-    # Beside W_hh, layout conversions pass through shared memory: at most one operand tile a gate.
-    tiles = max(2, gates) * block_b * block_h * 4
-    limit, place = _resident_limit(spec, dtype, precision), weight_place(spec)
-    # On its way to registers W_hh passes through shared memory gate by gate, before the loop.
-    shared_bytes = max(tiles, weight_bytes // gates) if place == "registers" else tiles + weight_bytes
-    if weight_bytes > limit or shared_bytes > spec.shared_bytes:
-        raise NotImplementedError(
-            f"W_hh does not fit one program: {as_text(weight_bytes)} at H={H} (padded to {block_h}) of at most "
-            f"{as_text(limit)} in {place} on {spec.arch}"
-        )
-    # Modelled for sm_90, LSTM, bf16: at H=64 16 warps take 1745 cycles a step and 8 take 2131; at H=32 1807 and 1790.
-    # AMD's four SIMDs hold 512 registers a lane at 4 warps, and 8 spill.
-    warps = 4 if spec.is_amd else 16 if block_h >= 64 else 8
+    dialect = "Gluon"
+    shared_bytes = 2 * gates * block_b * block_h * dtype.itemsize  # d_gates, double
+    warps = _gluon_warps(gates, block_h, dtype, precision, spec)
+    if warps is None:
+        dialect = "tile Triton"
+        # Beside W_hh, layout conversions pass through shared memory: at most one operand tile a gate.
+        tiles = max(2, gates) * block_b * block_h * 4
+        limit, place = _resident_limit(spec, dtype, precision), weight_place(spec)
+        # On its way to registers W_hh passes through shared memory gate by gate, before the loop.
+        shared_bytes = max(tiles, weight_bytes // gates) if place == "registers" else tiles + weight_bytes
+        if weight_bytes > limit or shared_bytes > spec.shared_bytes:
+            raise NotImplementedError(
+                f"W_hh does not fit one program: {as_text(weight_bytes)} at H={H} (padded to {block_h}) of at most "
+                f"{as_text(limit)} in {place} on {spec.arch}"
+            )
+        # Modelled for sm_90, LSTM, bf16: at H=64 16 warps take 1745 cycles a step, 8 take 2131; at H=32 1807 and 1790.
+        # AMD's four SIMDs hold 512 registers a lane at 4 warps, and 8 spill.
+        warps = 4 if spec.is_amd else 16 if block_h >= 64 else 8
     return KernelPlan(
-        **_common(name, H, B, T, D, dtype, precision, spec),
+        **_common(name, H, B, T, D, dtype, precision, spec, dialect),
         block_b=block_b,
         units=block_h,
         share=block_h,
@@ -126,6 +112,19 @@ def resident(
         weight_bytes=weight_bytes,
         shared_bytes=shared_bytes,
     )
+
+
+def _gluon_warps(gates: int, block_h: int, dtype: torch.dtype, precision: str, spec: DeviceSpec) -> int | None:
+    """Warps of the Gluon kernel, each with 8 or 16 columns of the product; None where it does not run, or spills."""
+    on_tensor_cores = spec.arch.startswith("sm_") and (dtype != torch.float32 or precision == "tf32")
+    if not on_tensor_cores or compiler.triton_version() < (3, 7):
+        return None
+    warps = max(1, min(16, block_h // 8))
+    # Beside its part of W_hh a thread needs about 48 registers and 10 a gate, on sm_100 4 more: of 128, the GRU's
+    # 48 + 78 (H=128, 16 bits) compile clean, but for sm_100; the LSTM's 64 + 88 spill 40 bytes.
+    weight_registers = gates * block_h**2 * dtype.itemsize // (4 * 32 * warps)
+    needed = weight_registers + 48 + 10 * gates + 4 * (spec.arch == "sm_100")
+    return warps if needed <= _registers(spec, warps) else None
 
 
 @functools.lru_cache(maxsize=1024)
@@ -213,12 +212,6 @@ def _registers(spec: DeviceSpec, warps: int) -> int:
     return min(255, spec.register_bytes // (4 * spec.warp_size * warps))
 
 
-def _speaks_gluon(spec: DeviceSpec, dtype: torch.dtype, precision: str) -> bool:
-    """Whether the Gluon kernels run: NVIDIA's tensor cores, which have no full fp32, and Triton 3.7 or later."""
-    on_tensor_cores = spec.arch.startswith("sm_") and (dtype != torch.float32 or precision == "tf32")
-    return on_tensor_cores and compiler.triton_version() >= (3, 7)
-
-
 def _tiles(size: int, tile: int) -> int:
     return -(-size // tile)
 
@@ -234,16 +227,24 @@ def pieces(size: int, at_most: int) -> tuple[tuple[int, int], ...]:
 
 
 def _common(
-    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec, gluon: bool = False
+    name: str,
+    H: int,
+    B: int,
+    T: int,
+    D: int,
+    dtype: torch.dtype,
+    precision: str,
+    spec: DeviceSpec,
+    dialect: str = "tile Triton",
 ) -> dict[str, Any]:
     """What a plan says whatever its tiles."""
     from .kernels.cells import CELLS
 
     return {
-        "dialect": "Gluon" if gluon else "tile Triton",
+        "dialect": dialect,
         "spin_on_load": spec.is_amd,
         "precision": precision,
-        "weight_place": "registers" if gluon else weight_place(spec),
+        "weight_place": "registers" if dialect == "Gluon" else weight_place(spec),
         "shared_limit": spec.shared_bytes,
         "saved_bytes": T * B * D * H * (CELLS[name].saved + CELLS[name].has_c) * dtype.itemsize,
     }

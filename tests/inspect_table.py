@@ -27,6 +27,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 GROUPS = {
     "resident lstm": "--backend resident --cell lstm --hidden 7 64 100 128 --dtype bfloat16 float32",
     "resident gru": "--backend resident --cell gru --hidden 7 64 100 128 --dtype bfloat16 float32",
+    "resident rnn": "--backend resident --cell rnn_tanh --hidden 128 256 --dtype bfloat16 float32",
     "cooperative lstm": "--backend cooperative --cell lstm --hidden 192 650 --dtype bfloat16 float32",
     "cooperative gru": "--backend cooperative --cell gru --hidden 384 --dtype float16 float32 --precision tf32",
     "cooperative, batch 64": "--backend cooperative --cell gru lstm --hidden 512 --batch 64",
@@ -35,10 +36,10 @@ GROUPS = {
 }
 FULL = "--cell {cell} --hidden 16 64 128 256 384 512 650 1024 1500 2048 --dtype bfloat16 float16 float32"
 KEPT = (
-    "group", "arch", "cell", "dtype", "precision", "hidden", "batch", "missing", "pass", "backend", "programs", "warps",
-    "registers", "spill_bytes", "shared_bytes", "shared_bytes_planned", "occupancy", "tensor_core_instructions",
-    "weight_global_loads", "weight_global_loads_in_loop", "global_loads_in_loop", "barriers_in_loop",
-    "loop_instructions", "modelled_cycles_per_step", "modelled_limit",
+    "group", "arch", "cell", "dtype", "precision", "hidden", "batch", "missing", "pass", "backend", "dialect",
+    "programs", "warps", "registers", "spill_bytes", "shared_bytes", "shared_bytes_planned", "occupancy",
+    "tensor_core_instructions", "weight_global_loads", "weight_global_loads_in_loop", "global_loads_in_loop",
+    "barriers_in_loop", "loop_instructions", "modelled_cycles_per_step", "modelled_limit",
 )  # fmt: skip
 Record = dict
 

@@ -102,6 +102,7 @@ def _record(problem: Problem, compiled: Compiled, which: str) -> Record:
         "loop_stalls": model and model.stalls,
         "loop_waits": model and model.waits,
         "modelled_cycles_per_step": model and model.cycles,  # without the grid barrier
+        "dialect": kernel.dialect,
         "modelled_limit": model and model.limit,
         "modelled_bounds": model and model.bounds,
         "modelled_barrier_cycles": model and model.barrier,
