@@ -199,6 +199,12 @@ def test_executed_code_agrees_with_the_reference():
     assert [row["pass"] for row in rows] == ["forward", "backward"] * 2
     for row in rows:
         assert 0 < row["executed_max_error"] < 0.1 and 0 < row["executed_budget_used"] <= 1, row
+        # What the warps of a program run a step is what the machine code's loop holds for one, about.
+        ratio = row["executed_instructions_per_step"] / (row["warps"] * row["loop_instructions"])
+        assert 0.5 < ratio < 2, row
+        assert sum(row["executed_instructions_by_block"].values()) == pytest.approx(
+            row["executed_instructions_per_step"], abs=1
+        )
 
 
 def test_amd_code_is_not_executed():

@@ -59,6 +59,8 @@ def parse(ptx: str) -> Kernel:
         kernel.parameters[words[-1]] = (offset, words[1][1:])
         kernel.parameter_bytes = offset + size
     source = ""
+    # Debugging information has labels of its own, which nothing jumps to: they begin no block.
+    targets = set(re.findall(r"\bbra(?:\.uni)?\s+(\$?\w+)", ptx))
     body_start = ptx.count("\n", 0, header.end()) + 1
     for number, line in enumerate(ptx.splitlines(), 1):
         text = line.split("//")[0].strip()
@@ -71,18 +73,22 @@ def parse(ptx: str) -> Kernel:
         elif registers := re.match(r"\.reg\s+\.\w+\s+%(\w+)<(\d+)>", text):
             kernel.registers[registers[1]] = int(registers[2])
         elif not text.startswith("."):
-            _add(kernel, text.removesuffix(";"), number, source)
+            if (label := re.match(r"(\$?\w+):\s*(.*)", text)) is not None:
+                text = label[2]
+                if label[1] in targets:
+                    _begin_block(kernel, label[1])
+            if text:
+                _add(kernel, text.removesuffix(";"), number, source)
     return kernel
 
 
+def _begin_block(kernel: Kernel, label: str) -> None:
+    if kernel.blocks[-1]:
+        kernel.blocks.append([])
+    kernel.labels[label] = len(kernel.blocks) - 1
+
+
 def _add(kernel: Kernel, text: str, line: int, source: str) -> None:
-    if label := re.match(r"(\$?\w+):\s*(.*)", text):
-        if kernel.blocks[-1]:
-            kernel.blocks.append([])
-        kernel.labels[label[1]] = len(kernel.blocks) - 1
-        text = label[2]
-    if not text:
-        return
     match = re.match(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)", text, re.DOTALL)
     if match is None:
         raise NotImplementedError(f"PTX line {line}: {text}")

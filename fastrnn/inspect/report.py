@@ -22,6 +22,7 @@ Record = dict[str, Any]
 # Of what the compiler leaves, what --dump writes: text as it is, binaries as bytes.
 DUMPED = ("ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
 TITLE = ("cell", "arch", "dtype", "precision", "hidden", "batch", "backend")
+ONLY_JSON = ("executed_instructions_by_block",)
 MUST_BE_ZERO = ("spill_bytes", "weight_global_loads_in_loop")
 
 
@@ -60,6 +61,8 @@ def records(
         record = _record(problem, compiled, which) | {
             "executed_max_error": found.get("max_error"),
             "executed_budget_used": found.get("budget_used"),  # above 1: wrong
+            "executed_instructions_per_step": round(sum(found["instructions_by_block"].values())) if found else None,
+            "executed_instructions_by_block": found.get("instructions_by_block"),
         }
         yield record | ({"measured_us_per_step": times[which]} if measure else {})
 
@@ -159,7 +162,7 @@ def print_table(rows: list[Record]) -> None:
     for row in rows:
         table.add_column(row["pass"], justify="right", no_wrap=True)
     for key in first:
-        if key not in (*TITLE, "pass") and not all(row[key] is None for row in rows):
+        if key not in (*TITLE, *ONLY_JSON, "pass") and not all(row[key] is None for row in rows):
             bad = key in MUST_BE_ZERO and any(row[key] for row in rows)
             table.add_row(key, *(_text(row[key]) for row in rows), style="bold red" if bad else None)
     console.print(table)

@@ -4,14 +4,13 @@ The budget of an output is twice the error of the reference in the kernel's own 
 its largest element. tf32 keeps float16's 11 bits: float16's reference sets its budget.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from .compile import Problem, compile_problem
+from .compile import Launch, Problem, compile_problem
 from .execute import execute
 
 # An output of the launcher: what autograd calls it, and the pass that makes it.
@@ -27,11 +26,25 @@ class Agreement:
 
     max_error: float
     budget_used: float  # above 1: wrong
+    instructions_by_block: dict[str, float]  # of the step loop: what the warps of a program ran a step, on average
 
 
 def agreement(problem: Problem, passes: tuple[str, ...]) -> dict[str, Agreement]:
     """Execute a problem's compiled passes and compare; raises as `execute` does."""
-    compiled = compile_problem(problem, passes, functools.partial(execute, seed=problem.seed))
+    executed: dict[str, dict[str, float]] = {}
+
+    def run(launch: Launch) -> None:
+        found = execute(launch, problem.seed)
+        programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
+        # A block of the step loop is one that every warp ran at each step; with a single step that says nothing.
+        least = problem.seq_len * programs * launch.warps if problem.seq_len > 1 else float("inf")
+        executed[launch.name] = {
+            label: times * size / (problem.seq_len * programs)
+            for label, (times, size) in found.blocks.items()
+            if times >= least
+        }
+
+    compiled = compile_problem(problem, passes, run)
     truth = _reference(problem, compiled.tensors, torch.float64)
     rounded = torch.float16 if problem.dtype == torch.float32 and problem.precision == "tf32" else problem.dtype
     plain = _reference(problem, compiled.tensors, rounded)
@@ -45,9 +58,10 @@ def agreement(problem: Problem, passes: tuple[str, ...]) -> dict[str, Agreement]
             allowed = 2 * (plain[name].double() - truth[name]).abs().max().item() + torch.finfo(rounded).eps * scale
             error = (compiled.outputs[name].double().view_as(truth[name]) - truth[name]).abs().max().item()
             errors.append(error)
-            used.append(error / allowed)
+            used.append(error / max(allowed, torch.finfo(rounded).tiny))
         # NaN is larger than anything; max() would drop it.
-        result[which] = Agreement(*(torch.tensor(values).max().item() for values in (errors, used)))
+        largest, most = (torch.tensor(values).max().item() for values in (errors, used))
+        result[which] = Agreement(largest, most, executed[which])
     return result
 
 
