@@ -124,6 +124,8 @@ FLOATS = {
     "mov.b64 {%r12, %r13}, %rd9;": lambda a, b: (a.double() * b.double() + b.double()).float(),
     "cvt.rn.f16x2.f32 %r13, %r11, %r10;\nadd.f16x2 %r13, %r13, %r13;\nmov.b32 {%rs1, %rs2}, %r13;\n"
     "cvt.f32.f16 %r12, %rs1;": lambda a, b: 2 * a.half().float(),
+    "cvt.rn.f16x2.f32 %r13, %r11, %r10;\nmov.b32 %r14, 0;\nsetp.gt.f16x2 %p1|%p2, %r13, %r14;\n"
+    "selp.f32 %r12, %r10, %r11, %p2;": lambda a, b: torch.where(b > 0, a, b),
     "cvt.rzi.s32.f32 %r12, %r10;\ncvt.rn.f32.s32 %r12, %r12;": lambda a, b: a.trunc(),
 }
 

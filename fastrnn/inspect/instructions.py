@@ -138,8 +138,17 @@ def select(t: Operands) -> str:
     return t.result(f"{t.value(t.operands[3], 'pred')} ? {t.argument(1, kind)} : {t.argument(2, kind)}", kind)
 
 
-def compare(t: Operands) -> str:
+def compare(t: Operands) -> str | None:
     name = t.parts[1]
+    if t.type in ("f16x2", "bf16x2"):
+        predicates, *terms = t.operands
+        if name not in COMPARE or len(terms) != 2:
+            return None
+        to_float, code = TO_FLOAT[t.type.removesuffix("x2")], ""
+        for half, predicate in enumerate(predicates.split("|")):
+            a, b = (f"{to_float}((uint16_t)({t.argument(i, 'u32')} >> {16 * half}))" for i in (1, 2))
+            code += t.store(predicate, "pred", f"{a} {COMPARE[name]} {b}")
+        return t.lanes(code)
     a, b = t.argument(1), t.argument(2)
     unordered = len(name) == 3
     value = f"({a} {COMPARE[name[:2]]} {b})"

@@ -120,6 +120,5 @@ class Operands:
 
     @property
     def space(self) -> str:
-        return next(
-            (p.split("::")[0] for p in self.parts if p.split("::")[0] in ("param", "shared", "global")), "generic"
-        )
+        named = (part.split("::")[0] for part in self.parts)
+        return next((name for name in named if name in ("param", "shared", "global")), "generic")
