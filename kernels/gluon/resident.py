@@ -8,7 +8,7 @@
 Each warp owns columns of the product: its part of W_hh, [BLOCK_H, 8 or 16 units] of every gate, stays in its registers
 for the whole sequence, and all it reads a step is h, which every warp needs whole and finds in shared memory. x_gates,
 saved tiles and outputs are loaded and stored in the product's own layout: nothing is converted. The shared tile is
-double, so that one barrier a step is enough: who writes a slot again has passed the barrier after its last readers.
+double, so that one barrier a step is enough; Triton 3.9, which does not tell the slots apart, adds one in backward.
 
 The layout of tensors is in ../tile/tiles.py, whose helpers serve both dialects: layouts come with the offsets.
 Grid: (batch tiles, D). Source: as ../tile/resident.py.
