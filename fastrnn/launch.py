@@ -139,6 +139,7 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
         "G": GATES[cell],
         "S": spec.saved,
         "HAS_C": spec.has_c,
+        "ACTIVATIONS": kernel.activations,
         "H": H,
         "BLOCK_B": kernel.block_b,
         "PRECISION": kernel.precision,

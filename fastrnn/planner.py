@@ -42,7 +42,8 @@ class Plan:
                 "programs": f"{k.programs} = {split}{groups}",
                 "on chip": f"{as_text(k.weight_bytes)} of W_hh a program in {k.weight_place}; shared memory: "
                 f"{as_text(k.shared_bytes)} of {as_text(k.shared_limit)}",
-                "products": f"{k.precision if self.dtype == torch.float32 else dtype}, summed in fp32",
+                "math": f"products of {k.precision if self.dtype == torch.float32 else dtype}, summed in fp32; "
+                f"activations: {k.activations}",
                 "saved": f"{as_text(k.saved_bytes)} for backward, nothing for inference",
             }
         head = f"{self.cell}, {shape}, {dtype}, on {self.device}: backend {self.backend}"
@@ -80,7 +81,7 @@ def plan(
       kernel    tile Triton, 16 warps a program
       programs  4 = 4 batch tile(s) of 16 rows x 1 direction(s)
       on chip   128 KiB of W_hh a program in shared memory; shared memory: 160 KiB of 227 KiB
-      products  bfloat16, summed in fp32
+      math      products of bfloat16, summed in fp32; activations: tanh.approx
       saved     78.1 MiB for backward, nothing for inference
     """
     _expect("cell", cell, tuple(GATES))

@@ -19,6 +19,9 @@ from .reference import GATES
 KIB = 1024
 # Of a row of the exchanged state that a warp multiplies at once: it holds these whole, and larger ones spill.
 PIECE_BYTES = (128, 64)
+# Not exact where the tensors' rounding hides it: over T = 4096 steps of an LSTM the error against fp64 grows by at most
+# a factor of 1.8 in bf16; in fp16 tanh.approx would make it up to 14 times as large (python -m bench.accuracy).
+ACTIVATIONS = {torch.bfloat16: "tanh.approx", torch.float16: "exp2"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class KernelPlan:
     piece_limits: tuple[int, ...]  # columns that are multiplied at once
     spin_on_load: bool  # how a program waits at the grid barrier
     precision: str  # of fp32 products, as Triton's input_precision: "ieee" or "tf32"
+    activations: str  # how they are computed, as kernels/activations.py names it
     weight_bytes: int  # of W_hh in one program, padding included
     weight_place: str
     shared_bytes: int  # upper bound for one program
@@ -244,6 +248,7 @@ def _common(
         "dialect": dialect,
         "spin_on_load": spec.is_amd,
         "precision": precision,
+        "activations": ACTIVATIONS.get(dtype, "exact") if spec.arch.startswith("sm_") else "exact",
         "weight_place": "registers" if dialect == "Gluon" else weight_place(spec),
         "shared_limit": spec.shared_bytes,
         "saved_bytes": T * B * D * H * (CELLS[name].saved + CELLS[name].has_c) * dtype.itemsize,

@@ -13,7 +13,7 @@ from .ptx import Instruction, Kernel, size_of
 BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
            "hs": ">="}  # fmt: skip
-UNARY = {"ex2": "exp2f", "lg2": "log2f", "sqrt": "sqrtf", "tanh": "tanhf", "sin": "sinf", "cos": "cosf",
+UNARY = {"ex2": "exp2f", "lg2": "log2f", "sqrt": "sqrtf", "tanh": "tanh_approx", "sin": "sinf", "cos": "cosf",
          "rcp": "1.0f / ", "rsqrt": "1.0f / sqrtf", "abs": "fabsf", "neg": "-"}  # fmt: skip
 
 

@@ -4,6 +4,7 @@ A step takes at least the longest of
 
     chain           one warp's stall cycles + 14 for each wait on a scoreboard
     issue           instructions * warps / 4 schedulers
+    special         exponentials, reciprocals, tanh.approx: results / 16 a cycle
     tensor cores    multiply-adds of all warps / what the multiprocessor's tensor cores do a cycle
     shared memory   bytes / 128 a cycle
     L2              bytes of global loads and stores / 64 a cycle
@@ -14,9 +15,10 @@ The 14 fits two published times of another library's LSTM forward (FlashRNN's Tr
 step loops have 1289 stalls and 126 waits at H=64, 3151 and 216 at H=128, and take 1.94 and 3.15 us: 16.8 and 11.0
 cycles a wait at 1.755 GHz. A wait counts the same whatever it waits for; the model is off by 10% and 12% on those two.
 
-Other sources: four schedulers, 128 bytes of shared memory a cycle and multiply-adds a cycle from NVIDIA's architecture
-whitepapers (A100, GA102, Ada, H100, Blackwell); 64 bytes of L2 a cycle and multiprocessor from Jia et al. 2018
-(arXiv:1804.06826) and later microbenchmarks.
+Other sources: special functions a cycle from the table of instruction throughputs in NVIDIA's CUDA C++ Programming
+Guide (16 from compute capability 8.0 on); four schedulers, 128 bytes of shared memory a cycle and multiply-adds a cycle
+from NVIDIA's architecture whitepapers (A100, GA102, Ada, H100, Blackwell); 64 bytes of L2 a cycle and multiprocessor
+from Jia et al. 2018 (arXiv:1804.06826) and later microbenchmarks.
 """
 
 import re
@@ -29,6 +31,7 @@ from .sass import Instruction
 
 CYCLES_A_WAIT = 14
 SCHEDULERS = 4
+SPECIAL_A_CYCLE = 16
 SHARED_BYTES_A_CYCLE = 128
 L2_BYTES_A_CYCLE = 64
 
@@ -111,6 +114,7 @@ def bounds(loop: Sequence[Instruction], warps: int, multiply_adds: int) -> dict[
     return {
         "chain": chain(sum(i.stall for i in loop), sum(i.waits for i in loop)),
         "issue": round(len(loop) * warps / SCHEDULERS),
+        "special": round(sum(i.opcode.startswith("MUFU") for i in loop) * lanes / SPECIAL_A_CYCLE),
         "tensor cores": round(sum(_multiply_adds(i.opcode) for i in loop) * warps / multiply_adds),
         "shared memory": round(sum(_bytes(i.opcode, _SHARED) for i in loop) * lanes / SHARED_BYTES_A_CYCLE),
         "L2": round(sum(_bytes(i.opcode, _GLOBAL) for i in loop) * lanes / L2_BYTES_A_CYCLE),

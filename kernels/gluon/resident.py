@@ -59,7 +59,7 @@ def forward(
     x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
     y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr,
     T, B,
-    CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr,
+    CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
     H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
@@ -88,7 +88,7 @@ def forward(
         rec = ()
         for g in gl.static_range(G):
             rec = rec + (mma_v2(h, W_hh[g], b_hh[g], input_precision=PRECISION),)
-        state, saved = CELL(x, rec, state)
+        state, saved = CELL(x, rec, state, ACTIVATIONS)
         h_tile.index((step + 1) % 2).store(state[0].to(dtype))
 
         now = (time_index(step, T, direction) * rows + first_row) * D + direction
@@ -106,7 +106,7 @@ def backward(
     dy_ptr, dh_n_ptr, dc_n_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr,
     d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr,
     T, B,
-    CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr,
+    CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
     H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
@@ -140,7 +140,7 @@ def backward(
             d_state = (d_state[0] + tiles[1], d_state[1])
         else:
             d_state = (d_state[0] + tiles[1],)
-        d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev)
+        d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev, ACTIVATIONS)
         kept = kept_prev
         slot = step % 2 * G
         for g in gl.static_range(G):

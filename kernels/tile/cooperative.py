@@ -122,7 +122,7 @@ def forward(
     x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
     y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, counters_ptr,
     T, B,
-    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
+    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
     PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
 ):  # fmt: skip
@@ -144,7 +144,7 @@ def forward(
         h_ptr = tl.where(step == 0, h_0_ptr + own_rows, y_ptr + before * H)
         h_stride = tl.where(step == 0, H, D * H)
         rec = recurrent_gates(h_ptr, h_stride, row_mask, W_hh, b_hh, offs_b, G, H, K_TILES, WARPS, PRECISION)
-        state, saved = CELL(x, rec, state)
+        state, saved = CELL(x, rec, state, ACTIVATIONS)
 
         now = (time_index(step, T, direction) * rows + first_row) * D + direction
         store_tiles(y_ptr + now * H, D * H, state, 1, H, offs_b, offs_n, mask)
@@ -166,7 +166,7 @@ def backward(
     dy_ptr, dh_n_ptr, dc_n_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr,
     d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, counters_ptr,
     T, B,
-    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
+    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
     PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +199,7 @@ def backward(
             d_state = (dh + tiles[1], d_state[1])
         else:
             d_state = (dh + tiles[1],)
-        d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev)
+        d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev, ACTIVATIONS)
         kept = kept_prev
 
         now = (time_index(T - 1 - step, T, direction) * rows + first_row) * D + direction

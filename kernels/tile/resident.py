@@ -39,7 +39,7 @@ def forward(
     x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
     y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr,
     T, B,
-    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
+    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     direction, D, rows, first_row, offs_b, offs_h, mask = place(B, H, BLOCK_B, BLOCK_H)
@@ -65,7 +65,7 @@ def forward(
         rec = ()
         for g in tl.static_range(G):
             rec = rec + (tl.dot(h, W_hh[g], acc=b_hh[g], input_precision=PRECISION),)
-        state, saved = CELL(x, rec, state)
+        state, saved = CELL(x, rec, state, ACTIVATIONS)
 
         now = (time_index(step, T, direction) * rows + first_row) * D + direction
         store_tiles(y_ptr + now * H, D * H, state, 1, H, offs_b, offs_h, mask)
@@ -82,7 +82,7 @@ def backward(
     dy_ptr, dh_n_ptr, dc_n_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr,
     d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr,
     T, B,
-    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr,
+    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     direction, D, rows, first_row, offs_b, offs_h, mask = place(B, H, BLOCK_B, BLOCK_H)
@@ -115,7 +115,7 @@ def backward(
             d_state = (d_state[0] + tiles[1], d_state[1])
         else:
             d_state = (d_state[0] + tiles[1],)
-        d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev)
+        d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev, ACTIVATIONS)
         dh = d_state[0]
         for g in tl.static_range(G):
             dh = tl.dot(d_rec[g].to(W_hh_ptr.dtype.element_ty), W_hh[g], acc=dh, input_precision=PRECISION)
