@@ -1,6 +1,5 @@
 """Allocate outputs and launch the kernels of a plan; what is left to one product and one sum is here too."""
 
-import itertools
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from . import compiler, interpreter
 from .device import DeviceSpec
 from .planner import plan
 from .reference import GATES
-from .tiers import KernelPlan, pieces
 
 CACHE_LINE = 128  # bytes
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -110,17 +108,6 @@ def _present(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-def compile_choices(kernel: KernelPlan, backend: str) -> list[dict[str, Any]]:
-    """The ways of compiling a plan's kernel, as launch options, in the order to try them."""
-    choices = []
-    for registers, columns in itertools.product(kernel.register_limits, kernel.piece_limits):
-        choice: dict[str, Any] = {"maxnreg": registers} if registers else {}
-        if backend == "cooperative":
-            choice["K_TILES"] = pieces(kernel.share, columns)
-        choices.append(choice)
-    return choices
-
-
 def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | None) -> None:
     """Launch the tier's kernel, "forward" or "backward", by its plan for y (T, B, D, H); an empty batch needs none."""
     from .kernels.cells import CELLS
@@ -144,14 +131,16 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
         "BLOCK_B": kernel.block_b,
         "PRECISION": kernel.precision,
     }
-    options: dict[str, Any] = {"num_warps": kernel.warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(y):
-        if backend == "resident":
+        if backend != "cooperative":
             if kernel.dialect == "Gluon":
                 from .kernels.gluon import resident
+
+                constants["D"] = D
             function, arguments = getattr(resident, which), (*pointers, T, B)
-            constants["BLOCK_H"] = kernel.units
+            constants["BLOCK_H"] = kernel.units * kernel.ctas
         else:
             # Counters of the grid barrier, zero at every launch; each on a cache line of its own.
             _, batch_tiles, directions = kernel.grid
@@ -165,15 +154,15 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
             }
             # The driver refuses a grid whose programs cannot all be resident, instead of leaving it to hang.
             options["launch_cooperative_grid"] = True
-        choices = compile_choices(kernel, backend)
+        choices = kernel.choices[which]
         if not interpreter.ENABLED:
             variant = (device, y.dtype, *constants.values(), *(pointer is None for pointer in pointers))
             options |= constants
-            options |= compiler.first_without_spills(function, variant, choices, arguments, kernel.grid, options)
+            options |= compiler.first_without_spills(function, variant, list(choices), arguments, kernel.grid, options)
             function[kernel.grid](*arguments, **options)
-        elif backend == "resident":
+        elif backend != "cooperative":
             function[kernel.grid](*arguments, **constants)
         else:
             from . import together
 
-            together.launch(function, kernel.grid, *arguments, **constants, K_TILES=choices[0]["K_TILES"])
+            together.launch(function, kernel.grid, *arguments, **constants, **choices[0])

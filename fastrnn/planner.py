@@ -7,8 +7,9 @@ from importlib.util import find_spec
 import torch
 
 from .device import SPECS, DeviceSpec
+from .kernel_plan import GridTooLargeError, KernelPlan, as_text
 from .reference import GATES
-from .tiers import TIERS, GridTooLargeError, KernelPlan, as_text
+from .tiers import TIERS
 
 BACKENDS = ("auto", "torch", "reference", *TIERS)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,6 +38,7 @@ class Plan:
             *slices, batch_tiles, directions = k.grid
             groups = f"{batch_tiles} batch tile(s) of {k.block_b} rows x {directions} direction(s)"
             split = f"{slices[0]} slices of {k.units} units x " if slices else ""
+            split = f"clusters of {k.ctas} with {k.units} units each x " if k.ctas > 1 else split
             rows |= {
                 "kernel": f"{k.dialect}, {k.warps} warps a program",
                 "programs": f"{k.programs} = {split}{groups}",
@@ -78,9 +80,9 @@ def plan(
     >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_90"))
     lstm, T=1000, B=64, H=128, bfloat16, on sm_90: backend resident
       why       W_hh fits one program
-      kernel    tile Triton, 16 warps a program
+      kernel    Gluon, 16 warps a program
       programs  4 = 4 batch tile(s) of 16 rows x 1 direction(s)
-      on chip   128 KiB of W_hh a program in shared memory; shared memory: 160 KiB of 227 KiB
+      on chip   128 KiB of W_hh a program in registers and shared memory; shared memory: 208 KiB of 227 KiB
       math      products of bfloat16, summed in fp32; activations: tanh.approx
       saved     78.1 MiB for backward, nothing for inference
     """

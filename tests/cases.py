@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastrnn import plan, reference
+from fastrnn.kernel_plan import GridTooLargeError
 from fastrnn.ops import recurrence
-from fastrnn.tiers import GridTooLargeError
 
 CELLS = tuple(reference.STEPS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,7 +1,9 @@
 """Run by test_execute.py in a process that compiles: execute kernels' PTX and print what errs, a JSON object a line.
 
 python -m tests.executed kernels sm_90 resident     every cell, pass and dtype, under a schedule of its own
-python -m tests.executed mutations                  the same after a change to the PTX, which must be noticed
+python -m tests.executed tile sm_90 resident        the same in tile Triton, where Gluon takes its place
+python -m tests.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
+python -m tests.executed mutations                  after a change to the PTX, which must be noticed
 """
 
 import dataclasses
@@ -10,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 
@@ -18,24 +21,39 @@ from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import Launch, launches
 from fastrnn.inspect.execute import ExecutionError, execute
 
-from .cases import Case, Problem, make_problem, over_budget
+from .cases import CELLS, Case, Problem, make_problem, over_budget
 
 # Not aligned to 16 bytes, and aligned; rows and units masked; two directions; several programs where W_hh is split.
-CASES = {"resident": Case(T=3, B=3, H=24, D=2), "cooperative": Case(T=3, B=3, H=130, D=1)}
+CASES = {
+    "resident": Case(T=3, B=3, H=24, D=2),
+    "cluster": Case(T=3, B=3, H=100, D=2),
+    "cooperative": Case(T=3, B=3, H=130, D=1),
+}
 KINDS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"))
 
 
 def kernels(arch: str, backend: str) -> Iterator[dict]:
-    for seed, cell in enumerate(("lstm", "gru", "rnn_tanh", "rnn_relu")):
-        for dtype, precision in KINDS if cell == "lstm" else KINDS[seed % 2 :: 3]:
+    kinds = [kind for kind in KINDS if kind != ("float32", "ieee") or backend != "cluster"]
+    for seed, cell in enumerate(CELLS):
+        for dtype, precision in kinds if cell == "lstm" else kinds[seed % 2 :: 2]:
             # tf32 keeps as many bits as float16: that dtype's reference sets the budget.
             exact = torch.float16 if precision == "tf32" else getattr(torch, dtype)
-            case = CASES[backend]
-            if backend == "resident" and (cell, dtype) == ("lstm", "bfloat16"):
-                case = case._replace(H=100)  # of the 16-bit kernels, the one in tile Triton
-            problem = make_problem(cell, case, exact, "cpu")
+            problem = make_problem(cell, CASES[backend], exact, "cpu")
             faults = faults_of(problem, arch, backend, precision, functools.partial(execute, seed=seed), dtype)
             yield {"cell": cell, "dtype": dtype, "precision": precision, "seed": seed, "faults": faults}
+
+
+def tile(arch: str, backend: str) -> Iterator[dict]:
+    with mock.patch("fastrnn.compiler.triton_version", lambda: (3, 6)):  # which has no Gluon
+        yield from kernels(arch, backend)
+
+
+def schedules(arch: str, backend: str, count: str) -> Iterator[dict]:
+    for cell in CELLS:
+        problem = make_problem(cell, CASES[backend], torch.bfloat16, "cpu")
+        for seed in range(int(count)):
+            faults = faults_of(problem, arch, backend, "ieee", functools.partial(execute, seed=seed), "bfloat16")
+            yield {"cell": cell, "seed": seed, "faults": faults}
 
 
 def faults_of(problem: Problem, arch: str, backend: str, precision: str, run: Callable, dtype: str) -> dict:
@@ -76,6 +94,7 @@ def nth(pattern: str, by: str, n: int) -> Callable[[str], str]:
     return change
 
 
+CLUSTER_BARRIER = (r"barrier\.cluster\.arrive[^;]*;\s*barrier\.cluster\.wait[^;]*;", "bar.sync 0;")
 # What is broken: tier, pass, the change, and what it must be noticed as ("" for a result over its budget).
 MUTATIONS = {
     "a barrier between shared load and store removed": ("resident", "forward", nth(r"bar\.sync\s+0;", "", -1), "race"),
@@ -90,6 +109,10 @@ MUTATIONS = {
         "resident", "backward", replace(r"sub\.f32(\s+%r\d+), (%r\d+), (%r\d+)", r"sub.f32\1, \3, \2"), ""),
     "factors of a product swapped": (
         "resident", "forward", nth(r"(mma\S+\s+\{[^}]*\}, \{ )(%r\d+), (%r\d+)", r"\1\3, \2", -1), ""),
+    "a cluster's barrier made a program's": (
+        "cluster", "forward", replace(*CLUSTER_BARRIER), "race"),
+    "a cluster's barrier made a program's, backward": (
+        "cluster", "backward", replace(*CLUSTER_BARRIER), "race"),
     "one row too many": ("resident", "forward", replace(r"setp\.lt\.s64", "setp.le.s64"), "out of bounds"),
 }  # fmt: skip
 
@@ -112,5 +135,7 @@ def mutations() -> Iterator[dict]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
-    for record in {"kernels": kernels, "mutations": mutations}[command](*arguments):
+    for record in {"kernels": kernels, "tile": tile, "schedules": schedules, "mutations": mutations}[command](
+        *arguments
+    ):
         print(json.dumps(record), flush=True)

@@ -12,6 +12,8 @@ import torch
 
 from fastrnn.inspect.execute import ExecutionError, execute_ptx
 
+from .cases import CELLS
+
 ROOT = Path(__file__).parents[1]
 
 HEADER = """
@@ -288,14 +290,30 @@ def child(*arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("backend", ("resident", "cooperative"))
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100"))
-def test_compiled_kernels_compute_what_the_reference_does(arch, backend):
+@pytest.mark.parametrize(
+    ("command", "arch", "backend"),
+    (
+        *(
+            ("kernels", arch, backend)
+            for arch in ("sm_80", "sm_90", "sm_100")
+            for backend in ("resident", "cooperative")
+        ),
+        *(("kernels", arch, "cluster") for arch in ("sm_90", "sm_100")),
+        *(("tile", "sm_90", backend) for backend in ("resident", "cooperative")),
+    ),
+)
+def test_compiled_kernels_compute_what_the_reference_does(command, arch, backend):
     """Outputs, final states and every gradient, from the PTX of both passes, under a schedule a cell."""
-    records = child("kernels", arch, backend)
-    assert {record["cell"] for record in records} == {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+    records = child(command, arch, backend)
+    assert {record["cell"] for record in records} == set(CELLS)
     for record in records:
         assert record["faults"] == {}, record
+
+
+def test_clusters_are_right_under_fifty_schedules():
+    records = child("schedules", "sm_90", "cluster", "50")
+    assert len(records) == 50 * len(CELLS)
+    assert [record for record in records if record["faults"]] == []
 
 
 def test_broken_ptx_is_noticed():

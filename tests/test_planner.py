@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import compiler, tiers
+from fastrnn import clusters, compiler, tiers
 from fastrnn.device import SPECS, DeviceSpec
 from fastrnn.planner import torch_precision
-from fastrnn.tiers import pieces
 
 BF16 = torch.bfloat16
 
@@ -49,22 +48,23 @@ def test_plans_stay_within_the_device(arch):
                     kernel = plan.kernel
                     *slices, batch_tiles, directions = kernel.grid
                     assert batch_tiles * kernel.block_b >= 33 and directions == 2
-                    assert math.prod(slices) * kernel.units >= hidden_size
-                    for most in kernel.piece_limits:
-                        starts, columns = zip(*pieces(kernel.share, most), strict=True)
-                        assert max(columns) <= most and starts == tuple(itertools.accumulate((0, *columns[:-1])))
-                        assert sum(columns) == kernel.share
+                    assert math.prod(slices) * kernel.ctas * kernel.units >= hidden_size
+                    assert kernel.ctas <= spec.cluster_limit and (kernel.ctas > 1) == (plan.backend == "cluster")
+                    choices = [choice for forms in kernel.choices.values() for choice in forms]
                     if slices:
                         assert kernel.programs <= spec.multiprocessors
-                        # Each warp pays for the next multiple of 16 columns, each program for the next of its units.
-                        assert hidden_size <= kernel.share * kernel.warps < hidden_size + 16 * kernel.warps
                         assert math.prod(slices) * kernel.units < hidden_size + kernel.units
+                        for choice in choices:
+                            starts, columns = zip(*choice["K_TILES"], strict=True)
+                            assert starts == tuple(itertools.accumulate((0, *columns[:-1])))
+                            # Each warp pays for the next multiple of 16 columns, each program for the next of its units.
+                            assert hidden_size <= sum(columns) * kernel.warps < hidden_size + 16 * kernel.warps
                     assert kernel.shared_bytes <= spec.shared_bytes
                     assert kernel.weight_bytes <= max(spec.shared_bytes, spec.register_bytes)
                     threads = kernel.warps * spec.warp_size
                     assert threads <= 1024
-                    for registers in kernel.register_limits:
-                        assert (registers or 0) * threads * 4 <= spec.register_bytes
+                    for choice in choices:
+                        assert choice.get("maxnreg", 0) * threads * 4 <= spec.register_bytes
                     assert kernel.precision == "ieee" or spec.has_tf32
     assert fitting > 100
 
@@ -74,13 +74,13 @@ def test_what_fits_is_what_the_design_says():
     with pytest.raises(NotImplementedError, match="does not fit one program: 512 KiB at H=129 .padded to 256."):
         resident("lstm", 129)
     with pytest.raises(NotImplementedError, match="does not fit one program"):
-        resident("lstm", 128, device="sm_120")
+        resident("lstm", 256, device="sm_120")
 
 
 def test_auto_takes_the_first_tier_that_fits():
     sizes = {"batch_size": 16, "dtype": BF16, "device": "sm_90"}
-    tiers = {H: fastrnn.plan("lstm", hidden_size=H, **sizes).backend for H in (64, 128, 129, 650, 1024, 1536, 2048)}
-    assert tiers == {64: "resident", 128: "resident", 129: "cooperative", 650: "cooperative", 1024: "cooperative",
+    tiers = {H: fastrnn.plan("lstm", hidden_size=H, **sizes).backend for H in (64, 128, 129, 512, 650, 1536, 2048)}
+    assert tiers == {64: "resident", 128: "resident", 129: "cluster", 512: "cluster", 650: "cooperative",
                      1536: "cooperative", 2048: "torch"}  # fmt: skip
     assert "slices over both memories are missing" in fastrnn.plan("lstm", hidden_size=2048, **sizes).why
 
@@ -117,13 +117,33 @@ def test_saved_bytes_are_what_the_op_keeps(device):
         assert plan.kernel.saved_bytes == sum(t.numel() * t.element_size() for t in kept)
 
 
+def test_clusters_take_more_programs_while_multiprocessors_are_idle(monkeypatch):
+    def ctas(cell="lstm", H=256, B=16, **kwargs):
+        sizes = {"hidden_size": H, "batch_size": B, "dtype": BF16, "device": "sm_90"} | kwargs
+        return fastrnn.plan(cell, **sizes, backend="cluster").kernel.ctas
+
+    assert [ctas(B=B) for B in (16, 256, 528, 4096)] == [8, 8, 4, 4]
+    assert (ctas(H=128), ctas(H=512), ctas("gru", 512)) == (4, 16, 8)
+    for message, kwargs in (
+        ("sm_80 has no thread-block clusters", {"device": "sm_80"}),
+        ("does not fit a cluster of 16 programs: 8.0 MiB at H=513 .padded to 1024.", {"H": 513}),
+        ("full-precision float32 products over clusters is missing", {"dtype": torch.float32, "precision": "ieee"}),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            ctas(**kwargs)
+    monkeypatch.setattr(compiler, "triton_version", lambda: (3, 7))
+    clusters.cluster.cache_clear()
+    with pytest.raises(NotImplementedError, match="clusters in Gluon need Triton 3.8 or newer"):
+        ctas()
+
+
 def test_gluon_where_it_runs_and_fits_in_registers(monkeypatch):
     def dialects(**kwargs):
         return [resident(cell, H, **kwargs).kernel.dialect for cell, H in (("lstm", 64), ("lstm", 128), ("gru", 128))]
 
-    assert dialects() == ["Gluon", "tile Triton", "Gluon"]
-    assert dialects(device="sm_100") == ["Gluon", "tile Triton", "tile Triton"]
-    assert resident("gru", 128, device="sm_120").kernel.weight_place == "registers"
+    for arch in ("sm_80", "sm_90", "sm_100", "sm_120"):
+        assert dialects(device=arch) == ["Gluon"] * 3
+    assert resident("gru", 128, device="sm_120").kernel.weight_place == "registers and shared memory"
     assert resident(dtype=torch.float32, precision="tf32").kernel.dialect == "Gluon"
     assert resident(dtype=torch.float32, precision="ieee").kernel.dialect == "tile Triton"
     assert resident(device="gfx942").kernel.dialect == "tile Triton"

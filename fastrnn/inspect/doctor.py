@@ -14,7 +14,7 @@ from ..planner import plan
 from ..tiers import TIERS
 
 # A size that each tier holds on every architecture: whether a tier can run at all, not how far it goes.
-HELD = {"resident": 64, "cooperative": 256}
+HELD = {"resident": 64, "cluster": 256, "cooperative": 256}
 
 
 def diagnosis() -> Iterator[tuple[str, str]]:

@@ -1,20 +1,25 @@
-"""The resident tier in Gluon: one program holds all of W_hh in registers, as operands of the tensor cores.
+"""The resident tier in Gluon: a program, or the programs of a cluster, hold all of W_hh in registers and shared memory.
 
-    forward    barrier;   h = tile[step];   rec = W_hh h + b_hh;   (h, c), saved = cell(x_gates[t], rec, (h, c));
-               tile[step + 1] = h
-    backward   d_gates[t] = cell'(dh + dy[t], dc, saved[t]);   tile[step] = d_gates[t];   barrier;
-               dh = W_hh^T tile[step] + rest
+    forward    barrier;   gather h[t-1];   rec = W_hh[own units] h + b_hh;
+               (h, c), saved = cell(x_gates[t], rec, (h, c));   own h to shared memory
+    backward   d_gates[t] = cell'(dh + dy[t], dc, saved[t]), of own units;   barrier;
+               summand = W_hh[own units]^T d_gates[t];   barrier;   dh = sum of the summands' own columns + rest
 
-Each warp owns columns of the product: its part of W_hh, [BLOCK_H, 8 or 16 units] of every gate, stays in its registers
-for the whole sequence, and all it reads a step is h, which every warp needs whole and finds in shared memory. x_gates,
-saved tiles and outputs are loaded and stored in the product's own layout: nothing is converted. The shared tile is
-double, so that one barrier a step is enough; Triton 3.9, which does not tell the slots apart, adds one in backward.
+Each program of a cluster (CTAS of them, one is a program alone) owns units of H, all their gates, and these rows of
+W_hh: the same in both passes. Forward must see all of h, 16 bits a unit, and gathers it from the other programs' shared
+memories. Backward multiplies by rows, which gives every program a summand of all of dh, and exchanges these: half of
+the bytes that gathering the LSTM's four gate gradients would take. One cluster barrier a step either way.
+
+W_hh of the first gates, IN_REGISTERS of them, stays in registers as operands of the tensor cores, the others' in shared
+memory. Where columns are few for the warps, SHARES groups of warps share the sum over units, too: each product is
+[shares, rows, columns], and threads add the shares of their own columns. x_gates, saved tiles and outputs are loaded
+and stored in the layout of these sums: nothing is converted.
 
 The layout of tensors is in ../tile/tiles.py, whose helpers serve both dialects: layouts come with the offsets.
-Grid: (batch tiles, D). Source: as ../tile/resident.py.
+Grid: (batch tiles, D), clusters. Source: as ../tile/resident.py.
 
-Limit: the chain of dependent latencies of a step (ldmatrix, BLOCK_H / 16 products, activations, store, barrier); for 16
-warps also their issue slots. W_hh costs nothing.
+Limit: the chain of dependent latencies of a step (barrier, ldmatrix, products, activations, store), and with clusters
+the exchange; for 16 warps their issue slots come near. W_hh in registers costs nothing.
 """
 
 from triton.experimental import gluon
@@ -22,36 +27,54 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..tile.tiles import as_fp32, load_bias, load_state, load_step, load_tiles, store_state, store_tiles, time_index
+from . import layouts
 
 
 @gluon.jit
-def place(B, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, LAYOUT: gl.constexpr):
+def place(B, D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, LAYOUT: gl.constexpr):
     """This program's direction (of D), its first row (of B), and offsets and mask of its tile; scalars are int64."""
-    direction = gl.program_id(1).to(gl.int64)
+    direction = (gl.program_id(1) if D > 1 else gl.to_tensor(0)).to(gl.int64)
     first_row = gl.program_id(0).to(gl.int64) * BLOCK_B
     offs_b = gl.arange(0, BLOCK_B, gl.SliceLayout(1, LAYOUT))
     offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(0, LAYOUT))
     mask = (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :]
-    return direction, gl.num_programs(1), B.to(gl.int64), first_row, offs_b, offs_h, mask
+    return direction, B.to(gl.int64), first_row, offs_b, offs_h, mask
 
 
 @gluon.jit
 def load_weights(
-    W_hh_ptr, direction, G: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, LAYOUT: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
+    W_hh_ptr, direction, G: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, SHARES: gl.constexpr,
+    LAYOUT: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """G operands [BLOCK_H of k, BLOCK_H of n]: W_hh[n, k], or W_hh[k, n] if TRANSPOSED."""
-    offs_k = gl.arange(0, BLOCK_H, gl.SliceLayout(1, LAYOUT))[:, None]
-    offs_n = gl.arange(0, BLOCK_H, gl.SliceLayout(0, LAYOUT))[None, :]
+    """G operands [SHARES, BLOCK_H // SHARES of k, BLOCK_H of n]: W_hh[n, k], or W_hh[k, n] if TRANSPOSED."""
+    DEPTH: gl.constexpr = BLOCK_H // SHARES
+    shares = gl.arange(0, SHARES, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    offs_k = gl.arange(0, DEPTH, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None] + shares * DEPTH
+    offs_n = gl.arange(0, BLOCK_H, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     mask = (offs_k < H) & (offs_n < H)
-    tiles = ()
+    offsets = offs_k * H + offs_n if TRANSPOSED else offs_n * H + offs_k
+    operands = ()
     for g in gl.static_range(G):
-        block_ptr = W_hh_ptr + (direction * G + g) * H * H
-        if TRANSPOSED:
-            tiles = tiles + (gl.load(block_ptr + offs_k * H + offs_n, mask=mask, other=0.0),)
+        tile = gl.load(W_hh_ptr + (direction * G + g) * H * H + offsets, mask=mask, other=0.0)
+        if g < IN_REGISTERS:
+            operands = operands + (tile,)
         else:
-            tiles = tiles + (gl.load(block_ptr + offs_n * H + offs_k, mask=mask, other=0.0),)
-    return tiles
+            operands = operands + (gl.allocate_shared_memory(tile.dtype, [SHARES, DEPTH, BLOCK_H], SHARED, tile),)
+    return operands
+
+
+@gluon.jit
+def operand(W_hh, g: gl.constexpr, IN_REGISTERS: gl.constexpr, LAYOUT: gl.constexpr):
+    if g < IN_REGISTERS:
+        return W_hh[g]
+    else:
+        return W_hh[g].load(LAYOUT)
+
+
+@gluon.jit
+def in_shares(tile, SHARES: gl.constexpr):
+    """[rows, columns] as [SHARES, rows, columns // SHARES]."""
+    return tile.reshape([tile.shape[0], SHARES, tile.shape[1] // SHARES]).permute(1, 0, 2)
 
 
 @gluon.jit(do_not_specialize=["T", "B"])
@@ -60,36 +83,68 @@ def forward(
     y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr,
     T, B,
     CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
-    H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
+    D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
+    SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    CTAS: gl.constexpr = gl.num_ctas()
+    WARPS: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, gl.num_warps()], [16, 8])
-    K_WIDTH: gl.constexpr = 32 // dtype.primitive_bitwidth
-    H_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, K_WIDTH)
-    direction, D, rows, first_row, offs_b, offs_h, mask = place(B, H, BLOCK_B, BLOCK_H, LAYOUT)
-    W_hh = load_weights(W_hh_ptr, direction, G, H, BLOCK_H, gl.DotOperandLayout(1, LAYOUT, K_WIDTH), False)
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    PRODUCT: gl.constexpr = layouts.product(WARPS, SHARES, CTAS, 2)
+    A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
+    W: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 32 // BITS)
+    SUMMED: gl.constexpr = PRODUCT if SHARES == 1 else layouts.summed(SHARES, BLOCK_B, BLOCK_H, WARPS, CTAS)
+    direction, rows, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
+    W_hh = load_weights(
+        W_hh_ptr, direction, G, H, BLOCK_H, SHARES, W,
+        layouts.operand(BITS, BLOCK_H // SHARES, [1, 2, 0], CTAS, 2), False, IN_REGISTERS,
+    )  # fmt: skip
     b_hh = load_bias(b_hh_ptr, direction, G, H, offs_h, mask)
 
     own_rows = (direction * rows + first_row) * H  # of this program in [D, B, H]
     state = load_state(h_0_ptr, c_0_ptr, own_rows, HAS_C, H, offs_b, offs_h, mask)
-    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4 * K_WIDTH, 1, min(8, BLOCK_H // (4 * K_WIDTH)), [1, 0])
-    h_tile = gl.allocate_shared_memory(dtype, [2, BLOCK_B, BLOCK_H], SWIZZLED)
-    h_tile.index(0).store(state[0].to(dtype))
+    h_tile = gl.allocate_shared_memory(
+        dtype, [2, SHARES, BLOCK_B, BLOCK_H // SHARES], layouts.operand(BITS, BLOCK_H // SHARES, [2, 1, 0], CTAS, None)
+    )
+    if CTAS > 1:
+        own_h = gl.allocate_shared_memory(
+            dtype, [2, BLOCK_B, BLOCK_H], layouts.operand(BITS, BLOCK_H // CTAS, [1, 0], CTAS, 1)
+        )
+        own_h.index(0).store(state[0].to(dtype))
+    else:
+        h_tile.index(0).store(in_shares(state[0].to(dtype), SHARES))
+    if SHARES > 1:
+        summands = gl.allocate_shared_memory(gl.float32, [G, SHARES, BLOCK_B, BLOCK_H], layouts.partial(CTAS, 2))
 
     start = (time_index(0, T, direction) * rows + first_row) * D + direction
     x_next = load_tiles(x_gates_ptr + start * G * H, D * G * H, G, H, offs_b, offs_h, mask)
     for step in range(T):
         x = as_fp32(x_next, G)
-        ahead = (time_index(gl.minimum(step + 1, T - 1), T, direction) * rows + first_row) * D + direction
-        x_next = load_tiles(x_gates_ptr + ahead * G * H, D * G * H, G, H, offs_b, offs_h, mask)
-
+        if CTAS > 1:
+            gl.barrier(cluster=True)
+            whole = own_h.index(step % 2).load(layouts.gathered(BITS, BLOCK_H, WARPS, CTAS))
+            h_tile.index(0).store(in_shares(whole, SHARES))
         gl.barrier()
-        h = h_tile.index(step % 2).load(H_LAYOUT)
+        h = h_tile.index(0 if CTAS > 1 else step % 2).load(A)
         rec = ()
         for g in gl.static_range(G):
-            rec = rec + (mma_v2(h, W_hh[g], b_hh[g], input_precision=PRECISION),)
+            if SHARES == 1:
+                acc = mma_v2(h, operand(W_hh, g, IN_REGISTERS, W), b_hh[g][None, :, :], input_precision=PRECISION)
+                rec = rec + (gl.sum(acc, 0),)
+            else:
+                zeros = gl.zeros([SHARES, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
+                summands.index(g).store(mma_v2(h, operand(W_hh, g, IN_REGISTERS, W), zeros, input_precision=PRECISION))
+        if SHARES > 1:
+            gl.barrier()
+            for g in gl.static_range(G):
+                rec = rec + (gl.sum(summands.index(g).load(SUMMED), 0) + b_hh[g],)
+        ahead = (time_index(gl.minimum(step + 1, T - 1), T, direction) * rows + first_row) * D + direction
+        x_next = load_tiles(x_gates_ptr + ahead * G * H, D * G * H, G, H, offs_b, offs_h, mask)
         state, saved = CELL(x, rec, state, ACTIVATIONS)
-        h_tile.index((step + 1) % 2).store(state[0].to(dtype))
+        if CTAS > 1:
+            own_h.index((step + 1) % 2).store(state[0].to(dtype))
+        else:
+            h_tile.index((step + 1) % 2).store(in_shares(state[0].to(dtype), SHARES))
 
         now = (time_index(step, T, direction) * rows + first_row) * D + direction
         store_tiles(y_ptr + now * H, D * H, state, 1, H, offs_b, offs_h, mask)
@@ -99,6 +154,8 @@ def forward(
             store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_h, mask)
 
     store_state(h_n_ptr, c_n_ptr, own_rows, state, HAS_C, H, offs_b, offs_h, mask)
+    if CTAS > 1:
+        gl.barrier(cluster=True)  # no program ends while others read its shared memory
 
 
 @gluon.jit(do_not_specialize=["T", "B"])
@@ -107,19 +164,32 @@ def backward(
     d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr,
     T, B,
     CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
-    H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
+    D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
+    SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    CTAS: gl.constexpr = gl.num_ctas()
+    WARPS: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, gl.num_warps()], [16, 8])
-    K_WIDTH: gl.constexpr = 32 // dtype.primitive_bitwidth
-    D_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, K_WIDTH)
-    direction, D, rows, first_row, offs_b, offs_h, mask = place(B, H, BLOCK_B, BLOCK_H, LAYOUT)
-    W_hh = load_weights(W_hh_ptr, direction, G, H, BLOCK_H, gl.DotOperandLayout(1, LAYOUT, K_WIDTH), True)
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    SUMMANDS: gl.constexpr = SHARES * CTAS
+    DEPTH: gl.constexpr = BLOCK_H // SUMMANDS
+    PRODUCT: gl.constexpr = layouts.product(WARPS, SHARES, CTAS, 0)
+    A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
+    W: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 32 // BITS)
+    SUMMED: gl.constexpr = PRODUCT if SUMMANDS == 1 else layouts.summed(SUMMANDS, BLOCK_B, BLOCK_H, WARPS, CTAS)
+    direction, rows, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
+    W_hh = load_weights(
+        W_hh_ptr, direction, G, H, BLOCK_H, SUMMANDS, W,
+        layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0), True, IN_REGISTERS,
+    )  # fmt: skip
 
     own_rows = (direction * rows + first_row) * H
     d_state = load_state(dh_n_ptr, dc_n_ptr, own_rows, HAS_C, H, offs_b, offs_h, mask)
-    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4 * K_WIDTH, 1, min(8, BLOCK_H // (4 * K_WIDTH)), [1, 0])
-    d_tile = gl.allocate_shared_memory(dtype, [2 * G, BLOCK_B, BLOCK_H], SWIZZLED)
+    d_tile = gl.allocate_shared_memory(
+        dtype, [G, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
+    )
+    if SUMMANDS > 1:
+        summands = gl.allocate_shared_memory(gl.float32, [2, SUMMANDS, BLOCK_B, BLOCK_H], layouts.partial(CTAS, 0))
     end = (time_index(T - 1, T, direction) * rows + first_row) * D + direction
     kept = load_tiles(kept_ptr + end * H, D * H, 1, H, offs_b, offs_h, mask)[0].to(gl.float32)
     following = load_step(
@@ -142,13 +212,20 @@ def backward(
             d_state = (d_state[0] + tiles[1],)
         d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev, ACTIVATIONS)
         kept = kept_prev
-        slot = step % 2 * G
         for g in gl.static_range(G):
-            d_tile.index(slot + g).store(d_rec[g].to(dtype))
+            d_tile.index(g).store(in_shares(d_rec[g].to(dtype), SUMMANDS))
         gl.barrier()
-        dh = d_state[0]
+        acc = gl.zeros([SUMMANDS, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
         for g in gl.static_range(G):
-            dh = mma_v2(d_tile.index(slot + g).load(D_LAYOUT), W_hh[g], dh, input_precision=PRECISION)
+            acc = mma_v2(d_tile.index(g).load(A), operand(W_hh, g, IN_REGISTERS, W), acc, input_precision=PRECISION)
+        if SUMMANDS > 1:
+            summands.index(step % 2).store(acc)
+            if CTAS > 1:
+                gl.barrier(cluster=True)
+            else:
+                gl.barrier()
+            acc = summands.index(step % 2).load(SUMMED)
+        dh = d_state[0] + gl.sum(acc, 0)
         if HAS_C:
             d_state = (dh, d_state[1])
         else:
@@ -160,3 +237,5 @@ def backward(
             store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_h, mask)
 
     store_state(dh_0_ptr, dc_0_ptr, own_rows, d_state, HAS_C, H, offs_b, offs_h, mask)
+    if CTAS > 1:
+        gl.barrier(cluster=True)

@@ -1,0 +1,120 @@
+"""Plans of kernels/gluon/resident.py: W_hh in the registers and shared memory of one program, or of a cluster's.
+
+Thresholds are what compiled without spilling in Triton 3.9.0; cycles are modelled for the LSTM in bf16 on sm_90, not
+measured: change a choice here and `python -m fastrnn inspect` says what it gave.
+"""
+
+import functools
+
+import torch
+
+from . import compiler
+from .device import DeviceSpec
+from .kernel_plan import KIB, KernelPlan, as_text, common, registers, tiles
+from .reference import GATES
+
+BLOCK_B = 16  # the least that tensor cores take: more programs serve a large batch
+# 256 KiB in one program spill in every form (the LSTM at H=128 in fp32, at H=512 in bf16 on eight programs).
+MOST_WEIGHTS = 192 * KIB
+
+
+def held(
+    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec, ctas: int
+) -> KernelPlan | None:
+    """The plan for clusters of so many programs, None where they do not hold W_hh or cannot run."""
+    on_tensor_cores = spec.arch.startswith("sm_") and (dtype != torch.float32 or precision == "tf32")
+    if not on_tensor_cores or compiler.triton_version() < ((3, 7) if ctas == 1 else (3, 8)):
+        return None
+    gates = GATES[name]
+    block_h = max(16, 1 << (H - 1).bit_length())  # Triton's ranges are powers of two
+    units = block_h // ctas
+    # A warp has 8 columns of every gate's product; 16 warps, or more where units are few, share the sum as well.
+    warps = min(16, block_h // 8) if ctas == 1 else 16
+    weight_bytes = gates * block_h * units * dtype.itemsize
+    gate_bytes = weight_bytes // gates
+    if weight_bytes > MOST_WEIGHTS:
+        return None
+    choices, shared_bytes = {}, 0
+    for which in ("forward", "backward"):
+        shares, exchanged = _shares(which, gates, block_h, units, warps, ctas, dtype.itemsize)
+        forms = []
+        for in_registers in range(gates, -1, -1):
+            needed = exchanged + (gates - in_registers) * gate_bytes
+            if in_registers * gate_bytes <= _register_room(spec, warps) and needed <= spec.shared_bytes:
+                forms.append({"SHARES": shares, "IN_REGISTERS": in_registers})
+                shared_bytes = max(shared_bytes, needed)
+        if not forms:
+            return None
+        choices[which] = tuple(forms)
+    return KernelPlan(
+        **common(name, H, B, T, D, dtype, precision, spec),
+        dialect="Gluon",
+        block_b=BLOCK_B,
+        units=units,
+        grid=(tiles(B, BLOCK_B), D),
+        ctas=ctas,
+        warps=warps,
+        choices=choices,
+        weight_bytes=weight_bytes,
+        weight_place="registers and shared memory",
+        shared_bytes=shared_bytes,
+    )
+
+
+def _register_room(spec: DeviceSpec, warps: int) -> int:
+    """Bytes of registers that W_hh may take: with 16 warps half of them, a quarter less for each halving of warps."""
+    return (registers(spec, warps) - 60) * 4 * 32 * warps
+
+
+def _shares(which: str, gates: int, block_h: int, units: int, warps: int, ctas: int, itemsize: int) -> tuple[int, int]:
+    """How many groups of warps share a product's sum, and the bytes of shared memory that a pass needs beside W_hh.
+
+    Of those that leave each warp 8 columns and 16 units at least, those that move the fewest bytes through shared
+    memory in a step: operands, which each warp of a group reads whole, and summands, written and read once.
+    """
+    found = []
+    depth, columns = (block_h, units) if which == "forward" else (units, block_h)
+    operands = 1 if which == "forward" else gates
+    sums = gates if which == "forward" else 1
+    for shares in (1, 2, 4, 8, 16):
+        if depth // shares >= 16 and 1 <= warps // shares <= columns // 8:
+            exchanged = shares > 1 or (which == "backward" and ctas > 1)
+            operand = operands * BLOCK_B * depth * itemsize
+            summand = sums * shares * BLOCK_B * columns * 4 * exchanged
+            moved = operand * warps // shares + 2 * summand
+            if which == "forward":  # h, double in the exchange between programs or for the only one
+                kept = (2 * operand if ctas == 1 else operand + 2 * operand // ctas) + summand
+            else:
+                kept = operand + 2 * summand
+            found.append((moved, shares, kept))
+    _, shares, kept = min(found)
+    return shares, kept
+
+
+@functools.lru_cache(maxsize=1024)
+def cluster(
+    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
+) -> KernelPlan:
+    """W_hh over the programs of a cluster: of as many as shorten a step while the batch leaves multiprocessors idle."""
+    if spec.cluster_limit == 1:
+        raise NotImplementedError(f"{spec.arch} has no thread-block clusters")
+    if compiler.triton_version() < (3, 8):
+        raise NotImplementedError("clusters in Gluon need Triton 3.8 or newer")
+    if dtype == torch.float32 and precision == "ieee":
+        raise NotImplementedError("a kernel for full-precision float32 products over clusters is missing; tf32 runs")
+    fits = None
+    for ctas in (2, 4, 8, 16):
+        # Eight programs take 848 cycles at H=256, four 1104, beside the cluster barrier; below 32 units nothing is won.
+        # Clusters of 16 are for what fits no smaller one: an H100 has few groups of 16 free multiprocessors.
+        if ctas > spec.cluster_limit or (fits and (ctas == 16 or fits.units // 2 < 32)):
+            break
+        plan = held(name, H, B, T, D, dtype, precision, spec, ctas)
+        if plan and (fits is None or plan.programs <= spec.multiprocessors):
+            fits = plan
+    if fits is None:
+        block_h = 1 << (H - 1).bit_length()
+        raise NotImplementedError(
+            f"W_hh does not fit a cluster of {spec.cluster_limit} programs: "
+            f"{as_text(GATES[name] * block_h**2 * dtype.itemsize)} at H={H} (padded to {block_h}) on {spec.arch}"
+        )
+    return fits

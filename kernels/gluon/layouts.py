@@ -1,0 +1,54 @@
+"""Layouts of the Gluon kernels: which program of a cluster, warp and thread has which elements of a tile.
+
+Nothing here is traced: these functions run while a kernel is compiled. Products are batched, [shares, rows, columns]:
+shares of the sum lie side by side, and meet in `summed`.
+"""
+
+import triton
+from triton.experimental.gluon import language as gl
+
+
+@triton.constexpr_function
+def split(ctas, dim, rank):
+    """The programs of a cluster side by side along a dimension; each has all of it if dim is None."""
+    return [[(1 << i) * (d == dim) for d in range(rank)] for i in range(ctas.bit_length() - 1)]
+
+
+@triton.constexpr_function
+def product(warps, shares, ctas, dim):
+    """[shares, rows, columns] of tensor cores' products: a warp has one share, of all rows and columns of its own."""
+    cluster = {"cga_layout": split(ctas, dim, 3)} if ctas > 1 else {}  # Triton 3.7 knows no clusters
+    return gl.NVMMADistributedLayout([2, 0], [shares, 1, warps // shares], [1, 16, 8], **cluster)
+
+
+@triton.constexpr_function
+def summed(summands, rows, columns, warps, ctas):
+    """[summands, rows, columns] of which a thread has all summands of its own columns, the cluster's programs' own."""
+    own = columns // ctas
+    width = min(4, max(1, rows * own // (32 * warps)))
+    lanes = min(32, own // width)
+    cluster = {"cga_layout": split(ctas, 2, 3)} if ctas > 1 else {}
+    return gl.BlockedLayout([summands, 1, width], [1, 32 // lanes, lanes], [1, warps, 1], [2, 1, 0], **cluster)
+
+
+@triton.constexpr_function
+def operand(bits, depth, order, ctas, dim):
+    """A tile in shared memory that becomes an operand of depth numbers a row: swizzled against conflicts of banks."""
+    width = 128 // bits
+    cluster = {"cga_layout": split(ctas, dim, len(order))} if ctas > 1 else {}
+    return gl.SwizzledSharedLayout(width, 1, max(1, min(8, depth // width)), order, **cluster)
+
+
+@triton.constexpr_function
+def gathered(bits, columns, warps, ctas):
+    """[rows, columns] that every program of a cluster reads from all of its shared memories, 16 bytes at once."""
+    width = 128 // bits
+    lanes = min(32, columns // width)
+    return gl.BlockedLayout([1, width], [32 // lanes, lanes], [warps, 1], [1, 0], cga_layout=split(ctas, None, 2))
+
+
+@triton.constexpr_function
+def partial(ctas, dim):
+    """Partial sums in shared memory, [summands, rows, columns]."""
+    cluster = {"cga_layout": split(ctas, dim, 3)} if ctas > 1 else {}
+    return gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0], **cluster)
