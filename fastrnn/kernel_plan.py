@@ -10,7 +10,7 @@ import torch
 from .device import DeviceSpec
 
 KIB = 1024
-# Not exact where the tensors' rounding hides it: see kernels/activations.py.
+# Not exact where the tensors' rounding hides it: `python -m bench.accuracy` and kernels/activations.py.
 ACTIVATIONS = {torch.bfloat16: "tanh.approx", torch.float16: "exp2"}
 
 

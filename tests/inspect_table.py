@@ -28,7 +28,7 @@ GROUPS = {
     "resident lstm": "--backend resident --cell lstm --hidden 7 64 100 128 --dtype bfloat16 float32",
     "resident gru": "--backend resident --cell gru --hidden 7 64 100 128 --dtype bfloat16 float32",
     "resident rnn": "--backend resident --cell rnn_tanh --hidden 128 256 --dtype bfloat16 float32",
-    "cluster": "--backend cluster --cell lstm gru rnn_tanh --hidden 96 256 512 --dtype bfloat16 float32 --precision tf32",
+    "cluster": "--backend cluster --cell lstm gru rnn_tanh --hidden 96 256 512 --dtype float16 float32 --precision tf32",
     "cooperative lstm": "--backend cooperative --cell lstm --hidden 192 650 --dtype bfloat16 float32",
     "cooperative gru": "--backend cooperative --cell gru --hidden 384 --dtype float16 float32 --precision tf32",
     "cooperative, batch 64": "--backend cooperative --cell gru lstm --hidden 512 --batch 64",

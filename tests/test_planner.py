@@ -57,7 +57,7 @@ def test_plans_stay_within_the_device(arch):
                         for choice in choices:
                             starts, columns = zip(*choice["K_TILES"], strict=True)
                             assert starts == tuple(itertools.accumulate((0, *columns[:-1])))
-                            # Each warp pays for the next multiple of 16 columns, each program for the next of its units.
+                            # A warp pays for the next multiple of 16 columns, a program for the next of its units.
                             assert hidden_size <= sum(columns) * kernel.warps < hidden_size + 16 * kernel.warps
                     assert kernel.shared_bytes <= spec.shared_bytes
                     assert kernel.weight_bytes <= max(spec.shared_bytes, spec.register_bytes)

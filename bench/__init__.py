@@ -1,0 +1,1 @@
+"""Benchmarks: what is modelled and measured, each by one command."""
