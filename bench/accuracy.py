@@ -3,8 +3,8 @@
     python -m bench.accuracy
 
 tanh.approx is emulated as badly as PTX allows: off by 2^-11 of its result, either way, at random. Everything else is
-computed as the kernels do it: h rounded for the product, the state carried in fp32. Forget gates are driven by a bias of
-0, of 4 and of 8: at 8 the state lasts some 3000 steps, and errors of the forget gate multiply all the while.
+computed as the kernels do it: h rounded for the product, the state carried in fp32. Forget gates are driven by a bias
+of 0, of 4 and of 8: at 8 the state lasts some 3000 steps, and errors of the forget gate multiply all the while.
 """
 
 import argparse
