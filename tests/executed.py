@@ -1,9 +1,13 @@
-"""Run by test_execute.py in a process that compiles: execute kernels' PTX and print what errs, a JSON object a line.
+"""Run by test_execute.py and test_cluster.py in a process that compiles: execute kernels' PTX, print what errs.
+
+A JSON object a line:
 
 python -m tests.executed kernels sm_90 resident     every cell, pass and dtype, under a schedule of its own
 python -m tests.executed tile sm_90 resident        the same in tile Triton, where Gluon takes its place
 python -m tests.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
 python -m tests.executed mutations                  after a change to the PTX, which must be noticed
+python -m tests.executed clusters                   cluster_race.py, as compiled and changed, by rule and by execution
+python -m tests.executed counted                    what `inspect` counts of a kernel with an exchange put into it
 """
 
 import dataclasses
@@ -18,10 +22,13 @@ import torch
 
 from fastrnn import ops
 from fastrnn.device import DeviceSpec
+from fastrnn.inspect import cluster
 from fastrnn.inspect.compile import Launch, launches
 from fastrnn.inspect.execute import ExecutionError, execute
+from fastrnn.inspect.resources import resources
 
 from .cases import CELLS, Case, Problem, make_problem, over_budget
+from .cluster_race import residual
 
 # Not aligned to 16 bytes, and aligned; rows and units masked; two directions; several programs where W_hh is split.
 CASES = {
@@ -132,10 +139,64 @@ def mutations() -> Iterator[dict]:
         yield {"mutation": name, "expected": expected or "over budget", "noticed": noticed}
 
 
+CLUSTER_BARRIER = "barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n"
+# Of residual, compiled for a cluster: the number of products, and a change to the PTX.
+CLUSTERS = {
+    "one product": (1, replace("", "", count=1)),
+    "two products": (2, replace("", "", count=1)),
+    "one product, without its cluster barrier": (
+        1, replace(r"barrier\.cluster\.arrive\S*;\s*barrier\.cluster\.wait\S*;", "bar.sync 0;", count=1)),
+    "two products, with a cluster barrier more": (
+        2, replace(r"(stmatrix[^;]*;\s*)bar\.sync\s+0;", rf"\1{CLUSTER_BARRIER}")),
+}  # fmt: skip
+
+
+def clusters() -> Iterator[dict]:
+    for case, (products, change) in CLUSTERS.items():
+        x, w, y = torch.randn(16, 64).half(), (torch.randn(64, 64) / 8).half(), torch.empty(16, 64).half()
+        expected = x.float()
+        for _ in range(products):
+            expected = expected + expected @ w.float()
+        with launches(DeviceSpec.named("sm_90")) as found:
+            residual[(1,)](x, w, y, H=64, PRODUCTS=products, num_warps=4, num_ctas=2, enable_fp_fusion=True)
+        launch = dataclasses.replace(found[0], asm={"ptx": change(found[0].asm["ptx"])})
+        noticed = None
+        for seed in range(4):
+            y.fill_(float("nan"))
+            try:
+                execute(launch, seed)
+            except ExecutionError as error:
+                noticed = str(error)
+                break
+            if not (y.float() - expected).abs().max() < 0.02:  # a few roundings
+                noticed = "a wrong result"
+        ptx = launch.asm["ptx"]
+        unguarded = [f"{remote.text}, {other.text}" for remote, other in cluster.unguarded(ptx)]
+        reads = ptx.count("ld.shared::cluster")
+        yield {"case": case, "remote_reads": reads, "unguarded": unguarded, "noticed": noticed}
+
+
+def counted() -> Iterator[dict]:
+    """What `inspect` counts of a kernel of fastrnn that at its end reads what another thread block has just stored."""
+    store, read = "st.shared.b32 [global_smem], %r1;\n", "ld.shared::cluster.b32 %r1, [global_smem];\n"
+
+    def run(launch: Launch) -> None:
+        for barrier in ("bar.sync 0;\n", CLUSTER_BARRIER):
+            exchange = f"{store}{barrier}{read}{CLUSTER_BARRIER}"
+            ptx = launch.asm["ptx"].replace("\tret;", f"{exchange}\tret;")
+            changed = dataclasses.replace(launch, asm={**launch.asm, "ptx": ptx})
+            counts.append(resources(changed).unguarded_remote_accesses)
+
+    counts: list[int] = []
+    faults_of(
+        make_problem("gru", CASES["resident"], torch.bfloat16, "cpu"), "sm_90", "resident", "ieee", run, "bfloat16"
+    )
+    yield {"counts": counts}
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
-    for record in {"kernels": kernels, "tile": tile, "schedules": schedules, "mutations": mutations}[command](
-        *arguments
-    ):
+    commands = (kernels, tile, schedules, mutations, clusters, counted)
+    for record in {each.__name__: each for each in commands}[command](*arguments):
         print(json.dumps(record), flush=True)

@@ -41,7 +41,7 @@ KEPT = (
     "group", "arch", "cell", "dtype", "precision", "hidden", "batch", "missing", "pass", "backend", "dialect",
     "programs", "warps", "registers", "spill_bytes", "shared_bytes", "shared_bytes_planned", "occupancy",
     "tensor_core_instructions", "weight_global_loads", "weight_global_loads_in_loop", "global_loads_in_loop",
-    "barriers_in_loop", "loop_instructions", "modelled_cycles_per_step", "modelled_limit",
+    "barriers_in_loop", "unguarded_remote_accesses", "loop_instructions", "modelled_cycles_per_step", "modelled_limit",
 )  # fmt: skip
 Record = dict
 
@@ -67,6 +67,7 @@ def faults(record: Record) -> list[str]:
     checks = {
         "registers spill": record["spill_bytes"] > 0,
         "W_hh is loaded in the time loop": record["weight_global_loads_in_loop"] > 0,
+        "shared memory of another program without a cluster barrier": record["unguarded_remote_accesses"] > 0,
         "no load of W_hh was found at all": record["weight_global_loads"] == 0,
         "more shared memory than planned": record["shared_bytes"] > record["shared_bytes_planned"],
         "more shared memory than there is": record["shared_bytes_planned"] > spec.shared_bytes,

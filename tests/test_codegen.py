@@ -51,6 +51,7 @@ def test_the_plan_of_the_issue_compiles_clean():
     [
         ("spill_bytes", 8),
         ("weight_global_loads_in_loop", 1),
+        ("unguarded_remote_accesses", 1),
         ("weight_global_loads", 0),
         ("shared_bytes", 1 << 20),
         ("shared_bytes_planned", 1 << 20),

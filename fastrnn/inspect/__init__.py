@@ -4,6 +4,7 @@ Modules:
     compile     run the launcher as on a GPU, up to the launch, for any architecture
     sass, ptx   NVIDIA's machine code and PTX, read
     flow        the time loop, and which global loads read W_hh, from PTX or LLVM IR
+    cluster     accesses between thread blocks that no cluster barrier orders; addresses tells tiles apart
     resources   registers, spills, memories, tensor cores, loads of W_hh in the time loop
     timing      modelled cycles a step
     measure     measured time a step, on the GPU at hand

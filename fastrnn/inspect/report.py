@@ -23,7 +23,7 @@ Record = dict[str, Any]
 DUMPED = ("ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
 TITLE = ("cell", "arch", "dtype", "precision", "hidden", "batch", "backend")
 ONLY_JSON = ("executed_instructions_by_block",)
-MUST_BE_ZERO = ("spill_bytes", "weight_global_loads_in_loop")
+MUST_BE_ZERO = ("spill_bytes", "weight_global_loads_in_loop", "unguarded_remote_accesses")
 
 
 def records(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..device import DeviceSpec
-from . import flow, sass
+from . import cluster, flow, sass
 from .compile import Launch
 
 # Matrix instructions of the two vendors; the first are NVIDIA's for compute capability 7, 9.0 and 10.0.
@@ -43,6 +43,7 @@ class Resources:
     global_loads_in_loop: int  # of anything
     barriers_in_loop: int  # of a program's warps
     cluster_instructions_in_loop: int
+    unguarded_remote_accesses: int  # of another program's shared memory, without the cluster barrier that orders them
     loop_instructions: int  # of the machine
 
 
@@ -67,6 +68,7 @@ def resources(launch: Launch) -> Resources:
             bool(re.match(r"bar\.|barrier\.(cta\.)?sync|llvm\.amdgcn\.s\.barrier", s.opcode)) for s in loop
         ),
         cluster_instructions_in_loop=sum(bool(re.search(r"cluster|^mapa", s.opcode)) for s in loop),
+        unguarded_remote_accesses=len({remote.line for remote, _ in cluster.unguarded(launch.asm.get("ptx", ""))}),
     )
 
 
