@@ -14,8 +14,9 @@ from .kernel_plan import KIB, KernelPlan, as_text, common, registers, tiles
 from .reference import GATES
 
 BLOCK_B = 16  # the least that tensor cores take: more programs serve a large batch
-# 256 KiB in one program spill in every form (the LSTM at H=128 in fp32, at H=512 in bf16 on eight programs).
+# 256 KiB in a program alone spill in every form (LSTM, H=128, fp32), 192 KiB in one of a cluster (GRU, H=384 on eight).
 MOST_WEIGHTS = 192 * KIB
+MOST_WEIGHTS_OF_CLUSTER = 128 * KIB
 
 
 def held(
@@ -32,7 +33,7 @@ def held(
     warps = min(16, block_h // 8) if ctas == 1 else 16
     weight_bytes = gates * block_h * units * dtype.itemsize
     gate_bytes = weight_bytes // gates
-    if weight_bytes > MOST_WEIGHTS:
+    if weight_bytes > (MOST_WEIGHTS if ctas == 1 else MOST_WEIGHTS_OF_CLUSTER):
         return None
     choices, shared_bytes = {}, 0
     for which in ("forward", "backward"):
@@ -41,7 +42,8 @@ def held(
         for in_registers in range(gates, -1, -1):
             needed = exchanged + (gates - in_registers) * gate_bytes
             if in_registers * gate_bytes <= _register_room(spec, warps) and needed <= spec.shared_bytes:
-                forms.append({"SHARES": shares, "IN_REGISTERS": in_registers})
+                form = {"SHARES": shares, "IN_REGISTERS": in_registers}
+                forms += [form] if which == "backward" else [form | {"BIAS_KEPT": kept} for kept in (True, False)]
                 shared_bytes = max(shared_bytes, needed)
         if not forms:
             return None

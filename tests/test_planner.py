@@ -123,7 +123,7 @@ def test_clusters_take_more_programs_while_multiprocessors_are_idle(monkeypatch)
         return fastrnn.plan(cell, **sizes, backend="cluster").kernel.ctas
 
     assert [ctas(B=B) for B in (16, 256, 528, 4096)] == [8, 8, 4, 4]
-    assert (ctas(H=128), ctas(H=512), ctas("gru", 512)) == (4, 16, 8)
+    assert (ctas(H=128), ctas(H=512), ctas("gru", 512)) == (4, 16, 16)
     for message, kwargs in (
         ("sm_80 has no thread-block clusters", {"device": "sm_80"}),
         ("does not fit a cluster of 16 programs: 8.0 MiB at H=513 .padded to 1024.", {"H": 513}),

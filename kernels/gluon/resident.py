@@ -84,7 +84,7 @@ def forward(
     T, B,
     CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
     D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
-    SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr,
+    SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr, BIAS_KEPT: gl.constexpr,
 ):  # fmt: skip
     CTAS: gl.constexpr = gl.num_ctas()
     WARPS: gl.constexpr = gl.num_warps()
@@ -100,7 +100,6 @@ def forward(
         layouts.operand(BITS, BLOCK_H // SHARES, [1, 2, 0], CTAS, 2), False, IN_REGISTERS,
     )  # fmt: skip
     b_hh = load_bias(b_hh_ptr, direction, G, H, offs_h, mask)
-
     own_rows = (direction * rows + first_row) * H  # of this program in [D, B, H]
     state = load_state(h_0_ptr, c_0_ptr, own_rows, HAS_C, H, offs_b, offs_h, mask)
     h_tile = gl.allocate_shared_memory(
@@ -120,12 +119,17 @@ def forward(
     x_next = load_tiles(x_gates_ptr + start * G * H, D * G * H, G, H, offs_b, offs_h, mask)
     for step in range(T):
         x = as_fp32(x_next, G)
+        if not BIAS_KEPT:  # its registers are W_hh's: it comes from L1 every step
+            b_hh = load_bias(b_hh_ptr, direction, G, H, offs_h, mask)
         if CTAS > 1:
             gl.barrier(cluster=True)
             whole = own_h.index(step % 2).load(layouts.gathered(BITS, BLOCK_H, WARPS, CTAS))
             h_tile.index(0).store(in_shares(whole, SHARES))
         gl.barrier()
         h = h_tile.index(0 if CTAS > 1 else step % 2).load(A)
+        # In flight while the products wait for h, and its registers are free before.
+        ahead = (time_index(gl.minimum(step + 1, T - 1), T, direction) * rows + first_row) * D + direction
+        x_next = load_tiles(x_gates_ptr + ahead * G * H, D * G * H, G, H, offs_b, offs_h, mask)
         rec = ()
         for g in gl.static_range(G):
             if SHARES == 1:
@@ -138,8 +142,6 @@ def forward(
             gl.barrier()
             for g in gl.static_range(G):
                 rec = rec + (gl.sum(summands.index(g).load(SUMMED), 0) + b_hh[g],)
-        ahead = (time_index(gl.minimum(step + 1, T - 1), T, direction) * rows + first_row) * D + direction
-        x_next = load_tiles(x_gates_ptr + ahead * G * H, D * G * H, G, H, offs_b, offs_h, mask)
         state, saved = CELL(x, rec, state, ACTIVATIONS)
         if CTAS > 1:
             own_h.index((step + 1) % 2).store(state[0].to(dtype))
