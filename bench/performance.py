@@ -14,7 +14,7 @@ import torch
 
 from fastrnn import launch
 from fastrnn.inspect.compile import Problem, compile_problem, launches
-from fastrnn.inspect.timing import Modelled, modelled
+from fastrnn.inspect.timing import modelled
 from fastrnn.reference import GATES
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -50,12 +50,8 @@ def row(problem: Problem) -> str:
     )
     target = TARGETS.get(problem.hidden_size, "") if problem.cell == "lstm" else ""
     cycles = " | ".join(f"{each.cycles:,}" for each in (forward, inference, backward))
-    limits = f"{_limit(forward)}, {_limit(backward)}"
-    return f"| {name} | {compiled.plan.backend}, {kernel.dialect}, {split}{kernel.warps} warps | {target} | {cycles} | {limits} |"
-
-
-def _limit(found: Modelled) -> str:
-    return found.limit
+    what = f"{compiled.plan.backend}, {kernel.dialect}, {split}{kernel.warps} warps"
+    return f"| {name} | {what} | {target} | {cycles} | {forward.limit}, {backward.limit} |"
 
 
 def main() -> int:
