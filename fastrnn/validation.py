@@ -119,8 +119,11 @@ def check_recurrence(
             continue
         if tensor.shape != expected:
             raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
-        if (tensor.dtype, tensor.device) != (x_gates.dtype, x_gates.device):
+        dtypes = [x_gates.dtype]
+        if name in ("h_0", "c_0") and x_gates.dtype.itemsize == 2:
+            dtypes.append(torch.float32)
+        if tensor.dtype not in dtypes or tensor.device != x_gates.device:
             raise ValueError(
-                f"{name}: expected {x_gates.dtype} on {x_gates.device}, as x_gates; "
+                f"{name}: expected {' or '.join(map(str, dtypes))} on {x_gates.device}, as x_gates; "
                 f"got {tensor.dtype} on {tensor.device}"
             )

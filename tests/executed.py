@@ -2,6 +2,7 @@
 
 python -m tests.executed kernels sm_90 resident     every cell, pass and dtype, under a schedule of its own
 python -m tests.executed mutations                  the same after a change to the PTX, which must be noticed
+python -m tests.executed windows sm_90 resident     what a run in two windows gives that a whole one does not
 """
 
 import dataclasses
@@ -47,6 +48,25 @@ def faults_of(problem: Problem, arch: str, backend: str, precision: str, run: Ca
     with launches(DeviceSpec.named(arch), run=run, precision=precision):
         # A GPU's exp is exp2 of a rounded product, which float32 shows.
         return over_budget(problem, recurrence, times=3 if dtype == "float32" else 2)
+
+
+def windows(arch: str, backend: str) -> Iterator[dict]:
+    """A state in fp32 is as exact between launches as between steps: all that is no sum over time has the same bits."""
+    for seed, (cell, kept) in enumerate((("lstm", torch.float32), ("gru", torch.float32), ("gru", torch.bfloat16))):
+        problem = make_problem(cell, CASES[backend]._replace(T=4, D=1), torch.bfloat16, "cpu")
+
+        def in_two(cell, x_gates, W_hh, b_hh, *state, kept=kept):
+            state, ys = tuple(None if s is None else s.to(kept) for s in state), []
+            for part in x_gates.split((3, 1)):
+                y, *state = ops.recurrence(cell, part, W_hh, b_hh, *state, backend=backend)
+                ys.append(y)
+            return torch.cat(ys), *(None if s is None else s.to(x_gates.dtype) for s in state)
+
+        with launches(DeviceSpec.named(arch), run=functools.partial(execute, seed=seed)):
+            whole, found = problem.run(functools.partial(ops.recurrence, backend=backend)), problem.run(in_two)
+        sums = {"d_W_hh", "d_b_hh"}
+        differ = [name for name in whole.keys() - sums if not torch.equal(whole[name], found[name])]
+        yield {"cell": cell, "kept": str(kept), "differ": differ}
 
 
 def mutated(name: str, change: Callable[[str], str], seed: int) -> Callable[[Launch], None]:
@@ -112,5 +132,5 @@ def mutations() -> Iterator[dict]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
-    for record in {"kernels": kernels, "mutations": mutations}[command](*arguments):
+    for record in {"kernels": kernels, "mutations": mutations, "windows": windows}[command](*arguments):
         print(json.dumps(record), flush=True)
