@@ -9,6 +9,7 @@ import torch
 from .device import SPECS, DeviceSpec
 from .reference import GATES
 from .tiers import TIERS, GridTooLargeError, KernelPlan, as_text
+from .validation import check_checkpoint_every
 
 BACKENDS = ("auto", "torch", "reference", *TIERS)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,6 +29,7 @@ class Plan:
     backend: str
     why: str
     kernel: KernelPlan | None = None
+    checkpoint_every: int | None = None  # steps
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -45,6 +47,8 @@ class Plan:
                 "products": f"{k.precision if self.dtype == torch.float32 else dtype}, summed in fp32",
                 "saved": f"{as_text(k.saved_bytes)} for backward, nothing for inference",
             }
+            if K := self.checkpoint_every:
+                rows["saved"] = f"{as_text(k.saved_bytes)} for backward, of one chunk of {K} steps at a time"
         head = f"{self.cell}, {shape}, {dtype}, on {self.device}: backend {self.backend}"
         return "\n".join([head, *(f"  {key:<9} {value}" for key, value in rows.items())])
 
@@ -61,13 +65,15 @@ def plan(
     backend: str = "auto",
     precision: str | None = None,
     needs: tuple[str, ...] = (),
+    checkpoint_every: int | None = None,
 ) -> Plan:
     """Say which kernel would run a recurrence, in which tiles, and why; no GPU is needed.
 
     cell is "lstm", "gru", "rnn_tanh" or "rnn_relu"; hidden_size (H), batch_size (B), seq_len (T) and directions (D, 1
     or 2) are those of one layer; device is an architecture ("sm_90", "gfx942"), a torch device, or None for the
     current GPU; precision is "ieee" or "tf32" for float32 and defaults to torch's own setting for RNNs; needs names
-    features that the call uses beside a plain recurrence. Sizes in the Plan are bytes.
+    features that the call uses beside a plain recurrence; checkpoint_every is that of
+    fastrnn.LSTM. Sizes in the Plan are bytes.
 
     Raises ValueError for an unknown cell, backend, device or a size below 1, and if more programs would have to run at
     once than the device has room for; NotImplementedError, naming what is missing, if a named tier cannot run this.
@@ -87,11 +93,19 @@ def plan(
     _expect("backend", backend, BACKENDS)
     _expect("precision", precision, ("ieee", "tf32", None))
     _expect("directions", directions, (1, 2))
-    for name, size in (("hidden_size", hidden_size), ("batch_size", batch_size), ("seq_len", seq_len)):
+    sizes = {"hidden_size": hidden_size, "batch_size": batch_size, "seq_len": seq_len}
+    for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: expected a positive int, got {size!r}")
+    check_checkpoint_every(checkpoint_every)
+    if checkpoint_every is not None and needs:
+        raise NotImplementedError(f"checkpoint_every with {' and '.join(needs)} is missing")
     where = device.arch if isinstance(device, DeviceSpec) else str(device or "the current GPU")
-    problem = functools.partial(Plan, cell, hidden_size, batch_size, seq_len, directions, dtype)
+    steps = min(seq_len, checkpoint_every or seq_len)  # of one launch that saves for backward
+    problem = functools.partial(
+        Plan, cell, hidden_size, batch_size, seq_len, directions, dtype,
+        checkpoint_every=checkpoint_every,
+    )  # fmt: skip
     if backend == "reference" and needs:
         raise NotImplementedError(f"backend='reference' with {' and '.join(needs)} is missing")
     if backend in ("torch", "reference"):
@@ -111,7 +125,7 @@ def plan(
         for tier in TIERS if backend == "auto" else (backend,):
             try:
                 plan_tier, why = TIERS[tier]
-                kernel = plan_tier(cell, hidden_size, batch_size, seq_len, directions, dtype, precision, spec)
+                kernel = plan_tier(cell, hidden_size, batch_size, steps, directions, dtype, precision, spec)
             except (NotImplementedError, GridTooLargeError) as reason:
                 if backend != "auto":
                     raise

@@ -17,6 +17,12 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
+def check_checkpoint_every(K: int | None) -> None:
+    """Steps of a chunk, or None."""
+    if K is not None and (not isinstance(K, int) or isinstance(K, bool) or K < 1):
+        raise ValueError(f"checkpoint_every: expected a positive int or None, got {K!r}")
+
+
 def check_rank(name: str, input: Tensor, hx: "Tensor | tuple[Tensor, Tensor] | None") -> None:
     """Input of a module is (T, B, I) or, unbatched, (T, I); the state has as many dimensions."""
     if input.dim() not in (2, 3):
