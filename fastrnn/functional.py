@@ -1,14 +1,14 @@
-"""One call per cell: validate, plan, and stack the layers."""
+"""One call per cell: validate, plan, and stack the layers: one after the other, or as a wavefront."""
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
-from . import layers
+from . import layers, wavefront
 from .planner import Plan, plan
 from .reference import GATES
 from .validation import check_call, check_params, compute_dtype
@@ -186,6 +186,7 @@ def run(
         dtype=dtype,
         device=str(input.device),
         backend=backend,
+        num_layers=num_layers,
         checkpoint_every=checkpoint_every,
     )
     backend = backend_of(chosen)
@@ -199,7 +200,8 @@ def run(
     if backend != "torch":  # which narrows by itself where autocast wants it
         input = input.to(dtype)
     dtype = input.dtype
-    K = checkpoint_every
+    wave = None if torch.compiler.is_compiling() else chosen.wavefront  # torch.compile does not trace streams
+    K = wave or checkpoint_every
     # From chunk to chunk of a kernel the state is fp32, as it is from step to step.
     between = torch.float32 if K and chosen.kernel and dtype.itemsize == 2 else dtype
     states = [tuple(s[layer * D : (layer + 1) * D].to(between) for s in state) for layer in range(num_layers)]
@@ -213,10 +215,22 @@ def run(
         steps = [layers.recomputed(step) for step in steps]
     drop = functools.partial(_dropout, p=dropout) if dropout and training else None
     x = input.transpose(0, 1) if batch_first else input
-    for layer, step in enumerate(steps):
-        if drop and layer:
-            x = drop(x)
-        x, states[layer] = layers.in_chunks(step, x, states[layer], K or T)
+    if wave:
+        if drop:
+            steps[1:] = [_dropping(step, drop) for step in steps[1:]]
+        reads, streams = [of_layer() for of_layer in weights], wavefront.streams_of(x.device, num_layers)
+        ys, states = wavefront.run(steps, x.split(wave), states, reads, streams)
+        x = torch.cat(ys)
+    else:
+        for layer, step in enumerate(steps):
+            if drop and layer:
+                x = drop(x)
+            x, states[layer] = layers.in_chunks(step, x, states[layer], K or T)
     output = x.transpose(0, 1) if batch_first else x
     finals = (torch.cat(of_layers) for of_layers in zip(*states, strict=True))
     return output, *(final if between == dtype else final.to(dtype) for final in finals)
+
+
+def _dropping(step: layers.Step, drop: Callable[[Tensor], Tensor]) -> layers.Step:
+    """The step of a layer whose input is dropped: outside of what is recomputed, so that it is drawn once."""
+    return lambda xs, state: step(tuple(map(drop, xs)), state)

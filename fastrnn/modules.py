@@ -53,6 +53,7 @@ class _Recurrent(torch.nn.RNNBase):
             device=str(data.device),
             backend=self.backend,
             needs=self._needs(input),
+            num_layers=self.num_layers,
             checkpoint_every=self.checkpoint_every,
         )
 
@@ -127,6 +128,9 @@ class LSTM(_Recurrent):
     and its gradients have the bits of the plain run, if x_gates has: a product of fewer rows may be rounded
     otherwise. Equal to rounding are gradients of parameters, sums over chunks in fp32, each chunk's rounded once in 16
     bits, and that of a bidirectional layer's input. torch.compile decides by itself what is kept.
+
+    Layers of one direction run as a wavefront over chunks of time, on a CUDA stream each, where the plan says that it
+    pays (fastrnn.explain prints it).
 
     Raises torch.nn.LSTM's errors for wrong arguments, ValueError for an unknown backend or checkpoint_every,
     NotImplementedError, naming what is missing, where a named backend or checkpoint_every cannot run.
