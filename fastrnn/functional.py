@@ -1,19 +1,14 @@
-"""One call per cell: validate, project the input, run the recurrence, stack the layers.
-
-x_gates = W_ih x + b_ih          one product over all of time and both directions, torch's own
-y, h_n, c_n = recurrence(x_gates, W_hh, b_hh, h_0, c_0)
-"""
+"""One call per cell: validate, plan, and stack the layers: one after the other, or as a wavefront."""
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
-from torch.nn.functional import linear
 
-from . import ops, reference
+from . import layers, wavefront
 from .planner import Plan, plan
 from .reference import GATES
 from .validation import check_call, check_params, compute_dtype
@@ -47,6 +42,7 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     backend: str = "auto",
+    checkpoint_every: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Run an LSTM over a batch of sequences.
 
@@ -56,7 +52,7 @@ def lstm(
     D is 2 if bidirectional, else 1. params: for each layer, for each direction, weight_ih (4*H, I), weight_hh
     (4*H, H) and, if bias, bias_ih and bias_hh (4*H,), as torch.nn.LSTM.parameters() yields them. One dtype (float32,
     bfloat16, float16; any for backend "torch" and "reference") and one device, any strides. dropout is applied
-    between layers if training. backend: see fastrnn.LSTM.
+    between layers if training. backend and checkpoint_every: see fastrnn.LSTM.
 
     Returns output (T, B, D*H), or (B, T, D*H), and (h_n, c_n), each (num_layers * D, B, H).
     Raises torch.nn.LSTM's own errors for wrong input and state, ValueError for wrong params, NotImplementedError,
@@ -71,8 +67,9 @@ def lstm(
     (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
     output, h_n, c_n = run(
-        "lstm", input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend
-    )
+        "lstm", input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend,
+        checkpoint_every,
+    )  # fmt: skip
     return output, (h_n, c_n)
 
 
@@ -88,6 +85,7 @@ def gru(
     training: bool = False,
     bidirectional: bool = False,
     backend: str = "auto",
+    checkpoint_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a GRU over a batch of sequences.
 
@@ -105,8 +103,9 @@ def gru(
     torch.Size([7, 2, 5])
     """
     output, h_n = run(
-        "gru", input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend
-    )
+        "gru", input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend,
+        checkpoint_every,
+    )  # fmt: skip
     return output, h_n
 
 
@@ -123,6 +122,7 @@ def rnn(
     training: bool = False,
     bidirectional: bool = False,
     backend: str = "auto",
+    checkpoint_every: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a simple recurrent network over a batch of sequences.
 
@@ -142,7 +142,10 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     cell = f"rnn_{nonlinearity}"
-    output, h_n = run(cell, input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend)
+    output, h_n = run(
+        cell, input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend,
+        checkpoint_every,
+    )  # fmt: skip
     return output, h_n
 
 
@@ -158,6 +161,7 @@ def run(
     training: bool,
     bidirectional: bool,
     backend: str,
+    checkpoint_every: int | None,
 ) -> tuple[Tensor, ...]:
     """output and the final states, (h_n,) or (h_n, c_n)."""
     D = 2 if bidirectional else 1
@@ -182,38 +186,51 @@ def run(
         dtype=dtype,
         device=str(input.device),
         backend=backend,
+        num_layers=num_layers,
+        checkpoint_every=checkpoint_every,
     )
-    if backend_of(chosen) == "torch":
+    backend = backend_of(chosen)
+    if backend == "torch" and checkpoint_every is None:
         torch_kernel = getattr(torch._VF, cell)
         hidden = state if states == 2 else state[0]
         return torch_kernel(
             input, hidden, list(params), bias, num_layers, dropout, training, bidirectional, batch_first
         )
 
-    input, state, params = input.to(dtype), tuple(s.to(dtype) for s in state), [p.to(dtype) for p in params]
-    if chosen.backend == "reference":
-        recurrence = reference.recurrence
-    else:
-        recurrence = functools.partial(ops.recurrence, backend=chosen.backend)
-    per_direction = 4 if bias else 2
+    if backend != "torch":  # which narrows by itself where autocast wants it
+        input = input.to(dtype)
+    dtype = input.dtype
+    wave = None if torch.compiler.is_compiling() else chosen.wavefront  # torch.compile does not trace streams
+    K = wave or checkpoint_every
+    # From chunk to chunk of a kernel the state is fp32, as it is from step to step.
+    between = torch.float32 if K and chosen.kernel and dtype.itemsize == 2 else dtype
+    states = [tuple(s[layer * D : (layer + 1) * D].to(between) for s in state) for layer in range(num_layers)]
+    per_layer = len(params) // num_layers
+    weights = [
+        layers.weights_of(params[i : i + per_layer], dtype, chunked=K is not None)
+        for i in range(0, len(params), per_layer)
+    ]
+    steps = [layers.step_of(cell, backend, of_layer, bias, training) for of_layer in weights]
+    if checkpoint_every:
+        steps = [layers.recomputed(step) for step in steps]
+    drop = functools.partial(_dropout, p=dropout) if dropout and training else None
     x = input.transpose(0, 1) if batch_first else input
-    finals: list[tuple[Tensor, ...]] = []
-    for layer in range(num_layers):
-        of_layer = params[layer * D * per_direction : (layer + 1) * D * per_direction]
-        W_ih, W_hh = of_layer[0::per_direction], of_layer[1::per_direction]
-        b_ih = _stack(of_layer[2::per_direction]).flatten() if bias else None
-        b_hh = _stack(of_layer[3::per_direction]) if bias else None
-        h_0, *c_0 = (s[layer * D : (layer + 1) * D] for s in state)
-        x_gates = linear(x, _stack(W_ih).flatten(0, 1), b_ih).unflatten(-1, (D, GATES[cell], H))
-        y, h_n, c_n = recurrence(cell, x_gates, _stack(W_hh), b_hh, h_0, c_0[0] if c_0 else None)
-        finals.append((h_n,) if c_n is None else (h_n, c_n))
-        x = y.flatten(2)
-        if dropout and training and layer < num_layers - 1:
-            x = _dropout(x, dropout)
+    if wave:
+        if drop:
+            steps[1:] = [_dropping(step, drop) for step in steps[1:]]
+        reads, streams = [of_layer() for of_layer in weights], wavefront.streams_of(x.device, num_layers)
+        ys, states = wavefront.run(steps, x.split(wave), states, reads, streams)
+        x = torch.cat(ys)
+    else:
+        for layer, step in enumerate(steps):
+            if drop and layer:
+                x = drop(x)
+            x, states[layer] = layers.in_chunks(step, x, states[layer], K or T)
     output = x.transpose(0, 1) if batch_first else x
-    return output, *(torch.cat(layers) for layers in zip(*finals, strict=True))
+    finals = (torch.cat(of_layers) for of_layers in zip(*states, strict=True))
+    return output, *(final if between == dtype else final.to(dtype) for final in finals)
 
 
-def _stack(directions: Sequence[Tensor]) -> Tensor:
-    """(D, ...) of D tensors; a view where there is one."""
-    return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(tuple(directions))
+def _dropping(step: layers.Step, drop: Callable[[Tensor], Tensor]) -> layers.Step:
+    """The step of a layer whose input is dropped: outside of what is recomputed, so that it is drawn once."""
+    return lambda xs, state: step(tuple(map(drop, xs)), state)

@@ -14,18 +14,18 @@ CACHE_LINE = 128  # bytes
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def allocate_forward(cell: str, x_gates: Tensor, save: bool) -> Tensors:
+def allocate_forward(cell: str, x_gates: Tensor, h_0: Tensor, c_0: Tensor | None, save: bool) -> Tensors:
     """y, h_n, c_n, saved, c; an output that this cell or call lacks has no elements."""
     from .kernels.cells import CELLS
 
     T, B, D, _, H = x_gates.shape
-    has_c, saved = CELLS[cell].has_c, CELLS[cell].saved if save else 0
+    saved = CELLS[cell].saved if save else 0
     return (
         x_gates.new_empty(T, B, D, H),
-        x_gates.new_empty(D, B, H),
-        x_gates.new_empty((D, B, H) if has_c else 0),
+        h_0.new_empty(D, B, H),
+        x_gates.new_empty(0) if c_0 is None else c_0.new_empty(D, B, H),
         x_gates.new_empty((T, B, D, saved, H) if saved else 0),
-        x_gates.new_empty((T, B, D, H) if save and has_c else 0),
+        x_gates.new_empty((T, B, D, H) if save and c_0 is not None else 0),
     )
 
 
@@ -40,11 +40,11 @@ def forward(
     backend: str,
 ) -> Tensors:
     """Run the persistent forward kernel of a tier."""
-    y, h_n, c_n, saved, c = outputs = allocate_forward(cell, x_gates, save)
-    _launch(
-        "forward", cell, backend, y,
-        x_gates, W_hh, b_hh, h_0, c_0, y, h_n, _present(c_n), _present(c), _present(saved),
-    )  # fmt: skip
+    y, h_n, c_n, saved, c = outputs = allocate_forward(cell, x_gates, h_0, c_0, save)
+    pointers = (x_gates, W_hh, b_hh, h_0, c_0, y, h_n, _present(c_n), _present(c), _present(saved))
+    if backend == "cooperative":  # programs exchange the state in y's dtype, the one before the first step too
+        pointers += (None if h_0.dtype == y.dtype else h_0.to(y.dtype),)
+    _launch("forward", cell, backend, y, *pointers)
     return outputs
 
 
@@ -75,8 +75,10 @@ def backward(
     d_x_gates = y.new_empty(T, B, D, GATES[cell], H)
     # The last gate's recurrent share, where its gradient differs from d_x_gates (the GRU's n: d_n * r).
     d_rec_last = y.new_empty((T, B, D, 1, H) if spec.splits_last_gate else 0)
-    dh_0 = y.new_empty(D, B, H)
-    dc_0 = y.new_empty((D, B, H) if spec.has_c else 0)
+    dh_0 = h_0.new_empty(D, B, H)
+    dc_0 = y.new_empty(0) if c_0 is None else c_0.new_empty(D, B, H)
+    # States inside a sequence were rounded when they were kept; those before it must be, to be what they are inside.
+    h_0, c_0 = h_0.to(y.dtype), None if c_0 is None else c_0.to(y.dtype)
     kept_0, kept = (c_0, c) if spec.has_c else (h_0, y)
     _launch(
         "backward", cell, backend, y,
@@ -156,7 +158,11 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
             options["launch_cooperative_grid"] = True
         choices = kernel.choices[which]
         if not interpreter.ENABLED:
-            variant = (device, y.dtype, *constants.values(), *(pointer is None for pointer in pointers))
+            variant = (
+                device,
+                *constants.values(),
+                *(None if pointer is None else pointer.dtype for pointer in pointers),
+            )
             options |= constants
             options |= compiler.first_without_spills(function, variant, list(choices), arguments, kernel.grid, options)
             function[kernel.grid](*arguments, **options)

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional
 from .planner import BACKENDS, Plan, plan
-from .validation import check_rank, compute_dtype
+from .validation import check_checkpoint_every, check_rank, compute_dtype
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -21,11 +21,15 @@ class _Recurrent(torch.nn.RNNBase):
     # torch.nn's own forward of the same layer (and the checks that it calls), for backend "torch".
     _torch: Any
 
-    def __init__(self, mode: str, *args: Any, backend: str = "auto", **kwargs: Any) -> None:
+    def __init__(
+        self, mode: str, *args: Any, backend: str = "auto", checkpoint_every: int | None = None, **kwargs: Any
+    ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+        check_checkpoint_every(checkpoint_every)
         super().__init__(mode, *args, **kwargs)
         self.backend = backend
+        self.checkpoint_every = checkpoint_every
 
     def _needs(self, input: "Tensor | PackedSequence") -> tuple[str, ...]:
         """What this call needs beside a plain recurrence."""
@@ -49,17 +53,21 @@ class _Recurrent(torch.nn.RNNBase):
             device=str(data.device),
             backend=self.backend,
             needs=self._needs(input),
+            num_layers=self.num_layers,
+            checkpoint_every=self.checkpoint_every,
         )
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         # CPU tensors take torch's path with nothing before it, so that "auto" costs there what torch.nn costs.
-        if self.backend == "torch" or (self.backend == "auto" and not input.is_cuda):
+        whole = self.checkpoint_every is None
+        if whole and (self.backend == "torch" or (self.backend == "auto" and not input.is_cuda)):
             return self._torch.forward(self, input, hx)
         packed = isinstance(input, PackedSequence)
         if not packed:
             check_rank(self._torch.__name__, input, hx)
         # "auto" may fall back; a named backend runs or raises: here for what it lacks, below for what is wrong.
-        if (self.backend == "auto" or self._needs(input)) and functional.backend_of(self.plan(input)) == "torch":
+        needs = self._needs(input)
+        if ((self.backend == "auto" and whole) or needs) and functional.backend_of(self.plan(input)) == "torch":
             return self._torch.forward(self, input, hx)
 
         batch_dim = 0 if self.batch_first else 1
@@ -79,6 +87,7 @@ class _Recurrent(torch.nn.RNNBase):
             self.training,
             self.bidirectional,
             self.backend,
+            self.checkpoint_every,
         )
         final = tuple(finals) if len(finals) == 2 else finals[0]
         if not batched:
@@ -86,7 +95,9 @@ class _Recurrent(torch.nn.RNNBase):
         return output, final
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", backend={self.backend!r}" if self.backend != "auto" else "")
+        added = f", backend={self.backend!r}" if self.backend != "auto" else ""
+        added += f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every is not None else ""
+        return super().extra_repr() + added
 
 
 def _map(f, state):
@@ -111,8 +122,18 @@ class LSTM(_Recurrent):
     torch. A named backend runs or raises. Kernels compute in float32, bfloat16 and float16; float32 products follow
     torch.backends.cudnn.rnn.fp32_precision.
 
-    Raises torch.nn.LSTM's errors for wrong arguments, ValueError for an unknown backend, NotImplementedError, naming
-    what is missing, where a named backend cannot run.
+    checkpoint_every: None keeps all gates of all T time steps for backward. A positive int K keeps the state of every
+    K-th step, and backward computes the gates again, K steps at a time: memory for K steps' gates and T / K states,
+    for one more forward pass. Every backend takes it; with proj_size and packed sequences it is missing. Recurrence
+    and its gradients have the bits of the plain run, if x_gates has: a product of fewer rows may be rounded
+    otherwise. Equal to rounding are gradients of parameters, sums over chunks in fp32, each chunk's rounded once in 16
+    bits, and that of a bidirectional layer's input. torch.compile decides by itself what is kept.
+
+    Layers of one direction run as a wavefront over chunks of time, on a CUDA stream each, where the plan says that it
+    pays (fastrnn.explain prints it).
+
+    Raises torch.nn.LSTM's errors for wrong arguments, ValueError for an unknown backend or checkpoint_every,
+    NotImplementedError, naming what is missing, where a named backend or checkpoint_every cannot run.
 
     Source: torch.nn.LSTM.
 
@@ -140,7 +161,7 @@ class GRU(_Recurrent):
         r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
 
     with x = W_ih x_t + b_ih and rec = W_hh h + b_hh. Constructor, forward, parameters and errors are torch.nn.GRU's;
-    backend, dtypes and shapes as in fastrnn.LSTM, with hx one tensor (num_layers * D, B, H).
+    backend, checkpoint_every, dtypes and shapes as in fastrnn.LSTM, with hx one tensor (num_layers * D, B, H).
 
     Source: torch.nn.GRU.
 
@@ -164,7 +185,7 @@ class RNN(_Recurrent):
         h' = act(W_ih x_t + b_ih + W_hh h + b_hh),  act = tanh or relu
 
     Constructor (nonlinearity="tanh" or "relu", also as the fourth argument), forward, parameters and errors are
-    torch.nn.RNN's; backend, dtypes and shapes as in fastrnn.GRU.
+    torch.nn.RNN's; backend, checkpoint_every, dtypes and shapes as in fastrnn.GRU.
 
     Source: torch.nn.RNN.
 

@@ -32,7 +32,7 @@ def _recurrence(
 
 @_recurrence.register_fake
 def _(x_gates, W_hh, b_hh, h_0, c_0, cell, save, backend):
-    return launch.allocate_forward(cell, x_gates, save)
+    return launch.allocate_forward(cell, x_gates, h_0, c_0, save)
 
 
 @torch.library.custom_op("fastrnn::recurrence_backward", mutates_args=())
@@ -64,8 +64,8 @@ def _(dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, cell, needs_dW, needs_db, bac
         y.new_empty(T, B, D, gates // H, H),
         y.new_empty((D, gates, H) if needs_dW else 0),
         y.new_empty((D, gates) if needs_db else 0),
-        y.new_empty(D, B, H),
-        y.new_empty((D, B, H) if c_0 is not None else 0),
+        h_0.new_empty(D, B, H),
+        y.new_empty(0) if c_0 is None else c_0.new_empty(D, B, H),
     )
 
 
@@ -129,6 +129,9 @@ def recurrence(
     x_gates (T, B, D, G, H): W_ih x_t + b_ih. W_hh (D, G*H, H). b_hh (D, G*H) or None. h_0, c_0 (D, B, H); c_0 is None
     but for the LSTM. All of one dtype (float32, bfloat16, float16) and device; any strides. Direction 1 walks time
     from its end. backend: the tier, "resident" or "cooperative".
+
+    h_0 and c_0 may be float32 beside a 16-bit x_gates: h_n, c_n and the gradients of states are then float32 too, and
+    a sequence that is run window by window gives the bits of one run.
 
     Returns y (T, B, D, H), h_n (D, B, H) and c_n (D, B, H) or None, differentiable once with respect to every tensor.
     The state is fp32 from step to step. Nothing is kept for backward where no gradient is wanted.

@@ -1,7 +1,7 @@
 """Which kernel runs a recurrence, in which tiles, and why: a pure function from shapes and a device to a Plan."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -10,9 +10,14 @@ from .device import SPECS, DeviceSpec
 from .kernel_plan import GridTooLargeError, KernelPlan, as_text
 from .reference import GATES
 from .tiers import TIERS
+from .validation import check_checkpoint_every
 
 BACKENDS = ("auto", "torch", "reference", *TIERS)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Steps, for each layer of a stack, of the shortest chunk that a wavefront runs. Python issues a layer's chunk in 0.25
+# ms forward and 0.7 backward (measured with stubs for kernels, one core of a Xeon, torch 2.13), and kernels are
+# modelled at 1 to 3 us a step: with shorter chunks the streams would wait for Python. A chunk also reads W_hh again.
+CHUNK_STEPS_PER_LAYER = 256
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,10 @@ class Plan:
     backend: str
     why: str
     kernel: KernelPlan | None = None
+    num_layers: int = 1
+    checkpoint_every: int | None = None  # steps
+    wavefront: int | None = None  # steps of a chunk, where layers run beside one another
+    order: str = ""  # why they do or do not
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -48,6 +57,11 @@ class Plan:
                 f"activations: {k.activations}",
                 "saved": f"{as_text(k.saved_bytes)} for backward, nothing for inference",
             }
+            if K := self.checkpoint_every:
+                rows["saved"] = f"{as_text(k.saved_bytes)} for backward, of one chunk of {K} steps at a time"
+            if self.num_layers > 1:
+                how = f"as a wavefront of chunks of {self.wavefront} steps" if self.wavefront else "one after the other"
+                rows["layers"] = f"{self.num_layers}, {how}: {self.order}"
         head = f"{self.cell}, {shape}, {dtype}, on {self.device}: backend {self.backend}"
         return "\n".join([head, *(f"  {key:<9} {value}" for key, value in rows.items())])
 
@@ -64,13 +78,16 @@ def plan(
     backend: str = "auto",
     precision: str | None = None,
     needs: tuple[str, ...] = (),
+    num_layers: int = 1,
+    checkpoint_every: int | None = None,
 ) -> Plan:
     """Say which kernel would run a recurrence, in which tiles, and why; no GPU is needed.
 
     cell is "lstm", "gru", "rnn_tanh" or "rnn_relu"; hidden_size (H), batch_size (B), seq_len (T) and directions (D, 1
     or 2) are those of one layer; device is an architecture ("sm_90", "gfx942"), a torch device, or None for the
     current GPU; precision is "ieee" or "tf32" for float32 and defaults to torch's own setting for RNNs; needs names
-    features that the call uses beside a plain recurrence. Sizes in the Plan are bytes.
+    features that the call uses beside a plain recurrence; num_layers is that of the stack and checkpoint_every that of
+    fastrnn.LSTM. Sizes in the Plan are bytes.
 
     Raises ValueError for an unknown cell, backend, device or a size below 1, and if more programs would have to run at
     once than the device has room for; NotImplementedError, naming what is missing, if a named tier cannot run this.
@@ -90,11 +107,19 @@ def plan(
     _expect("backend", backend, BACKENDS)
     _expect("precision", precision, ("ieee", "tf32", None))
     _expect("directions", directions, (1, 2))
-    for name, size in (("hidden_size", hidden_size), ("batch_size", batch_size), ("seq_len", seq_len)):
+    sizes = {"hidden_size": hidden_size, "batch_size": batch_size, "seq_len": seq_len, "num_layers": num_layers}
+    for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: expected a positive int, got {size!r}")
+    check_checkpoint_every(checkpoint_every)
+    if checkpoint_every is not None and needs:
+        raise NotImplementedError(f"checkpoint_every with {' and '.join(needs)} is missing")
     where = device.arch if isinstance(device, DeviceSpec) else str(device or "the current GPU")
-    problem = functools.partial(Plan, cell, hidden_size, batch_size, seq_len, directions, dtype)
+    steps = min(seq_len, checkpoint_every or seq_len)  # of one launch that saves for backward
+    problem = functools.partial(
+        Plan, cell, hidden_size, batch_size, seq_len, directions, dtype, num_layers=num_layers,
+        checkpoint_every=checkpoint_every,
+    )  # fmt: skip
     if backend == "reference" and needs:
         raise NotImplementedError(f"backend='reference' with {' and '.join(needs)} is missing")
     if backend in ("torch", "reference"):
@@ -114,18 +139,45 @@ def plan(
         for tier in TIERS if backend == "auto" else (backend,):
             try:
                 plan_tier, why = TIERS[tier]
-                kernel = plan_tier(cell, hidden_size, batch_size, seq_len, directions, dtype, precision, spec)
+                kernel = plan_tier(cell, hidden_size, batch_size, steps, directions, dtype, precision, spec)
             except (NotImplementedError, GridTooLargeError) as reason:
                 if backend != "auto":
                     raise
                 reasons.append(f"{tier}: {reason}")
             else:
-                return problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)
+                found = problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)
+                chunk, order = _wavefront(found, spec)
+                return replace(found, wavefront=chunk, order=order)
         return problem(where, "torch", "; ".join(reasons))
     except (NotImplementedError, GridTooLargeError) as reason:
         if backend == "auto":
             return problem(where, "torch", str(reason))
         raise type(reason)(f"backend={backend!r}: {reason}") from None
+
+
+def _wavefront(found: Plan, spec: DeviceSpec) -> tuple[int | None, str]:
+    """Steps of a chunk if a stack should run as a wavefront, None if not, and why; reckoned, not measured."""
+    L, T, kernel = found.num_layers, found.seq_len, found.kernel
+    assert kernel is not None
+    if L == 1:
+        return None, ""
+    if found.directions == 2:
+        return None, "a bidirectional layer needs all of the one below"
+    if spec.arch == "interpreter":
+        return None, "the interpreter has no streams"
+    # A program has a multiprocessor to itself; a cooperative launch must, since its programs wait for each other.
+    if L * kernel.programs > spec.multiprocessors:
+        return None, f"{L} x {kernel.programs} programs do not fit {spec.multiprocessors} multiprocessors at once"
+    shortest = CHUNK_STEPS_PER_LAYER * L
+    # Filling and draining takes L - 1 chunks: an eighth of the time, unless chunks would be too short.
+    chunks = max(1, min(8 * (L - 1), T // shortest))
+    K = found.checkpoint_every or -(-T // chunks)
+    if found.checkpoint_every and shortest > K:
+        return None, f"chunks of {K} steps are over before Python has issued the others; {shortest} would do"
+    steps = T + (L - 1) * K
+    if steps * 5 > L * T * 4:
+        return None, f"it would take {steps} steps of time instead of {L * T}, too little for more launches"
+    return K, f"{steps} steps of time instead of {L * T}, not measured"
 
 
 def _expect(name: str, got: object, allowed: tuple) -> None:

@@ -50,7 +50,8 @@ def recurrence(
     """Run one layer, D directions, over all of time: the same contract as fastrnn.ops.recurrence.
 
     x_gates (T, B, D, G, H), W_hh (D, G*H, H), b_hh (D, G*H) or None, h_0 and c_0 (D, B, H), c_0 only for the LSTM;
-    returns y (T, B, D, H), h_n (D, B, H) and c_n (D, B, H) or None. Direction 1 walks time from its end.
+    returns y (T, B, D, H), h_n (D, B, H) and c_n (D, B, H) or None. Direction 1 walks time from its end. The state
+    keeps the dtype of h_0 and c_0 from step to step.
 
     >>> import torch, fastrnn.reference
     >>> x_gates, W_hh, h_0 = torch.zeros(5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
@@ -65,11 +66,11 @@ def recurrence(
         state: State = (h_0[d],) if c_0 is None else (h_0[d], c_0[d])
         y: list[Tensor] = [state[0]] * T
         for t in range(T) if d == 0 else reversed(range(T)):
-            rec = torch.nn.functional.linear(state[0], W_hh[d], None if b_hh is None else b_hh[d])
+            rec = torch.nn.functional.linear(state[0].to(W_hh.dtype), W_hh[d], None if b_hh is None else b_hh[d])
             state = step(x_gates[t, :, d], rec.view(B, G, H), state)
-            y[t] = state[0]
+            y[t] = state[0].to(x_gates.dtype)
         outputs.append(torch.stack(y))
         finals.append(state)
-    h_n = torch.stack([state[0] for state in finals])
+    h_n = torch.stack([state[0] for state in finals]).to(h_0.dtype)
     c_n = None if c_0 is None else torch.stack([state[1] for state in finals])
     return torch.stack(outputs, dim=2), h_n, c_n

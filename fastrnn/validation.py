@@ -17,6 +17,12 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
+def check_checkpoint_every(K: int | None) -> None:
+    """Steps of a chunk, or None."""
+    if K is not None and (not isinstance(K, int) or isinstance(K, bool) or K < 1):
+        raise ValueError(f"checkpoint_every: expected a positive int or None, got {K!r}")
+
+
 def check_rank(name: str, input: Tensor, hx: "Tensor | tuple[Tensor, Tensor] | None") -> None:
     """Input of a module is (T, B, I) or, unbatched, (T, I); the state has as many dimensions."""
     if input.dim() not in (2, 3):
@@ -119,8 +125,11 @@ def check_recurrence(
             continue
         if tensor.shape != expected:
             raise ValueError(f"{name}: expected {expected}, got {tuple(tensor.shape)}")
-        if (tensor.dtype, tensor.device) != (x_gates.dtype, x_gates.device):
+        dtypes = [x_gates.dtype]
+        if name in ("h_0", "c_0") and x_gates.dtype.itemsize == 2:
+            dtypes.append(torch.float32)
+        if tensor.dtype not in dtypes or tensor.device != x_gates.device:
             raise ValueError(
-                f"{name}: expected {x_gates.dtype} on {x_gates.device}, as x_gates; "
+                f"{name}: expected {' or '.join(map(str, dtypes))} on {x_gates.device}, as x_gates; "
                 f"got {tensor.dtype} on {tensor.device}"
             )

@@ -5,6 +5,7 @@ A JSON object a line:
 python -m tests.executed kernels sm_90 resident     every cell, pass and dtype, under a schedule of its own
 python -m tests.executed tile sm_90 resident        the same in tile Triton, where Gluon takes its place
 python -m tests.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
+python -m tests.executed windows sm_90 resident     what a run in two windows gives that a whole one does not
 python -m tests.executed mutations                  after a change to the PTX, which must be noticed
 python -m tests.executed clusters                   cluster_race.py, as compiled and changed, by rule and by execution
 python -m tests.executed counted                    what `inspect` counts of a kernel with an exchange put into it
@@ -72,6 +73,25 @@ def faults_of(problem: Problem, arch: str, backend: str, precision: str, run: Ca
     with launches(DeviceSpec.named(arch), run=run, precision=precision):
         # A GPU's exp is exp2 of a rounded product, which float32 shows.
         return over_budget(problem, recurrence, times=3 if dtype == "float32" else 2)
+
+
+def windows(arch: str, backend: str) -> Iterator[dict]:
+    """A state in fp32 is as exact between launches as between steps: all that is no sum over time has the same bits."""
+    for seed, (cell, kept) in enumerate((("lstm", torch.float32), ("gru", torch.float32), ("gru", torch.bfloat16))):
+        problem = make_problem(cell, CASES[backend]._replace(T=4, D=1), torch.bfloat16, "cpu")
+
+        def in_two(cell, x_gates, W_hh, b_hh, *state, kept=kept):
+            state, ys = tuple(None if s is None else s.to(kept) for s in state), []
+            for part in x_gates.split((3, 1)):
+                y, *state = ops.recurrence(cell, part, W_hh, b_hh, *state, backend=backend)
+                ys.append(y)
+            return torch.cat(ys), *(None if s is None else s.to(x_gates.dtype) for s in state)
+
+        with launches(DeviceSpec.named(arch), run=functools.partial(execute, seed=seed)):
+            whole, found = problem.run(functools.partial(ops.recurrence, backend=backend)), problem.run(in_two)
+        sums = {"d_W_hh", "d_b_hh"}
+        differ = [name for name in whole.keys() - sums if not torch.equal(whole[name], found[name])]
+        yield {"cell": cell, "kept": str(kept), "differ": differ}
 
 
 def mutated(name: str, change: Callable[[str], str], seed: int) -> Callable[[Launch], None]:
@@ -197,6 +217,6 @@ def counted() -> Iterator[dict]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
-    commands = (kernels, tile, schedules, mutations, clusters, counted)
+    commands = (kernels, tile, schedules, windows, mutations, clusters, counted)
     for record in {each.__name__: each for each in commands}[command](*arguments):
         print(json.dumps(record), flush=True)

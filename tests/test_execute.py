@@ -321,3 +321,11 @@ def test_broken_ptx_is_noticed():
     assert len(records) > 8
     for record in records:
         assert record["noticed"] and record["noticed"].startswith(record["expected"]), record
+
+
+@pytest.mark.parametrize("backend", ("resident", "cooperative"))
+def test_compiled_windows_give_the_bits_of_one_run(backend):
+    """What checkpoint_every and the wavefront rest on; a state that is rounded between the windows is noticed."""
+    *exact, rounded = child("windows", "sm_90", backend)
+    assert [record["differ"] for record in exact] == [[], []]
+    assert rounded["kept"] == "torch.bfloat16" and rounded["differ"]

@@ -120,7 +120,7 @@ def d_hidden(
 @triton.jit(do_not_specialize=["T", "B"])
 def forward(
     x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
-    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, counters_ptr,
+    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, h_0_rounded_ptr, counters_ptr,
     T, B,
     CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
@@ -141,7 +141,11 @@ def forward(
         x = as_fp32(x_next, G)
         wait(counter_ptr, step * P, SPIN_ON_LOAD)
         before = (time_index(tl.maximum(step - 1, 0), T, direction) * rows + first_row) * D + direction
-        h_ptr = tl.where(step == 0, h_0_ptr + own_rows, y_ptr + before * H)
+        if h_0_rounded_ptr is None:
+            h_start_ptr = h_0_ptr + own_rows
+        else:  # what is exchanged has y's dtype, and h_0 may be fp32
+            h_start_ptr = h_0_rounded_ptr + own_rows
+        h_ptr = tl.where(step == 0, h_start_ptr, y_ptr + before * H)
         h_stride = tl.where(step == 0, H, D * H)
         rec = recurrent_gates(h_ptr, h_stride, row_mask, W_hh, b_hh, offs_b, G, H, K_TILES, WARPS, PRECISION)
         state, saved = CELL(x, rec, state, ACTIVATIONS)
