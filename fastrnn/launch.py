@@ -110,13 +110,16 @@ def _present(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-def compile_choices(kernel: KernelPlan, backend: str) -> list[dict[str, Any]]:
-    """The ways of compiling a plan's kernel, as launch options, in the order to try them."""
+def compile_choices(kernel: KernelPlan, backend: str, which: str) -> list[dict[str, Any]]:
+    """The ways of compiling a pass of a plan's kernel, as launch options, in the order to try them."""
     choices = []
-    for registers, columns in itertools.product(kernel.register_limits, kernel.piece_limits):
+    splits = kernel.forward_splits if which == "forward" else kernel.backward_splits
+    for registers, (columns, held) in itertools.product(kernel.register_limits, splits):
         choice: dict[str, Any] = {"maxnreg": registers} if registers else {}
         if backend == "cooperative":
             choice["K_TILES"] = pieces(kernel.share, columns)
+            if kernel.dialect == "Gluon":
+                choice["IN_REGISTERS"] = held
         choices.append(choice)
     return choices
 
@@ -146,9 +149,9 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
     options: dict[str, Any] = {"num_warps": kernel.warps, "enable_fp_fusion": True}
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(y):
+        if kernel.dialect == "Gluon":  # imported only here: Triton before 3.7 lacks what it needs
+            from .kernels.gluon import cooperative, resident
         if backend == "resident":
-            if kernel.dialect == "Gluon":
-                from .kernels.gluon import resident
             function, arguments = getattr(resident, which), (*pointers, T, B)
             constants["BLOCK_H"] = kernel.units
         else:
@@ -164,7 +167,7 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
             }
             # The driver refuses a grid whose programs cannot all be resident, instead of leaving it to hang.
             options["launch_cooperative_grid"] = True
-        choices = compile_choices(kernel, backend)
+        choices = compile_choices(kernel, backend, which)
         if not interpreter.ENABLED:
             variant = (device, y.dtype, *constants.values(), *(pointer is None for pointer in pointers))
             options |= constants
