@@ -10,7 +10,7 @@ import torch
 
 from . import compiler
 from .device import DeviceSpec
-from .kernel_plan import KIB, KernelPlan, as_text, common, registers, tiles
+from .kernel_plan import KIB, KernelPlan, as_text, common, registers, runs_gluon, tiles
 from .reference import GATES
 
 BLOCK_B = 16  # the least that tensor cores take: more programs serve a large batch
@@ -23,8 +23,7 @@ def held(
     name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec, ctas: int
 ) -> KernelPlan | None:
     """The plan for clusters of so many programs, None where they do not hold W_hh or cannot run."""
-    on_tensor_cores = spec.arch.startswith("sm_") and (dtype != torch.float32 or precision == "tf32")
-    if not on_tensor_cores or compiler.triton_version() < ((3, 7) if ctas == 1 else (3, 8)):
+    if not runs_gluon(dtype, precision, spec):
         return None
     gates = GATES[name]
     block_h = max(16, 1 << (H - 1).bit_length())  # Triton's ranges are powers of two

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import compiler
 from .device import DeviceSpec
 
 KIB = 1024
@@ -68,6 +69,26 @@ def as_text(size: int) -> str:
 def registers(spec: DeviceSpec, warps: int) -> int:
     """The most registers that a thread of an only program can have."""
     return min(255, spec.register_bytes // (4 * spec.warp_size * warps))
+
+
+def weight_place(spec: DeviceSpec) -> str:
+    """Where a program's W_hh stays: what Triton does with a product's operand that is loaded before the loop."""
+    return "arrays" if spec.arch == "interpreter" else "registers" if spec.is_amd else "shared memory"
+
+
+def runs_gluon(dtype: torch.dtype, precision: str, spec: DeviceSpec) -> bool:
+    on_tensor_cores = spec.arch.startswith("sm_") and (dtype != torch.float32 or precision == "tf32")
+    return on_tensor_cores and compiler.triton_version() >= (3, 7)
+
+
+def register_limits(spec: DeviceSpec, warps: int) -> tuple[dict[str, Any], ...]:
+    """The compiler's choice, all that a thread of an only program can have, and a few less: launch options to try.
+
+    ptxas, left alone, saves registers for a second program and spills 8 bytes of one kernel in fifty; told how many
+    there are, it spills more of others; and given registers for it, it loads all pieces of the state at once.
+    """
+    most = registers(spec, warps)
+    return ({},) if spec.is_amd else ({}, {"maxnreg": most}, {"maxnreg": most - 8})
 
 
 def tiles(size: int, tile: int) -> int:

@@ -136,11 +136,11 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
     options: dict[str, Any] = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(y):
-        if backend != "cooperative":
-            if kernel.dialect == "Gluon":
-                from .kernels.gluon import resident
+        if kernel.dialect == "Gluon":  # imported only here: Triton before 3.7 lacks what it needs
+            from .kernels.gluon import cooperative, resident
 
-                constants["D"] = D
+            constants["D"] = D
+        if backend != "cooperative":
             function, arguments = getattr(resident, which), (*pointers, T, B)
             constants["BLOCK_H"] = kernel.units * kernel.ctas
         else:

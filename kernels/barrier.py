@@ -33,13 +33,12 @@ def arrive(counter_ptr):
 
 @triton.jit
 def wait(counter_ptr, target, SPIN_ON_LOAD: tl.constexpr):
+    seen = target - 1
     if SPIN_ON_LOAD:
-        seen = tl.load(counter_ptr, cache_modifier=".cv", volatile=True)
         while seen < target:
             seen = tl.load(counter_ptr, cache_modifier=".cv", volatile=True)
         tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     else:
-        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
         while seen < target:
             seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
     tl.debug_barrier()

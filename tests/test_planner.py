@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import clusters, compiler, tiers
+from fastrnn import clusters, compiler, grids, tiers
 from fastrnn.device import SPECS, DeviceSpec
 from fastrnn.planner import torch_precision
 
@@ -79,10 +79,11 @@ def test_what_fits_is_what_the_design_says():
 
 def test_auto_takes_the_first_tier_that_fits():
     sizes = {"batch_size": 16, "dtype": BF16, "device": "sm_90"}
-    tiers = {H: fastrnn.plan("lstm", hidden_size=H, **sizes).backend for H in (64, 128, 129, 512, 650, 1536, 2048)}
+    tiers = {H: fastrnn.plan("lstm", hidden_size=H, **sizes).backend for H in (64, 128, 129, 512, 650, 2048, 2560)}
     assert tiers == {64: "resident", 128: "resident", 129: "cluster", 512: "cluster", 650: "cooperative",
-                     1536: "cooperative", 2048: "torch"}  # fmt: skip
-    assert "slices over both memories are missing" in fastrnn.plan("lstm", hidden_size=2048, **sizes).why
+                     2048: "cooperative", 2560: "torch"}  # fmt: skip
+    why = fastrnn.plan("lstm", hidden_size=2560, **sizes).why
+    assert "320 KiB for 16 units at H=2560, in registers and 227 KiB of shared memory on sm_90" in why
 
 
 def test_a_grid_that_cannot_be_resident_is_refused():
@@ -98,8 +99,8 @@ def test_a_grid_that_cannot_be_resident_is_refused():
 
 def test_a_larger_batch_takes_larger_tiles_before_it_is_refused():
     sizes = {"hidden_size": 512, "dtype": BF16, "device": "sm_90", "backend": "cooperative"}
-    kernels = [fastrnn.plan("gru", batch_size=B, **sizes).kernel for B in (16, 128, 256)]
-    assert [k.block_b for k in kernels] == [16, 16, 32]
+    kernels = [fastrnn.plan("gru", batch_size=B, **sizes).kernel for B in (16, 64, 128)]
+    assert [k.block_b for k in kernels] == [8, 16, 32]
     assert all(k.programs <= 132 for k in kernels)
 
 
@@ -135,6 +136,27 @@ def test_clusters_take_more_programs_while_multiprocessors_are_idle(monkeypatch)
     clusters.cluster.cache_clear()
     with pytest.raises(NotImplementedError, match="clusters in Gluon need Triton 3.8 or newer"):
         ctas()
+
+
+def test_the_grid_split_in_gluon_keeps_in_shared_memory_what_registers_cannot_hold(monkeypatch):
+    def kernel(cell="lstm", H=1024, dtype=BF16, arch="sm_90", precision="ieee"):
+        sizes = {"hidden_size": H, "batch_size": 16, "dtype": dtype, "device": arch, "backend": "cooperative"}
+        return fastrnn.plan(cell, **sizes, precision=precision).kernel
+
+    # One operand of W_hh for each 32 columns of a warp's share and gate: 8 registers a thread, 8 KiB.
+    def held(which, **kwargs):
+        return [choice["IN_REGISTERS"] for choice in kernel(**kwargs).choices[which]]
+
+    assert held("forward")[0] == 16 and kernel().shared_bytes < 160 * 1024
+    assert held("forward", H=2048)[0] == 18 and held("backward", H=2048)[0] == 7
+    for which in ("forward", "backward"):
+        assert held(which, H=2048) == sorted(held(which, H=2048), reverse=True)
+    tile = [kernel(dtype=torch.float32), kernel("gru", arch="gfx942")]
+    monkeypatch.setattr(compiler, "triton_version", lambda: (3, 6))
+    grids.cooperative.cache_clear()
+    tile.append(kernel("gru"))
+    grids.cooperative.cache_clear()
+    assert {k.dialect for k in tile} == {"tile Triton"}
 
 
 def test_gluon_where_it_runs_and_fits_in_registers(monkeypatch):
