@@ -4,6 +4,7 @@ A JSON object a line:
 
 python -m tests.executed kernels sm_90 resident     every cell, pass and dtype, under a schedule of its own
 python -m tests.executed tile sm_90 resident        the same in tile Triton, where Gluon takes its place
+python -m tests.executed plans 512 FOLDER           what "auto" plans at H=512, every cell: results for the caller
 python -m tests.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
 python -m tests.executed windows sm_90 resident     what a run in two windows gives that a whole one does not
 python -m tests.executed mutations                  after a change to the PTX, which must be noticed
@@ -21,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from fastrnn import grids, ops
+from fastrnn import grids, ops, plan
 from fastrnn.device import DeviceSpec
 from fastrnn.inspect import cluster
 from fastrnn.inspect.compile import Launch, launches
@@ -58,6 +59,17 @@ def kernels(arch: str, backend: str) -> Iterator[dict]:
 def tile(arch: str, backend: str) -> Iterator[dict]:
     with mock.patch("fastrnn.compiler.triton_version", lambda: (3, 6)):  # which has no Gluon
         yield from kernels(arch, backend)
+
+
+def plans(H: str, folder: str) -> Iterator[dict]:
+    """What "auto" plans for sm_90 at a size: problems and their outputs and gradients are written to the folder."""
+    for cell in CELLS:
+        problem = make_problem(cell, Case(T=2, B=3, H=int(H), D=1), torch.bfloat16, "cpu")
+        backend = plan(cell, hidden_size=int(H), batch_size=3, dtype=torch.bfloat16, device="sm_90").backend
+        with launches(DeviceSpec.named("sm_90"), run=functools.partial(execute, seed=int(H))):
+            found = problem.run(functools.partial(ops.recurrence, backend=backend))
+        torch.save((problem.inputs, problem.upstream, found), f"{folder}/{cell}.pt")
+        yield {"cell": cell, "backend": backend}
 
 
 def schedules(arch: str, backend: str, count: str) -> Iterator[dict]:
@@ -228,6 +240,6 @@ def counted() -> Iterator[dict]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
-    commands = (kernels, tile, schedules, windows, mutations, clusters, counted)
+    commands = (kernels, tile, plans, schedules, windows, mutations, clusters, counted)
     for record in {each.__name__: each for each in commands}[command](*arguments):
         print(json.dumps(record), flush=True)

@@ -12,7 +12,7 @@ import torch
 
 from fastrnn.inspect.execute import ExecutionError, execute_ptx
 
-from .cases import CELLS
+from .cases import CELLS, Problem, beyond_budget, over_budget
 
 ROOT = Path(__file__).parents[1]
 
@@ -308,6 +308,19 @@ def test_compiled_kernels_compute_what_the_reference_does(command, arch, backend
     assert {record["cell"] for record in records} == set(CELLS)
     for record in records:
         assert record["faults"] == {}, record
+
+
+@pytest.mark.parametrize("H", (64, 96, 128, 192, 256, 384, 512, 1024))
+def test_plans_agree_with_tile_triton_under_the_interpreter(H, tmp_path):
+    """Both passes of every cell, from one problem: "auto"'s plans for sm_90 executed, tile Triton interpreted."""
+    planned = {record["cell"]: record["backend"] for record in child("plans", str(H), str(tmp_path))}
+    tier = "resident" if H <= 128 else "cluster" if H <= 512 else "cooperative"
+    assert planned["lstm"] == planned["gru"] == tier
+    for cell in CELLS:
+        inputs, upstream, executed = torch.load(tmp_path / f"{cell}.pt")
+        problem = Problem(cell, inputs, upstream)
+        assert beyond_budget(problem, executed) == {}
+        assert over_budget(problem) == {}  # the resident kernel: the interpreter holds any H
 
 
 def test_clusters_are_right_under_fifty_schedules():
