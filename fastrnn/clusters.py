@@ -36,14 +36,16 @@ def held(
         return None
     choices, shared_bytes = {}, 0
     for which in ("forward", "backward"):
-        shares, exchanged = _shares(which, gates, block_h, units, warps, ctas, dtype.itemsize)
-        forms = []
+        shares = _shares(which, gates, block_h, units, warps, ctas, dtype.itemsize)
+        forms: list[dict[str, int]] = []
         for in_registers in range(gates, -1, -1):
-            needed = exchanged + (gates - in_registers) * gate_bytes
-            if in_registers * gate_bytes <= _register_room(spec, warps) and needed <= spec.shared_bytes:
-                form = {"SHARES": shares, "IN_REGISTERS": in_registers}
-                forms += [form] if which == "backward" else [form | {"BIAS_KEPT": kept} for kept in (True, False)]
-                shared_bytes = max(shared_bytes, needed)
+            in_shared = (gates - in_registers) * gate_bytes
+            fitting = [(count, kept) for count, kept in shares if kept + in_shared <= spec.shared_bytes]
+            if fitting and in_registers * gate_bytes <= _register_room(spec, warps):
+                count, kept = fitting[0]
+                form = {"SHARES": count, "IN_REGISTERS": in_registers}
+                forms += [form] if which == "backward" else [form | {"BIAS_KEPT": stays} for stays in (True, False)]
+                shared_bytes = max(shared_bytes, kept + in_shared)
         if not forms:
             return None
         choices[which] = tuple(forms)
@@ -63,14 +65,16 @@ def held(
 
 
 def _register_room(spec: DeviceSpec, warps: int) -> int:
-    """Bytes of registers that W_hh may take: with 16 warps half of them, a quarter less for each halving of warps."""
+    """Bytes of registers that W_hh may take: no kernel compiled with fewer than 60 a thread beside it."""
     return (registers(spec, warps) - 60) * 4 * 32 * warps
 
 
-def _shares(which: str, gates: int, block_h: int, units: int, warps: int, ctas: int, itemsize: int) -> tuple[int, int]:
-    """How many groups of warps share a product's sum, and the bytes of shared memory that a pass needs beside W_hh.
+def _shares(
+    which: str, gates: int, block_h: int, units: int, warps: int, ctas: int, itemsize: int
+) -> list[tuple[int, int]]:
+    """How many groups of warps may share a product's sum, and the bytes of shared memory that it takes beside W_hh.
 
-    Of those that leave each warp 8 columns and 16 units at least, those that move the fewest bytes through shared
+    Those that leave each warp 8 columns and 16 units at least; first those that move the fewest bytes through shared
     memory in a step: operands, which each warp of a group reads whole, and summands, written and read once.
     """
     found = []
@@ -88,8 +92,7 @@ def _shares(which: str, gates: int, block_h: int, units: int, warps: int, ctas: 
             else:
                 kept = operand + 2 * summand
             found.append((moved, shares, kept))
-    _, shares, kept = min(found)
-    return shares, kept
+    return [(shares, kept) for _, shares, kept in sorted(found)]
 
 
 @functools.lru_cache(maxsize=1024)

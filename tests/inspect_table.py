@@ -33,7 +33,7 @@ GROUPS = {
     "cooperative lstm": "--backend cooperative --cell lstm --hidden 192 650 --dtype bfloat16 float32",
     "cooperative gru": "--backend cooperative --cell gru --hidden 384 --dtype float16 float32 --precision tf32",
     "cooperative, batch 64": "--backend cooperative --cell gru lstm --hidden 512 --batch 64",
-    "cooperative, large": "--backend cooperative --cell gru rnn_relu --hidden 1000 1500 2048",
+    "cooperative, large": "--backend cooperative --cell lstm gru rnn_relu --hidden 1000 1500 2048",
     "auto, batch 64": "--backend auto --cell gru --hidden 1024 --batch 64",
 }
 FULL = "--cell {cell} --hidden 16 64 128 256 384 512 650 1024 1500 2048 --dtype bfloat16 float16 float32"
