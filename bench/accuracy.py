@@ -1,6 +1,7 @@
 """How far approximate activations lead an LSTM off over a long sequence: errors against fp64, by an emulation in torch.
 
-    python -m bench.accuracy
+    python -m bench.accuracy            print the table
+    python -m bench.accuracy --write    put it into docs/performance.md
 
 tanh.approx is emulated as badly as PTX allows: off by 2^-11 of its result, either way, at random. Everything else is
 computed as the kernels do it: h rounded for the product, the state carried in fp32. Forget gates are driven by a bias
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from . import write
 
 BIASES = (0.0, 4.0, 8.0)
 # What each gate is computed by: the gate that carries the state (f), and the others.
@@ -70,5 +73,11 @@ def table(T: int) -> Iterator[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--steps", type=int, default=4096, metavar="T")
-    for line in table(parser.parse_args().steps):
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    args = parser.parse_args()
+    lines = []
+    for line in table(args.steps):
         print(line, flush=True)
+        lines.append(line)
+    if args.write:
+        write("python -m bench.accuracy --write", lines)

@@ -8,7 +8,6 @@ No GPU is needed, and nothing is measured: fastrnn/inspect/timing.py says what t
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -17,8 +16,8 @@ from fastrnn.inspect.compile import Problem, compile_problem, launches
 from fastrnn.inspect.timing import modelled
 from fastrnn.reference import GATES
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
-START, END = "<!-- python -m bench.performance --write -->\n", "<!-- end -->\n"
+from . import write
+
 # LSTM: to reach, of the design, for H.
 TARGETS = {64: 800, 128: 1000, 256: 1100, 512: 1300, 1024: 1150, 2048: 2200}
 HEAD = "| cell, H | kernel | target | forward | inference | backward | largest of forward, of backward |"
@@ -64,10 +63,9 @@ def main() -> int:
     lines = []
     for line in rows(args.cell, args.hidden, args.arch):
         print(line, flush=True)
-        lines.append(line + "\n")
+        lines.append(line)
     if args.write:
-        before, rest = DOCUMENT.read_text().split(START)
-        DOCUMENT.write_text(before + START + "".join(lines) + END + rest.split(END, 1)[1])
+        write("python -m bench.performance --write", lines)
     return 0
 
 
