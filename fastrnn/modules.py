@@ -118,8 +118,8 @@ class LSTM(_Recurrent):
 
     backend: "auto" takes a persistent kernel where one fits and torch's own elsewhere (on CPU tensors always; on a
     GPU with a fastrnn.FallbackWarning that says why); "resident" is the kernel that keeps W_hh in one program,
-    "cooperative" the one that splits it over the GPU, "torch" torch's own kernel, "reference" a differentiable loop in
-    torch. A named backend runs or raises. Kernels compute in float32, bfloat16 and float16; float32 products follow
+    "cluster" the one that splits it over a thread-block cluster, "cooperative" over the GPU, "torch" is torch's own
+    kernel, "reference" a differentiable loop in torch. A named backend runs or raises. Kernels compute in float32, bfloat16 and float16; float32 products follow
     torch.backends.cudnn.rnn.fp32_precision.
 
     checkpoint_every: None keeps all gates of all T time steps for backward. A positive int K keeps the state of every

@@ -128,7 +128,7 @@ def recurrence(
     cell: "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1, 1 gates in torch's row order.
     x_gates (T, B, D, G, H): W_ih x_t + b_ih. W_hh (D, G*H, H). b_hh (D, G*H) or None. h_0, c_0 (D, B, H); c_0 is None
     but for the LSTM. All of one dtype (float32, bfloat16, float16) and device; any strides. Direction 1 walks time
-    from its end. backend: the tier, "resident" or "cooperative".
+    from its end. backend: the tier, "resident", "cluster" or "cooperative".
 
     h_0 and c_0 may be float32 beside a 16-bit x_gates: h_n, c_n and the gradients of states are then float32 too, and
     a sequence that is run window by window gives the bits of one run.

@@ -153,13 +153,15 @@ def test_sass_loop_and_control_codes():
         return f"  /*0000*/ {text} ; /* 0x{0:016x} */\n      /* 0x{stall << 41 | wait << 52:016x} */\n"
 
     text = line("MOV R1, R2", 1, 0) + ".L_x_0:\n" + line("@P1 LDG.E.128 R4, [R2]", 4, 0) + line("LDS.64 R8, [R3]", 2, 3)
-    text += line("HMMA.16816.F32.BF16 R4, R8, R9, R4", 11, 1) + line("@P0 BRA `(.L_x_0)", 5, 0) + line("EXIT", 5, 0)
+    text += line("HMMA.16816.F32.BF16 R4, R8, R9, R4", 11, 1) + line("MUFU.TANH R4, R4", 1, 0)
+    text += line("@P0 BRA `(.L_x_0)", 5, 0) + line("EXIT", 5, 0)
     instructions, loop = sass.parse(text)
     assert [i.opcode for i in instructions][1:3] == ["LDG.E.128", "LDS.64"]
-    assert [(i.stall, i.waits) for i in loop] == [(4, False), (2, True), (11, True), (5, False)]
+    assert [(i.stall, i.waits) for i in loop] == [(4, False), (2, True), (11, True), (1, False), (5, False)]
     assert bounds(loop, warps=8, multiply_adds=1024) == {
-        "chain": 22 + 14 * 2,
-        "issue": 8,
+        "chain": 23 + 14 * 2,
+        "issue": 10,
+        "special": 32 * 8 // 16,
         "tensor cores": 16,
         "shared memory": 8 * 32 * 8 // 128,
         "L2": 16 * 32 * 8 // 64,

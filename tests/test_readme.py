@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastrnn
@@ -20,22 +21,25 @@ def test_code_runs(capsys):
     assert "backend resident" in capsys.readouterr().out
 
 
-def largest(cell: str, arch: str, dtype: torch.dtype, precision: str) -> int:
+def largest(cell: str, arch: str, dtype: torch.dtype, precision: str, tier: str) -> int:
     sizes = {"batch_size": 1, "dtype": dtype, "device": arch, "precision": precision}
-    return max(H for H in range(16, 2049, 16) if fastrnn.plan(cell, hidden_size=H, **sizes).backend == "resident")
+    return max(H for H in range(16, 2049, 16) if fastrnn.plan(cell, hidden_size=H, **sizes).backend == tier)
 
 
-def test_table_of_what_fits():
+@pytest.mark.parametrize(("tier", "count"), (("resident", 9), ("cluster", 3)))
+def test_table_of_what_fits(tier, count):
     rows = [row for row in README.splitlines() if re.match(r"\| (sm_|gfx)", row) and "batch 16" not in row]
     archs = set()
-    for row in rows:
+    for row in (row for row in rows if ("cluster" in row) == (tier == "cluster")):
         names, *cells = (text.strip() for text in row.strip("|").split("|"))
-        for arch in names.split(", "):
+        for arch in names.removesuffix(", cluster").split(", "):
             archs.add(arch)
-            for text, (dtype, precision) in zip(cells, KINDS, strict=True):
-                found = " / ".join(str(largest(cell, arch, dtype, precision)) for cell in ("lstm", "gru", "rnn_tanh"))
+            for text, (dtype, precision) in zip(cells, KINDS, strict=tier == "resident"):
+                found = " / ".join(
+                    str(largest(cell, arch, dtype, precision, tier)) for cell in ("lstm", "gru", "rnn_tanh")
+                )
                 assert text in (found, "as ieee"), (arch, dtype, precision)
-    assert len(archs) == 9
+    assert len(archs) == count
 
 
 def test_table_of_the_cooperative_tier():
