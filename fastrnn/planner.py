@@ -86,10 +86,10 @@ def plan(
       math      products of bfloat16, summed in fp32; activations: tanh.approx
       saved     78.1 MiB for backward, nothing for inference
     """
-    _expect("cell", cell, tuple(GATES))
-    _expect("backend", backend, BACKENDS)
-    _expect("precision", precision, ("ieee", "tf32", None))
-    _expect("directions", directions, (1, 2))
+    expect("cell", cell, tuple(GATES))
+    expect("backend", backend, BACKENDS)
+    expect("precision", precision, ("ieee", "tf32", None))
+    expect("directions", directions, (1, 2))
     for name, size in (("hidden_size", hidden_size), ("batch_size", batch_size), ("seq_len", seq_len)):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: expected a positive int, got {size!r}")
@@ -128,7 +128,8 @@ def plan(
         raise type(reason)(f"backend={backend!r}: {reason}") from None
 
 
-def _expect(name: str, got: object, allowed: tuple) -> None:
+def expect(name: str, got: object, allowed: tuple) -> None:
+    """Raise ValueError, with expected and got, where an argument is none of those allowed."""
     if got not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {got!r}")
 
