@@ -191,10 +191,6 @@ def run(
         )
 
     input, state, params = input.to(dtype), tuple(s.to(dtype) for s in state), [p.to(dtype) for p in params]
-    if chosen.backend == "reference":
-        recurrence = reference.recurrence
-    else:
-        recurrence = functools.partial(ops.recurrence, backend=chosen.backend)
     per_direction = 4 if bias else 2
     x = input.transpose(0, 1) if batch_first else input
     finals: list[tuple[Tensor, ...]] = []
@@ -204,8 +200,13 @@ def run(
         b_ih = _stack(of_layer[2::per_direction]).flatten() if bias else None
         b_hh = _stack(of_layer[3::per_direction]) if bias else None
         h_0, *c_0 = (s[layer * D : (layer + 1) * D] for s in state)
-        x_gates = linear(x, _stack(W_ih).flatten(0, 1), b_ih).unflatten(-1, (D, GATES[cell], H))
-        y, h_n, c_n = recurrence(cell, x_gates, _stack(W_hh), b_hh, h_0, c_0[0] if c_0 else None)
+        source = x, _stack(W_ih).flatten(0, 1), b_ih
+        x_gates = linear(*source).unflatten(-1, (D, GATES[cell], H))
+        of_recurrence = (cell, x_gates, _stack(W_hh), b_hh, h_0, c_0[0] if c_0 else None)
+        if chosen.backend == "reference":
+            y, h_n, c_n = reference.recurrence(*of_recurrence)
+        else:
+            y, h_n, c_n = ops.recurrence(*of_recurrence, chosen.backend, source)
         finals.append((h_n,) if c_n is None else (h_n, c_n))
         x = y.flatten(2)
         if dropout and training and layer < num_layers - 1:
