@@ -3,7 +3,7 @@
 The kernels' backward pass computes d = J^T g, with J the Jacobian of (y, h_n, c_n) with respect to x_gates, W_hh, b_hh,
 h_0, c_0, and g their upstream gradients. Its own gradients need J as a function: the reference recurrence is run again,
 and differentiated twice by autograd. x_gates is not kept for this (it is as large as the saved gates), but computed
-again, x_gates = W_ih x + b_ih, from what the graph of that product keeps anyway.
+again, x_gates = W_ih x + b_ih, from what the graph of that product keeps anyway. (Where W_ih is frozen, x is kept.)
 """
 
 from collections.abc import Sequence

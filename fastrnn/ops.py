@@ -107,12 +107,11 @@ def _backward(ctx, dy, dh_n, dc_n, d_saved, d_c):
         raise RuntimeError("fastrnn::recurrence ran with save=False: nothing was kept for backward")
     W_hh, h_0, c_0, y, saved, c, *for_double_backward = ctx.saved_tensors
     needs_dW, needs_db = ctx.needs_input_grad[1:3]
-    if (
-        torch.is_grad_enabled()
-    ):  # create_graph=True: y, saved and c are functions of the rest, by which we differentiate
-        y, saved, c = y.detach(), saved.detach(), c.detach()
-    else:
-        for_double_backward = ()
+    y, saved, c = (
+        y.detach(),
+        saved.detach(),
+        c.detach(),
+    )  # functions of the rest, by which double backward differentiates
     d_x_gates, dW_hh, db_hh, dh_0, dc_0 = _recurrence_backward(
         dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, ctx.cell, needs_dW, needs_db, ctx.backend, *for_double_backward
     )
@@ -127,7 +126,7 @@ def _backward(ctx, dy, dh_n, dc_n, d_saved, d_c):
 
 
 def _save_backward(ctx, inputs, output):
-    dy, dh_n, dc_n, W_hh, h_0, c_0, _, _, _, ctx.cell, ctx.needs_dW, ctx.needs_db, _, b_hh, *source = inputs
+    dy, dh_n, dc_n, W_hh, h_0, c_0, _, _, _, ctx.cell, _, _, _, b_hh, *source = inputs
     ctx.save_for_backward(dy, dh_n, dc_n, *source, W_hh, b_hh, h_0, c_0)
     ctx.set_materialize_grads(False)
 
@@ -139,8 +138,6 @@ def _double_backward(ctx, *second):
             "double backward through fastrnn.ops.recurrence without its source is missing: "
             "give source=(x, W_ih, b_ih), use fastrnn.lstm, gru, rnn or the modules, or fastrnn.reference.recurrence."
         )
-    asked = (True, ctx.needs_dW, ctx.needs_db, True, True)  # where it was not, the output is no gradient
-    second = [v if wanted else None for v, wanted in zip(second, asked, strict=True)]
     found = double_backward.differentiate(ctx.cell, upstream, source, recurrent, second)
     of_upstream, of_source, (dW_hh, db_hh, dh_0, dc_0) = found
     return (*of_upstream, dW_hh, dh_0, dc_0, *[None] * 7, db_hh, *of_source)
