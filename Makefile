@@ -8,7 +8,7 @@ JOBS ?= 2
 demo: .venv
 	$(BIN)/python examples/char_lm.py --out runs/char_lm
 
-test: .venv
+test: .venv .venv/models
 	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: .venv
@@ -29,6 +29,11 @@ snapshots: .venv
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,examples]'
+	touch $@
+
+# Packages whose models the tests convert: nothing else needs them.
+.venv/models: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[models]'
 	touch $@
 
 clean:

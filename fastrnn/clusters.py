@@ -17,6 +17,9 @@ BLOCK_B = 16  # the least that tensor cores take: more programs serve a large ba
 # 256 KiB in a program alone spill in every form (LSTM, H=128, fp32), 192 KiB in one of a cluster (GRU, H=384 on eight).
 MOST_WEIGHTS = 192 * KIB
 MOST_WEIGHTS_OF_CLUSTER = 128 * KIB
+# A pass that must leave more in registers, for want of shared memory, may spill (GRU, H=128, tf32, sm_120, backward:
+# 128 KiB); the RNN, which needs the fewest beside it, does not.
+LEAST_IN_REGISTERS = 96 * KIB
 
 
 def held(
@@ -46,7 +49,7 @@ def held(
                 form = {"SHARES": count, "IN_REGISTERS": in_registers}
                 forms += [form] if which == "backward" else [form | {"BIAS_KEPT": stays} for stays in (True, False)]
                 shared_bytes = max(shared_bytes, kept + in_shared)
-        if not forms:
+        if not forms or (gates > 1 and forms[-1]["IN_REGISTERS"] * gate_bytes > LEAST_IN_REGISTERS):
             return None
         choices[which] = tuple(forms)
     return KernelPlan(

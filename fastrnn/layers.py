@@ -53,8 +53,12 @@ def step_of(cell: str, backend: str, weights: Weights, bias: bool, training: boo
     per_direction = 4 if bias else 2
     if backend == "torch":
         return functools.partial(_torch_step, cell, weights, per_direction, training)
-    recurrence = reference.recurrence if backend == "reference" else functools.partial(ops.recurrence, backend=backend)
+    recurrence = _reference if backend == "reference" else functools.partial(ops.recurrence, backend=backend)
     return functools.partial(_step, cell, recurrence, weights, per_direction)
+
+
+def _reference(*inputs, source) -> tuple[Tensor, Tensor, Tensor | None]:
+    return reference.recurrence(*inputs)  # differentiable any number of times: needs no source
 
 
 def _step(
@@ -64,15 +68,17 @@ def _step(
     W_ih, W_hh, *b = (params[role::per_direction] for role in range(per_direction))
     b_ih, b_hh = b or (None, None)
     gates = (GATES[cell], W_hh[0].shape[-1])
+    source = None
     if all(x is xs[0] for x in xs):  # one product for both directions
-        x_gates = linear(xs[0], _stack(W_ih).flatten(0, 1), None if b_ih is None else _stack(b_ih).flatten())
-        x_gates = x_gates.unflatten(-1, (len(xs), *gates))
+        source = xs[0], _stack(W_ih).flatten(0, 1), None if b_ih is None else _stack(b_ih).flatten()
+        x_gates = linear(*source).unflatten(-1, (len(xs), *gates))
     else:
         biases = b_ih or [None] * len(xs)
         x_gates = torch.stack([linear(*of_one) for of_one in zip(xs, W_ih, biases, strict=True)], 2)
         x_gates = x_gates.unflatten(-1, gates)
     h_0, c_0 = (*state, None)[:2]
-    y, h_n, c_n = recurrence(cell, x_gates, _stack(W_hh), None if b_hh is None else _stack(b_hh), h_0, c_0)
+    b_hh = None if b_hh is None else _stack(b_hh)
+    y, h_n, c_n = recurrence(cell, x_gates, _stack(W_hh), b_hh, h_0, c_0, source=source)
     return y, (h_n,) if c_n is None else (h_n, c_n)
 
 

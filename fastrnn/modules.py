@@ -116,11 +116,11 @@ class LSTM(_Recurrent):
     (T, B, I), (B, T, I) with batch_first, or unbatched (T, I); hx a pair of (num_layers * D, B, H), or without B;
     output (T, B, D*H) and (h_n, c_n). And one keyword more:
 
-    backend: "auto" takes a persistent kernel where one fits and torch's own elsewhere (on CPU tensors always; on a
-    GPU with a fastrnn.FallbackWarning that says why); "resident" is the kernel that keeps W_hh in one program,
+    backend: "auto" takes a persistent kernel where one fits and torch's own elsewhere (on CPU tensors always; on a GPU
+    with a fastrnn.FallbackWarning that says why); "resident" is the kernel that keeps W_hh in one program,
     "cluster" the one that splits it over a thread-block cluster, "cooperative" over the GPU, "torch" is torch's own
-    kernel, "reference" a differentiable loop in torch. A named backend runs or raises. Kernels compute in float32, bfloat16 and float16; float32 products follow
-    torch.backends.cudnn.rnn.fp32_precision.
+    kernel, "reference" a differentiable loop in torch. A named backend runs or raises. Kernels compute in float32,
+    bfloat16 and float16; float32 products follow torch.backends.cudnn.rnn.fp32_precision.
 
     checkpoint_every: None keeps all gates of all T time steps for backward. A positive int K keeps the state of every
     K-th step, and backward computes the gates again, K steps at a time: memory for K steps' gates and T / K states,

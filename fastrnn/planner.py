@@ -103,10 +103,10 @@ def plan(
       math      products of bfloat16, summed in fp32; activations: tanh.approx
       saved     78.1 MiB for backward, nothing for inference
     """
-    _expect("cell", cell, tuple(GATES))
-    _expect("backend", backend, BACKENDS)
-    _expect("precision", precision, ("ieee", "tf32", None))
-    _expect("directions", directions, (1, 2))
+    expect("cell", cell, tuple(GATES))
+    expect("backend", backend, BACKENDS)
+    expect("precision", precision, ("ieee", "tf32", None))
+    expect("directions", directions, (1, 2))
     sizes = {"hidden_size": hidden_size, "batch_size": batch_size, "seq_len": seq_len, "num_layers": num_layers}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
@@ -180,7 +180,8 @@ def _wavefront(found: Plan, spec: DeviceSpec) -> tuple[int | None, str]:
     return K, f"{steps} steps of time instead of {L * T}, not measured"
 
 
-def _expect(name: str, got: object, allowed: tuple) -> None:
+def expect(name: str, got: object, allowed: tuple) -> None:
+    """Raise ValueError, with expected and got, where an argument is none of those allowed."""
     if got not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {got!r}")
 

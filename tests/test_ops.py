@@ -65,16 +65,6 @@ def test_frozen_weights_get_no_gradient(device):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_double_backward_says_that_it_is_missing(cell, device):
-    inputs = make_problem(cell, Case(T=2, B=3, H=5, D=1), torch.float32, device).inputs
-    x_gates = inputs[0].requires_grad_()
-    y, _, _ = ops.recurrence(cell, *inputs)
-    (gradient,) = torch.autograd.grad(y.square().sum(), x_gates, create_graph=True)
-    with pytest.raises(NotImplementedError, match="double backward is missing.*backend='reference'"):
-        gradient.square().sum().backward()
-
-
-@pytest.mark.parametrize("cell", CELLS)
 def test_backward_twice_needs_retain_graph(cell, device):
     inputs = make_problem(cell, Case(T=2, B=3, H=5, D=1), torch.float32, device).inputs
     x_gates = inputs[0].requires_grad_()
