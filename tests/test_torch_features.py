@@ -1,6 +1,8 @@
 """What torch offers to every module: sharing memory, DistributedDataParallel, FSDP2, and parametrized weights."""
 
 import copy
+import datetime
+import os
 
 import pytest
 import torch
@@ -39,7 +41,10 @@ def train(model, x, steps: int = 2) -> None:
 
 def _rank(rank: int, folder: str, kind: str, backend: str, model: nn.Module, x: torch.Tensor) -> None:
     """Train on this process's half of the batch; process 0 writes the parameters."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    # Addressed by number, since a machine may not know its own name; who waits for the other longer than this, fails.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
     model = fastrnn.convert(copy.deepcopy(model), backend=backend)  # the argument lies in memory that processes share
     if kind == "ddp":
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -54,6 +59,7 @@ def _rank(rank: int, folder: str, kind: str, backend: str, model: nn.Module, x: 
     state = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in model.state_dict().items()}
     if rank == 0:
         torch.save(state, f"{folder}/state")
+    dist.barrier()  # neither leaves while the other needs it
     dist.destroy_process_group()
 
 
@@ -65,7 +71,11 @@ def test_two_processes_train_as_one(kind, backend, tmp_path):
     before = copy.deepcopy(model.state_dict())
     if backend != "auto" and not interpreter.ENABLED:
         pytest.skip("compiled kernels do not run CPU tensors, which gloo's two processes have")
-    mp.spawn(_rank, (str(tmp_path), kind, backend, model, x), nprocs=2)
+    processes = mp.spawn(_rank, (str(tmp_path), kind, backend, model, x), nprocs=2, join=False)
+    if not any(processes.join(10) for _ in range(12)):
+        for process in processes.processes:
+            process.kill()
+        pytest.fail("two processes have not come to an end in two minutes")
     train(model, x)
     for name, found in torch.load(tmp_path / "state").items():
         torch.testing.assert_close(found, model.state_dict()[name])
@@ -86,7 +96,8 @@ def test_share_memory():
     assert layer(x)[0].abs().max() > 0
     process = mp.get_context("spawn").Process(target=_zero, args=(layer,))
     process.start()
-    process.join()
+    process.join(60)
+    process.kill()
     assert process.exitcode == 0
     assert not layer(x)[0].any()
 
