@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastrnn import compiler
 from fastrnn.__main__ import main
 from fastrnn.device import DeviceSpec
-from fastrnn.inspect import flow, sass
+from fastrnn.inspect import doctor, flow, sass
 from fastrnn.inspect.resources import occupancy
 from fastrnn.inspect.timing import RATES, bounds, chain
 
@@ -284,3 +285,11 @@ def test_doctor(capsys):
     if not torch.cuda.is_available():
         done = cli("doctor")
         assert "backend resident     not usable" in done.stdout and "TRITON_INTERPRET=1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "found"), (((3, 6), "needs Triton 3.7"), ((3, 7), "but for clusters"), ((3, 9), "usable"))
+)
+def test_doctor_knows_what_a_triton_compiles(version, found, monkeypatch):
+    monkeypatch.setattr(compiler, "triton_version", lambda: version)
+    assert found in doctor.gluon()

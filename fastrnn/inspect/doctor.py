@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .. import interpreter
+from .. import compiler, interpreter
 from ..device import DeviceSpec
 from ..planner import plan
 from ..tiers import TIERS
@@ -23,6 +23,7 @@ def diagnosis() -> Iterator[tuple[str, str]]:
     yield "python", platform.python_version()
     yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'})"
     yield "triton", _version("triton")
+    yield "gluon", gluon()
     yield "interpreter", "on (TRITON_INTERPRET=1): kernels run on CPU tensors" if interpreter.ENABLED else "off"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -35,6 +36,17 @@ def diagnosis() -> Iterator[tuple[str, str]]:
     yield "backend torch", "usable"
     yield "backend reference", "usable"
     yield "inspect", _inspect()
+
+
+def gluon() -> str:
+    """Which of the kernels in Triton's lower-level dialect the installed Triton compiles."""
+    if importlib.util.find_spec("triton") is None:
+        return "missing, as Triton"
+    if compiler.triton_version() < (3, 7):
+        return "needs Triton 3.7 or newer; kernels in tile Triton take its place"
+    return (
+        "usable" if compiler.triton_version() >= (3, 8) else "usable, but for clusters: they need Triton 3.8 or newer"
+    )
 
 
 def usable(tier: str, device: torch.device) -> str:
