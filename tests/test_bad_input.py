@@ -72,7 +72,8 @@ def test_wrong_constructors_fail_as_in_torch_nn(name, arguments):
 @pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM"))
 def test_unknown_backend(name):
     with pytest.raises(
-        ValueError, match="backend: expected one of 'auto', 'torch', 'reference', 'resident', 'cooperative'; got 'tpu'"
+        ValueError,
+        match="backend: expected one of 'auto', 'torch', 'reference', 'resident', 'cluster', 'cooperative'; got 'tpu'",
     ):
         getattr(fastrnn, name)(3, 4, backend="tpu")
 
