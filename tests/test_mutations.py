@@ -71,5 +71,8 @@ def test_rounding_the_carried_state_is_caught(cell, mutate, device):
         "lstm": "(state[0], state[1].to(tl.float16).to(tl.float32))",
         "gru": "(state[0].to(tl.float16).to(tl.float32),)",
     }
-    mutate(RESIDENT, {"CELL(x, rec, state)": f"CELL(x, rec, state)\n        state = {rounded[cell]}"})
+    mutate(
+        RESIDENT,
+        {"CELL(x, rec, state, ACTIVATIONS)": f"CELL(x, rec, state, ACTIVATIONS)\n        state = {rounded[cell]}"},
+    )
     assert carried_state_error(cell, device) > 10

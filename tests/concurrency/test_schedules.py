@@ -96,7 +96,7 @@ WAIT, LAST_WAIT = "wait(counter_ptr, step * P, SPIN_ON_LOAD)", "wait(counter_ptr
 STORE_Y = (
     "        store_tiles(y_ptr + now * H, D * H, state, 1, H, offs_b, offs_n, mask)\n        arrive(counter_ptr)\n"
 )
-CELL_CALL = "state, saved = CELL(x, rec, state)"
+CELL_CALL = "state, saved = CELL(x, rec, state, ACTIVATIONS)"
 
 LATE = {WAIT: "", CELL_CALL: f"{WAIT}\n        {CELL_CALL}"}
 EARLY = {"tl.minimum(T - step, T - 1)": "tl.maximum(T - step - 1, 0)"}
