@@ -27,7 +27,7 @@ class KernelPlan:
     block_b: int  # rows of a batch tile
     units: int  # hidden units that a program owns, padding included
     grid: tuple[int, ...]  # (batch tiles, directions), or (slices of H, batch tiles, directions)
-    ctas: int  # programs of a cluster, each of which is one entry of the grid
+    ctas: int  # programs of a cluster; an entry of the grid is a cluster
     warps: int
     # By pass: ways of compiling it, as launch options and constants of the kernel, in the order to try them. The first
     # that spills no register is taken: which one does follows no rule that was found.
