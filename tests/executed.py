@@ -1,4 +1,4 @@
-"""Run by test_execute.py and test_cluster.py in a process that compiles: execute kernels' PTX, print what errs.
+"""Run by test_compiled.py and test_cluster.py in a process that compiles: execute kernels' PTX, print what errs.
 
 A JSON object a line:
 

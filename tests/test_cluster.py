@@ -14,7 +14,7 @@ from fastrnn.inspect.addresses import ANY, WORD, Value, binary, constant, extent
 from fastrnn.inspect.cluster import unguarded
 from fastrnn.inspect.ptx import Instruction
 
-from .test_execute import child
+from .test_compiled import child
 
 ROOT = Path(__file__).parents[1]
 TRITON = version("triton")
