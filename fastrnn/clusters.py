@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-from . import compiler
+from . import compiler, tuning
 from .device import DeviceSpec
 from .kernel_plan import KIB, KernelPlan, as_text, common, registers, runs_gluon, tiles
 from .reference import GATES
@@ -118,6 +118,10 @@ def cluster(
         plan = held(name, H, B, T, D, dtype, precision, spec, ctas)
         if plan and (fits is None or plan.programs <= spec.multiprocessors):
             fits = plan
+    key = tuning.cluster_key(name, H, dtype, precision, tiles(B, BLOCK_B) * D)
+    ctas = tuning.of(spec.arch).ctas.get(key, 0)
+    if 0 < ctas <= spec.cluster_limit:
+        fits = held(name, H, B, T, D, dtype, precision, spec, ctas) or fits
     if fits is None:
         block_h = 1 << (H - 1).bit_length()
         raise NotImplementedError(

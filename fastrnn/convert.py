@@ -28,15 +28,14 @@ def convert(model: Module, *, backend: str = "auto", checkpoint_every: int | Non
     checkpoint_every are those of the new layers, as in fastrnn.LSTM; layers that are fastrnn's already keep theirs.
     Each layer stays the same object, so that Parameters (optimizers go on), state_dict, hooks, training mode,
     dtype, device, cuDNN's flat weights, torch.nn.utils.parametrize and sharing (a layer that occurs twice) are
-    kept; isinstance(layer, torch.nn.LSTM) is False afterwards. proj_size and packed sequences go on running torch's
-    kernel by backend "auto".
+    kept; isinstance(layer, torch.nn.LSTM) is False afterwards. Packed sequences go on running torch's kernel by
+    backend "auto".
 
     Subclasses of torch.nn's classes, and layers whose forward was replaced, are left as they are, since their own
     code would be lost; a fastrnn.FallbackWarning names them. fully_shard (FSDP2) makes subclasses: convert first.
     fastrnn.report says what a model has; fastrnn.revert goes back.
 
-    Raises ValueError for what is no module, an unknown backend or a wrong checkpoint_every, and NotImplementedError,
-    naming the layer, for proj_size with a backend that lacks it; nothing is changed then.
+    Raises ValueError for what is no module, an unknown backend or a wrong checkpoint_every; nothing is changed then.
 
     >>> import torch, fastrnn
     >>> model = torch.nn.ModuleDict({"encoder": torch.nn.GRU(8, 16), "step": torch.nn.LSTMCell(16, 16)})
@@ -50,9 +49,6 @@ def convert(model: Module, *, backend: str = "auto", checkpoint_every: int | Non
     expect("backend", backend, BACKENDS)
     check_checkpoint_every(checkpoint_every)
     swaps, left = _plan(model, _OURS)
-    for name, (layer, _) in swaps.items():
-        if layer.proj_size and backend not in ("auto", "torch"):
-            raise NotImplementedError(f"{_shown(name)}: backend={backend!r} with proj_size is missing")
     _warn(left, FallbackWarning)
     for layer, cls in swaps.values():
         layer.__class__ = cls

@@ -1,17 +1,22 @@
 """The gradients' own gradients: a slow path in plain torch, run only where second derivatives are taken.
 
-The kernels' backward pass computes d = J^T g, with J the Jacobian of (y, h_n, c_n) with respect to x_gates, W_hh, b_hh,
-h_0, c_0, and g their upstream gradients. Its own gradients need J as a function: the reference recurrence is run again,
-and differentiated twice by autograd. x_gates is not kept for this (it is as large as the saved gates), but computed
-again, x_gates = W_ih x + b_ih, from what the graph of that product keeps anyway. (Where W_ih is frozen, x is kept.)
+
+The kernels' backward pass computes d = J^T g, with J the Jacobian of (y, h_n, c_n, c) with respect to x_gates, W_hh,
+b_hh, h_0, c_0, reset_h, reset_c, and g their upstream gradients. Its own gradients need J as a function: the reference
+recurrence is run again, and differentiated twice, by torch.func, so that its transforms can take this too. x_gates is
+not kept for this (it is as large as the saved gates), but computed again, x_gates = W_ih x + b_ih, from what the graph
+of that product keeps anyway. (Where W_ih is frozen, x is kept.)
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vjp
 
 from .reference import GATES, recurrence
+from .sequences import Sequences
 
 
 def differentiate(
@@ -20,58 +25,55 @@ def differentiate(
     source: Sequence[Tensor | None],
     recurrent: Sequence[Tensor | None],
     second: Sequence[Tensor | None],
+    sequences: Sequences | None = None,
+    by_step: bool = False,
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """Gradients of the backward pass with respect to upstream, source and recurrent; themselves differentiable.
 
-    upstream: dy, dh_n, dc_n. source: x (T, B, I), W_ih (D*G*H, I), b_ih (D*G*H,). recurrent: W_hh, b_hh, h_0, c_0.
-    second: what comes from above for d_x_gates, dW_hh, db_hh, dh_0 and dc_0; a missing tensor is None throughout.
+    upstream: dy, dh_n, dc_n, dc. source: x (T, B, I), W_ih (D*G*H, I), b_ih (D*G*H,). recurrent: W_hh, b_hh, h_0, c_0,
+    reset_h, reset_c. second: what comes from above for the gradients of x_gates and of recurrent; a missing tensor is
+    None throughout. sequences and by_step are the recurrence's.
 
     >>> import torch
     >>> x, W_ih, W_hh, h_0 = torch.ones(1, 1, 1), torch.zeros(1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1)
     >>> dy, v = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1)  # y = tanh(W_ih x): d_x_gates = (1 - y^2) dy
-    >>> args = (dy, None, None), (x, W_ih, None), (W_hh, None, h_0, None), (v, None, None, None, None)
+    >>> recurrent = W_hh, None, h_0, None, None, None
+    >>> args = (dy, None, None, None), (x, W_ih, None), recurrent, (v, *[None] * 6)
     >>> of_upstream, _, _ = differentiate("rnn_tanh", *args)
     >>> of_upstream[0].item()
     1.0
     """
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases, so that gradients are partial even where one input was computed from another.
-        everything = [_alias(tensor) for tensor in (*upstream, *source, *recurrent)]
-        upstream, (x, W_ih, b_ih), (W_hh, b_hh, h_0, c_0) = everything[:3], everything[3:6], everything[6:]
-        assert x is not None and W_ih is not None and W_hh is not None and h_0 is not None
-        D, _, H = W_hh.shape
+    everything = [*upstream, *source, *recurrent]
+    present = [i for i, t in enumerate(everything) if t is not None]
+    wanted = [
+        i
+        for i, (t, v) in enumerate(zip((*source[:1], *recurrent), second, strict=True))
+        if t is not None and v is not None
+    ]
+
+    def backward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(present, tensors, strict=True))
+        upstream, (x, W_ih, b_ih), recurrent = (
+            [given.get(i) for i in part] for part in (range(4), range(4, 7), range(7, 13))
+        )
+        assert x is not None and W_ih is not None and recurrent[0] is not None
+        D, _, H = recurrent[0].shape
         x_gates = torch.nn.functional.linear(x, W_ih, b_ih).unflatten(-1, (D, GATES[cell], H))
-        pairs = [
-            (output, gradient)
-            for output, gradient in zip(recurrence(cell, x_gates, W_hh, b_hh, h_0, c_0), upstream, strict=True)
-            if output is not None and gradient is not None
-        ]
-        inputs = (x_gates, W_hh, b_hh, h_0, c_0)
-        wanted = [i for i, (t, v) in enumerate(zip(inputs, second, strict=True)) if t is not None and v is not None]
-        first = torch.autograd.grad(
-            [output for output, _ in pairs],
-            [inputs[i] for i in wanted],  # type: ignore[misc]
-            [gradient for _, gradient in pairs],
-            create_graph=True,
-            materialize_grads=True,
-        )
-        present = [i for i, t in enumerate(everything) if t is not None]
-        found = torch.autograd.grad(
-            first,
-            [everything[i] for i in present],  # type: ignore[misc]
-            [second[i] for i in wanted],
-            create_graph=again,
-            allow_unused=True,
-        )
-    gradients: list[Tensor | None] = [None] * len(everything)
-    for i, gradient in zip(present, found, strict=True):
-        gradients[i] = gradient
-    return gradients[:3], gradients[3:6], gradients[6:]
+        inputs: list[Any] = [x_gates, *recurrent]
 
+        def forward(*chosen: Tensor) -> list[Tensor]:
+            chosen_by_place = dict(zip(wanted, chosen, strict=True))
+            replaced: list[Any] = [chosen_by_place.get(i, inputs[i]) for i in range(7)]
+            *replaced, reset_h, reset_c = replaced
+            resets: dict[str, Any] = {"reset_h": reset_h, "reset_c": reset_c, "by_step": by_step}
+            outputs = recurrence(cell, *replaced, sequences=sequences, **resets, cell_states=True)
+            # A cell without c has no fourth output, and no gradient of one.
+            return [o for o, g in zip(outputs, upstream) if o is not None and g is not None]  # noqa: B905
 
-def _alias(tensor: Tensor | None) -> Tensor | None:
-    """The same values and history as a tensor of its own, which has a gradient."""
-    if tensor is None:
-        return None
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+        pull_back = vjp(forward, *(inputs[i] for i in wanted))[1]
+        return pull_back([g for g in upstream if g is not None])
+
+    pull_back = vjp(backward, *(everything[i] for i in present))[1]
+    found = dict(zip(present, pull_back(tuple(second[i] for i in wanted)), strict=True))
+    gradients = [found.get(i) for i in range(len(everything))]
+    return gradients[:4], gradients[4:7], gradients[7:]

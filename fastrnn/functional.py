@@ -2,16 +2,17 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as _dropout
 
-from . import layers, wavefront
+from . import layers, projection, segments, wavefront
+from .dropout import drop, drop_mask, dropping
 from .planner import Plan, plan
 from .reference import GATES
-from .validation import check_call, check_params, compute_dtype
+from .validation import PLAIN, Options, check_call, check_options, check_params, compute_dtype
 
 
 class FallbackWarning(UserWarning):
@@ -43,18 +44,26 @@ def lstm(
     bidirectional: bool = False,
     backend: str = "auto",
     checkpoint_every: int | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: tuple[Tensor, Tensor] | None = None,
+    return_cell_states: bool = False,
+) -> tuple[Any, ...]:
     """Run an LSTM over a batch of sequences.
 
         i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh),  g = tanh(...),  c' = f c + i g,  h' = o tanh(c')
 
     input (T, B, I), or (B, T, I) if batch_first. hx: h_0 and c_0, each (num_layers * D, B, H), or None for zeros;
     D is 2 if bidirectional, else 1. params: for each layer, for each direction, weight_ih (4*H, I), weight_hh
-    (4*H, H) and, if bias, bias_ih and bias_hh (4*H,), as torch.nn.LSTM.parameters() yields them. One dtype (float32,
+    (4*H, H) and, if bias, bias_ih and bias_hh (4*H,), as torch.nn.LSTM.parameters() yields them; with proj_size P
+    weight_hr (P, H) comes behind them, weight_hh is (4*H, P), and h_0, h_n and output have P for H. One dtype (float32,
     bfloat16, float16; any for backend "torch" and "reference") and one device, any strides. dropout is applied
-    between layers if training. backend and checkpoint_every: see fastrnn.LSTM.
+    between layers if training. backend and checkpoint_every: see fastrnn.LSTM; lengths, cu_seqlens, reset, reset_state
+    and return_cell_states: see fastrnn.LSTM.forward.
 
-    Returns output (T, B, D*H), or (B, T, D*H), and (h_n, c_n), each (num_layers * D, B, H).
+    Returns output (T, B, D*H), or (B, T, D*H), and (h_n, c_n), each (num_layers * D, B, H); with return_cell_states
+    then c_t of the last layer, as output.
     Raises torch.nn.LSTM's own errors for wrong input and state, ValueError for wrong params, NotImplementedError,
     naming what is missing, where a named backend cannot run.
 
@@ -66,11 +75,11 @@ def lstm(
     >>> output.shape, h_n.shape
     (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
     """
-    output, h_n, c_n = run(
+    output, h_n, c_n, *cell_states = run(
         "lstm", input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend,
-        checkpoint_every,
+        checkpoint_every, Options(lengths, cu_seqlens, reset, reset_state, return_cell_states),
     )  # fmt: skip
-    return output, (h_n, c_n)
+    return output, (h_n, c_n), *cell_states
 
 
 def gru(
@@ -86,6 +95,10 @@ def gru(
     bidirectional: bool = False,
     backend: str = "auto",
     checkpoint_every: int | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a GRU over a batch of sequences.
 
@@ -104,7 +117,7 @@ def gru(
     """
     output, h_n = run(
         "gru", input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend,
-        checkpoint_every,
+        checkpoint_every, Options(lengths, cu_seqlens, reset, reset_state),
     )  # fmt: skip
     return output, h_n
 
@@ -123,6 +136,10 @@ def rnn(
     bidirectional: bool = False,
     backend: str = "auto",
     checkpoint_every: int | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a simple recurrent network over a batch of sequences.
 
@@ -144,7 +161,7 @@ def rnn(
     cell = f"rnn_{nonlinearity}"
     output, h_n = run(
         cell, input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend,
-        checkpoint_every,
+        checkpoint_every, Options(lengths, cu_seqlens, reset, reset_state),
     )  # fmt: skip
     return output, h_n
 
@@ -162,26 +179,32 @@ def run(
     bidirectional: bool,
     backend: str,
     checkpoint_every: int | None,
+    options: Options = PLAIN,
 ) -> tuple[Tensor, ...]:
-    """output and the final states, (h_n,) or (h_n, c_n)."""
+    """output and the final states, (h_n,) or (h_n, c_n), and c of every step where it is asked for."""
     D = 2 if bidirectional else 1
     check_params(GATES[cell], params, num_layers, D, bias)
-    H = params[1].shape[-1]
+    H, of_h = params[0].shape[0] // GATES[cell], params[1].shape[-1]  # h has another size where it is projected
+    T, B, options = check_options(options, input, batch_first, cell, num_layers * D, (of_h, H))
+    ragged = options.cu_seqlens is not None
     states = 2 if cell == "lstm" else 1
     if hx is None:
-        B = input.shape[0 if batch_first else 1]
-        state: tuple[Tensor, ...] = (input.new_zeros(num_layers * D, B, H),) * states
+        zeros = [input.new_zeros(num_layers * D, B, size) for size in ((of_h,) if of_h == H else (of_h, H))]
+        state: tuple[Tensor, ...] = (zeros[0], zeros[-1])[:states]
     else:
         state = tuple(hx) if states == 2 else (hx,)  # type: ignore[arg-type]
-    check_call(input, state, params, num_layers, D, batch_first)
+    check_call(input, state, params, num_layers, D, T, B)
+    plain = options.plain
 
     dtype = compute_dtype(input)
-    T, B = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
+    # torch.export's sizes are symbols where they may change: the plan is that of its example.
+    planned_T, planned_B = (size if isinstance(size, int) else size.node.hint for size in (T, B))
+    planned_T = max(1, planned_T // max(planned_B, 1)) if ragged else planned_T
     chosen = plan(
         cell,
         hidden_size=H,
-        batch_size=max(B, 1),
-        seq_len=T,
+        batch_size=max(planned_B, 1),
+        seq_len=planned_T,
         directions=D,
         dtype=dtype,
         device=str(input.device),
@@ -190,6 +213,23 @@ def run(
         checkpoint_every=checkpoint_every,
     )
     backend = backend_of(chosen)
+    if checkpoint_every and not plain and (ragged or D == 2 or backend == "torch"):
+        what = (
+            "packed or ragged sequences"
+            if ragged
+            else ("lengths, resets or cell states of both directions or backend='torch'")
+        )
+        raise NotImplementedError(f"checkpoint_every with {what} is missing")
+    if backend == "torch" and not plain:
+        x = input.transpose(0, 1) if batch_first and not ragged else input
+        lengths, cu_seqlens, reset, reset_state, cell_states = options
+        output, finals, c = segments.run(
+            cell, x, state, params, num_layers, bias, dropout, training, bidirectional,
+            lengths=lengths, cu_seqlens=cu_seqlens, reset=reset, reset_state=reset_state, cell_states=cell_states,
+        )  # fmt: skip
+        found = (output, c) if c is not None else (output,)
+        output, *c = (y.transpose(0, 1) if batch_first and not ragged else y for y in found)
+        return output, *finals, *c
     if backend == "torch" and checkpoint_every is None:
         torch_kernel = getattr(torch._VF, cell)
         hidden = state if states == 2 else state[0]
@@ -201,6 +241,7 @@ def run(
         input = input.to(dtype)
     dtype = input.dtype
     wave = None if torch.compiler.is_compiling() else chosen.wavefront  # torch.compile does not trace streams
+    wave = wave if plain else None  # nor are sequences cut for it
     K = wave or checkpoint_every
     # From chunk to chunk of a kernel the state is fp32, as it is from step to step.
     between = torch.float32 if K and chosen.kernel and dtype.itemsize == 2 else dtype
@@ -210,27 +251,38 @@ def run(
         layers.weights_of(params[i : i + per_layer], dtype, chunked=K is not None)
         for i in range(0, len(params), per_layer)
     ]
+    projected = per_layer // D in (3, 5) and backend != "torch"
+    if projected:
+        states = [projection.before(None if hx is None else h, c) for h, c in states]
     steps = [layers.step_of(cell, backend, of_layer, bias, training) for of_layer in weights]
     if checkpoint_every:
         steps = [layers.recomputed(step) for step in steps]
-    drop = functools.partial(_dropout, p=dropout) if dropout and training else None
-    x = input.transpose(0, 1) if batch_first else input
+    drops = dropout if training else 0.0
+    x = input.transpose(0, 1) if batch_first and not ragged else input
+    c = None
     if wave:
-        if drop:
-            steps[1:] = [_dropping(step, drop) for step in steps[1:]]
         reads, streams = [of_layer() for of_layer in weights], wavefront.streams_of(x.device, num_layers)
+        if drops:
+            for layer in range(1, num_layers):
+                mask = drop_mask(x.new_empty(()).expand(T, x.shape[1], of_h), drops)
+                steps[layer] = dropping(steps[layer], mask.split(wave), drops)
+                reads[layer] = [*reads[layer], mask]
         ys, states = wavefront.run(steps, x.split(wave), states, reads, streams)
         x = torch.cat(ys)
     else:
-        for layer, step in enumerate(steps):
-            if drop and layer:
-                x = drop(x)
-            x, states[layer] = layers.in_chunks(step, x, states[layer], K or T)
-    output = x.transpose(0, 1) if batch_first else x
+        windows = layers.windows_of(options, T, B, num_layers, D, between)
+        if options.lengths is not None:
+            # What stands in the padding, even NaN, must not reach a product: 0 * NaN is NaN in W_ih's gradient.
+            live = torch.arange(T, device=x.device)[:, None] < options.lengths
+            x = x.masked_fill(~live[..., None], 0)
+        for layer, (step, window) in enumerate(zip(steps, windows, strict=True)):
+            if drops and layer:
+                x = drop(x, drop_mask(x, drops), drops)
+            x, states[layer], c = layers.in_chunks(step, x, states[layer], K or x.shape[0], window)
+    if projected:
+        W_hr = [torch.stack(tuple(layers.by_role(of_layer(), D)[-1])) for of_layer in weights]
+        states = [projection.after(*of_layer) for of_layer in zip(states, W_hr, strict=True)]
+    outputs = (x,) if c is None else (x, c)
+    output, *c = (y.transpose(0, 1) if batch_first and not ragged else y for y in outputs)
     finals = (torch.cat(of_layers) for of_layers in zip(*states, strict=True))
-    return output, *(final if between == dtype else final.to(dtype) for final in finals)
-
-
-def _dropping(step: layers.Step, drop: Callable[[Tensor], Tensor]) -> layers.Step:
-    """The step of a layer whose input is dropped: outside of what is recomputed, so that it is drawn once."""
-    return lambda xs, state: step(tuple(map(drop, xs)), state)
+    return output, *(final if between == dtype else final.to(dtype) for final in finals), *c

@@ -5,27 +5,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiler, interpreter
+from . import compiler, interpreter, ranges
 from .device import DeviceSpec
 from .planner import plan
 from .reference import GATES
+from .sequences import Sequences, Slots, states_before
 
 CACHE_LINE = 128  # bytes
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def allocate_forward(cell: str, x_gates: Tensor, h_0: Tensor, c_0: Tensor | None, save: bool) -> Tensors:
+def allocate_forward(
+    cell: str,
+    x_gates: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    save: bool,
+    rows: Tensor | None = None,
+    cell_states: bool = False,
+) -> Tensors:
     """y, h_n, c_n, saved, c; an output that this cell or call lacks has no elements."""
     from .kernels.cells import CELLS
 
-    T, B, D, _, H = x_gates.shape
+    *slots, D, _, H = x_gates.shape
     saved = CELLS[cell].saved if save else 0
+    has_c = c_0 is not None and (save or cell_states)
+    # Kernels write no frozen slot: outputs are zero there.
+    allocate = x_gates.new_zeros if rows is not None else x_gates.new_empty
     return (
-        x_gates.new_empty(T, B, D, H),
-        h_0.new_empty(D, B, H),
-        x_gates.new_empty(0) if c_0 is None else c_0.new_empty(D, B, H),
-        x_gates.new_empty((T, B, D, saved, H) if saved else 0),
-        x_gates.new_empty((T, B, D, H) if save and c_0 is not None else 0),
+        allocate(*slots, D, H),
+        torch.empty_like(h_0, memory_format=torch.contiguous_format),
+        x_gates.new_empty(0) if c_0 is None else torch.empty_like(c_0, memory_format=torch.contiguous_format),
+        x_gates.new_empty((*slots, D, saved, H) if saved else 0),
+        allocate((*slots, D, H) if has_c else 0),
     )
 
 
@@ -38,13 +50,20 @@ def forward(
     c_0: Tensor | None,
     save: bool,
     backend: str,
+    rows: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    by_step: bool = False,
+    cell_states: bool = False,
 ) -> Tensors:
     """Run the persistent forward kernel of a tier."""
-    y, h_n, c_n, saved, c = outputs = allocate_forward(cell, x_gates, h_0, c_0, save)
+    y, h_n, c_n, saved, c = outputs = allocate_forward(cell, x_gates, h_0, c_0, save, rows, cell_states)
     pointers = (x_gates, W_hh, b_hh, h_0, c_0, y, h_n, _present(c_n), _present(c), _present(saved))
-    if backend == "cooperative":  # programs exchange the state in y's dtype, the one before the first step too
-        pointers += (None if h_0.dtype == y.dtype else h_0.to(y.dtype),)
-    _launch("forward", cell, backend, y, *pointers)
+    pointers += (rows, _bytes(reset), reset_h, reset_c)
+    if backend == "cooperative":  # h of even steps and of odd ones, as programs exchange it
+        pointers += (y.new_empty(2, *h_0.shape),)
+    _launch("forward", cell, backend, y, h_0.shape[1], rows, by_step, *pointers)
     return outputs
 
 
@@ -53,6 +72,7 @@ def backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dc: Tensor | None,
     W_hh: Tensor,
     h_0: Tensor,
     c_0: Tensor | None,
@@ -62,62 +82,109 @@ def backward(
     needs_dW: bool,
     needs_db: bool,
     backend: str,
-) -> Tensors:
+    rows: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    by_step: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the persistent backward kernel of a tier, then dW_hh (D, G*H, H) as one product, db_hh (D, G*H) as one sum.
 
-    Returns d_x_gates, dW_hh, db_hh, dh_0, dc_0. Products and sums accumulate in fp32 in a fixed order, so that a
-    run can be repeated bit by bit.
+    Returns d_x_gates, dW_hh, db_hh, dh_0, dc_0, d_reset_h, d_reset_c. Products and sums accumulate in fp32 in a fixed
+    order, so that a run can be repeated bit by bit.
     """
     from .kernels.cells import CELLS
 
     spec = CELLS[cell]
-    T, B, D, H = y.shape
-    d_x_gates = y.new_empty(T, B, D, GATES[cell], H)
+    *slots, D, H = y.shape
+    B = h_0.shape[1]
+    allocate = y.new_zeros if rows is not None else y.new_empty
+    d_x_gates = allocate(*slots, D, GATES[cell], H)
     # The last gate's recurrent share, where its gradient differs from d_x_gates (the GRU's n: d_n * r).
-    d_rec_last = y.new_empty((T, B, D, 1, H) if spec.splits_last_gate else 0)
-    dh_0 = h_0.new_empty(D, B, H)
-    dc_0 = y.new_empty(0) if c_0 is None else c_0.new_empty(D, B, H)
+    d_rec_last = allocate((*slots, D, 1, H) if spec.splits_last_gate else 0)
+    dh_0 = torch.empty_like(h_0)
+    dc_0 = y.new_empty(0) if c_0 is None else torch.empty_like(c_0)
+    d_resets = [y.new_zeros(0) if s is None else s.new_zeros(*slots, D, H) for s in (reset_h, reset_c)]
     # States inside a sequence were rounded when they were kept; those before it must be, to be what they are inside.
     h_0, c_0 = h_0.to(y.dtype), None if c_0 is None else c_0.to(y.dtype)
-    kept_0, kept = (c_0, c) if spec.has_c else (h_0, y)
+    kept_0, kept, reset_kept = (c_0, c, reset_c) if spec.has_c else (h_0, y, reset_h)
     _launch(
-        "backward", cell, backend, y,
-        dy, dh_n, dc_n if spec.has_c else None, W_hh, kept_0, kept, _present(saved),
-        d_x_gates, _present(d_rec_last), dh_0, _present(dc_0),
+        "backward", cell, backend, y, B, rows, by_step,
+        dy, dh_n, *((dc_n, dc) if spec.has_c else (None, None)), W_hh, kept_0, kept, _present(saved),
+        rows, _bytes(reset), reset_kept,
+        d_x_gates, _present(d_rec_last), dh_0, _present(dc_0), *map(_present, d_resets),
     )  # fmt: skip
     d_rec = [d_x_gates[..., :-1, :], d_rec_last] if spec.splits_last_gate else [d_x_gates]
-    dW_hh = torch.cat([_weight_gradient(d, h_0, y) for d in d_rec], dim=1) if needs_dW else y.new_empty(0)
-    db_hh = torch.cat([d.sum((0, 1)) for d in d_rec], dim=1).flatten(1) if needs_db else y.new_empty(0)
-    return d_x_gates, dW_hh, db_hh, dh_0, dc_0
+    dW_hh, db_hh = y.new_empty(0), y.new_empty(0)
+    if needs_dW:
+        sequences = None if rows is None else Sequences(rows, reset)
+        start = None if reset_h is None else reset_h.to(y.dtype)
+        dW_hh = torch.stack([_weight_gradient(d, d_rec, y, h_0, sequences, start, by_step) for d in range(D)])
+    if needs_db:
+        db_hh = torch.cat([d.flatten(0, -4).sum(0) for d in d_rec], dim=1).flatten(1)
+    if not by_step and reset_h is not None:
+        of = Slots.of(rows, y.shape[:-2])  # type: ignore[arg-type]
+        d_resets = [d if d.numel() == 0 else of.summed(d).to(d.dtype).transpose(0, 1).contiguous() for d in d_resets]
+    d_reset_h, d_reset_c = d_resets
+    return d_x_gates, dW_hh, db_hh, dh_0, dc_0, d_reset_h, d_reset_c
 
 
-def _weight_gradient(d_rec: Tensor, h_0: Tensor, y: Tensor) -> Tensor:
-    """dW_hh[d] = sum over t, b of d_rec[t, b, d] (x) h_prev[t, b, d]; h_prev is y one step before, h_0 at the start.
+@ranges.inside("weight gradients")
+def _weight_gradient(
+    d: int,
+    d_rec: list[Tensor],
+    y: Tensor,
+    h_0: Tensor,
+    sequences: Sequences | None,
+    reset_h: Tensor | None,
+    by_step: bool,
+) -> Tensor:
+    """dW_hh[d] (G*H, H) = sum over slots of d_rec[slot, d] (x) h_prev[slot, d]; d_rec by parts of the gates.
 
-    d_rec (T, B, D, N, H) gives (D, N*H, H). The start is a product of its own: y need not be copied to shift it.
+    h_prev is y one step before, h_0 at the start. Plain sequences need no copy of it: the start is a product of its
+    own, and y only shifted.
     """
-    gradients = []
-    for d in range(y.shape[2]):
-        d_gates = d_rec[:, :, d].flatten(2)  # (T, B, N*H), a view
-        first, rest, h_prev = (
-            (d_gates[0], d_gates[1:], y[:-1, :, d]) if d == 0 else (d_gates[-1], d_gates[:-1], y[1:, :, d])
-        )
-        gradients.append(torch.addmm(first.T @ h_0[d], rest.flatten(0, 1).T, h_prev.flatten(0, 1)))
-    return torch.stack(gradients)
+    gradients, y = [], y.select(-2, d)
+    if sequences is not None:
+        start = None if reset_h is None else reset_h.select(-2, d) if by_step else reset_h[d]
+        h_prev = states_before(d, y, h_0[d], sequences, start, by_step).flatten(0, -2)
+    for part in d_rec:
+        d_gates = part.select(-3, d).flatten(-2)  # (T, B, N*H) or (total, N*H), a view
+        if sequences is not None:
+            gradients.append(d_gates.flatten(0, -2).T @ h_prev)
+            continue
+        first, rest, shifted = (d_gates[0], d_gates[1:], y[:-1]) if d == 0 else (d_gates[-1], d_gates[:-1], y[1:])
+        gradients.append(torch.addmm(first.T @ h_0[d], rest.flatten(0, 1).T, shifted.flatten(0, 1)))
+    return torch.cat(gradients)
 
 
 def _present(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
-def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | None) -> None:
-    """Launch the tier's kernel, "forward" or "backward", by its plan for y (T, B, D, H); an empty batch needs none."""
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+@ranges.inside("recurrence")
+def _launch(
+    which: str,
+    cell: str,
+    backend: str,
+    y: Tensor,
+    B: int,
+    rows: Tensor | None,
+    by_step: bool,
+    *pointers: Tensor | None,
+) -> None:
+    """Launch the tier's kernel, "forward" or "backward", by its plan for y (T, B, D, H), or (total, D, H) if ragged."""
     from .kernels.cells import CELLS
     from .kernels.tile import cooperative, resident
 
-    T, B, D, H = y.shape
-    if B == 0:
+    if B == 0:  # an empty batch needs no kernel
         return
+    D, H = y.shape[-2:]
+    T = max(1, y.shape[0] if y.dim() == 4 else y.shape[0] // B)  # of ragged sequences, which the table bounds: a mean
     spec = CELLS[cell]
     sizes = {"hidden_size": H, "batch_size": B, "seq_len": T, "directions": D}
     device = DeviceSpec.of(y.device)
@@ -129,6 +196,8 @@ def _launch(which: str, cell: str, backend: str, y: Tensor, *pointers: Tensor | 
         "S": spec.saved,
         "HAS_C": spec.has_c,
         "ACTIVATIONS": kernel.activations,
+        "RAGGED": y.dim() == 3,
+        "BY_STEP": by_step,
         "H": H,
         "BLOCK_B": kernel.block_b,
         "PRECISION": kernel.precision,

@@ -18,13 +18,17 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from . import ops, reference
+from . import ops, projection, ranges, reference
 from .reference import GATES
+from .sequences import PLAIN, Sequences, Window
+from .validation import Options
 
-State = tuple[Tensor, ...]  # (h,) or (h, c), each (D, B, H)
+State = tuple[Tensor, ...]  # (h,) or (h, c), each (D, B, H); of a projected layer see projection.py
 Inputs = tuple[Tensor, ...]  # x of each direction, (K, B, I): the same times over all of time, other times in a chunk
-Step = Callable[[Inputs, State], tuple[Tensor, State]]
-Weights = Callable[[], list[Tensor]]  # of one use of a layer: W_ih, W_hh, b_ih, b_hh of each direction in turn
+# y, the state after, and c of every step where it is asked for.
+Step = Callable[[Inputs, State, Window], tuple[Tensor, State, Tensor | None]]
+# Of one use of a layer: W_ih, W_hh, b_ih and b_hh if there are biases, W_hr if projected, of each direction in turn.
+Weights = Callable[[], list[Tensor]]
 
 
 def weights_of(params: Sequence[Tensor], dtype: torch.dtype, chunked: bool) -> Weights:
@@ -48,45 +52,86 @@ class _Rounded(torch.autograd.Function):
         return grad.float(), None
 
 
+def windows_of(options: Options, T: int, B: int, num_layers: int, D: int, dtype: torch.dtype) -> list[Window]:
+    """What checked options say to each layer."""
+    lengths, cu_seqlens, reset, reset_state, cell_states = options
+    sequences = Sequences.of(T, B, lengths=lengths, cu_seqlens=cu_seqlens, reset=reset)
+    by_step = bool(reset_state) and reset_state[0].dim() == 4
+    windows = []
+    for layer in range(num_layers):
+        starts = []
+        for state in reset_state or ():
+            of_layer = state.narrow(-3, layer * D, D).to(dtype)
+            of_layer = of_layer.expand(*of_layer.shape[:-2], 1 if by_step and cu_seqlens is not None else B, -1)
+            if by_step:  # (T, D, B, H) as (T, B, D, H), or (total, D, 1, H) as (total, D, H)
+                of_layer = of_layer.squeeze(-2) if cu_seqlens is not None else of_layer.transpose(1, 2)
+            starts.append(of_layer)
+        windows.append(Window(sequences, tuple(starts), by_step, cell_states and layer == num_layers - 1))
+    return windows
+
+
 def step_of(cell: str, backend: str, weights: Weights, bias: bool, training: bool) -> Step:
     """The Step of a layer by a backend: "torch", "reference" or a tier."""
-    per_direction = 4 if bias else 2
     if backend == "torch":
-        return functools.partial(_torch_step, cell, weights, per_direction, training)
+        return functools.partial(_torch_step, cell, weights, bias, training)
     recurrence = _reference if backend == "reference" else functools.partial(ops.recurrence, backend=backend)
-    return functools.partial(_step, cell, recurrence, weights, per_direction)
+    return functools.partial(_step, cell, recurrence, weights, bias)
 
 
-def _reference(*inputs, source) -> tuple[Tensor, Tensor, Tensor | None]:
-    return reference.recurrence(*inputs)  # differentiable any number of times: needs no source
+def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
+    """W_ih, W_hh, b_ih, b_hh and W_hr of each direction, as far as a layer has them."""
+    per_direction = len(params) // directions
+    return [params[role::per_direction] for role in range(per_direction)]
+
+
+@ranges.inside("recurrence")
+def _reference(*inputs, source, **options) -> tuple[Tensor | None, ...]:
+    return reference.recurrence(*inputs, **options)  # differentiable any number of times: needs no source
 
 
 def _step(
-    cell: str, recurrence: Callable, weights: Weights, per_direction: int, xs: Inputs, state: State
-) -> tuple[Tensor, State]:
-    params = weights()
-    W_ih, W_hh, *b = (params[role::per_direction] for role in range(per_direction))
-    b_ih, b_hh = b or (None, None)
-    gates = (GATES[cell], W_hh[0].shape[-1])
+    cell: str,
+    recurrence: Callable,
+    weights: Weights,
+    bias: bool,
+    xs: Inputs,
+    state: State,
+    window: Window = PLAIN,
+) -> tuple[Tensor, State, Tensor | None]:
+    W_ih, W_hh, *b = by_role(weights(), len(xs))
+    W_hr = b.pop() if len(b) in (1, 3) else None
+    b_ih, b_hh = b if bias else (None, None)
+    gates = (GATES[cell], W_ih[0].shape[0] // GATES[cell])
     source = None
-    if all(x is xs[0] for x in xs):  # one product for both directions
-        source = xs[0], _stack(W_ih).flatten(0, 1), None if b_ih is None else _stack(b_ih).flatten()
-        x_gates = linear(*source).unflatten(-1, (len(xs), *gates))
-    else:
-        biases = b_ih or [None] * len(xs)
-        x_gates = torch.stack([linear(*of_one) for of_one in zip(xs, W_ih, biases, strict=True)], 2)
-        x_gates = x_gates.unflatten(-1, gates)
-    h_0, c_0 = (*state, None)[:2]
+    with ranges.named("input product"):
+        if all(x is xs[0] for x in xs):  # one product for both directions
+            source = xs[0], _stack(W_ih).flatten(0, 1), None if b_ih is None else _stack(b_ih).flatten()
+            x_gates = linear(*source).unflatten(-1, (len(xs), *gates))
+        else:
+            biases = b_ih or [None] * len(xs)
+            x_gates = torch.stack([linear(*of_one) for of_one in zip(xs, W_ih, biases, strict=True)], -2)
+            x_gates = x_gates.unflatten(-1, gates)
     b_hh = None if b_hh is None else _stack(b_hh)
-    y, h_n, c_n = recurrence(cell, x_gates, _stack(W_hh), b_hh, h_0, c_0, source=source)
-    return y, (h_n,) if c_n is None else (h_n, c_n)
+    if W_hr is not None:
+        return projection.run(recurrence, x_gates, _stack(W_hh), b_hh, _stack(W_hr), state, window)
+    h_0, c_0 = (*state, None)[:2]
+    y, h_n, c_n, *c = recurrence(cell, x_gates, _stack(W_hh), b_hh, h_0, c_0, source=source, **window.options())
+    return y, (h_n,) if c_n is None else (h_n, c_n), c[0] if c else None
 
 
+@ranges.inside("layer of torch's")
 def _torch_step(
-    cell: str, weights: Weights, per_direction: int, training: bool, xs: Inputs, state: State
-) -> tuple[Tensor, State]:
+    cell: str,
+    weights: Weights,
+    bias: bool,
+    training: bool,
+    xs: Inputs,
+    state: State,
+    window: Window = PLAIN,
+) -> tuple[Tensor, State, None]:
     """By torch's own kernel, each direction on its own: its bidirectional one walks the same times both ways."""
     params, outputs, finals = weights(), [], []
+    per_direction = len(params) // len(xs)
     for d, x in enumerate(xs):
         hidden = tuple(s[d : d + 1] for s in state)
         of_direction = params[d * per_direction : (d + 1) * per_direction]
@@ -94,7 +139,7 @@ def _torch_step(
             x.flip(0) if d else x,
             hidden if len(hidden) == 2 else hidden[0],
             of_direction,
-            per_direction == 4,
+            bias,
             1,
             0.0,
             training,
@@ -103,7 +148,7 @@ def _torch_step(
         )
         outputs.append(y.flip(0) if d else y)
         finals.append(final)
-    return torch.stack(outputs, 2), tuple(torch.cat(states) for states in zip(*finals, strict=True))
+    return torch.stack(outputs, 2), tuple(torch.cat(states) for states in zip(*finals, strict=True)), None
 
 
 def recomputed(step: Step) -> Step:
@@ -127,19 +172,26 @@ def split(x: Tensor, K: int, directions: int) -> list[Inputs]:
 def join(ys: Sequence[Tensor]) -> Tensor:
     """y (T, B, D*H) of its chunks (K, B, D, H): the inverse of `split`."""
     if len(ys) == 1:
-        return ys[0].flatten(2)
+        return ys[0].flatten(-2)
     by_direction = zip(*(y.unbind(2) for y in ys), strict=True)
     whole = [torch.cat(of_one[::-1] if d else of_one) for d, of_one in enumerate(by_direction)]
     return torch.cat(whole, -1) if len(whole) > 1 else whole[0]
 
 
-def in_chunks(step: Step, x: Tensor, state: State, K: int) -> tuple[Tensor, State]:
-    """Run a layer over x (T, B, I) in chunks of K time steps; y (T, B, D*H) and the final state."""
-    ys = []
-    for xs in split(x, K, state[0].shape[0]):
-        y, state = step(xs, state)
+def in_chunks(
+    step: Step, x: Tensor, state: State, K: int, window: Window = PLAIN
+) -> tuple[Tensor, State, Tensor | None]:
+    """Run a layer over x (T, B, I) in chunks of K time steps; y (T, B, D*H), the final state, and c like y.
+
+    A window that is not plain is cut along time for layers of one direction only. Ragged x (total, I) is one chunk.
+    """
+    ys, cs = [], []
+    for chunk, xs in enumerate(split(x, K, state[0].shape[0])):
+        of_chunk = window if x.shape[0] <= K else window.of_times(chunk * K, xs[0].shape[0])
+        y, state, c = step(xs, state, of_chunk)
         ys.append(y)
-    return join(ys), state
+        cs.append(c)
+    return join(ys), state, join(cs) if window.cell_states else None
 
 
 def _stack(directions: Sequence[Tensor]) -> Tensor:

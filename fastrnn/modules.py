@@ -4,15 +4,17 @@ They share torch.nn.RNNBase, and so the state_dict, with torch.nn's, but not the
 torch.compile breaks the graph at those.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import functional, streaming
 from .planner import BACKENDS, Plan, plan
-from .validation import check_checkpoint_every, check_rank, compute_dtype
+from .sequences import Packing
+from .validation import Options, check_checkpoint_every, check_rank, compute_dtype
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -31,11 +33,6 @@ class _Recurrent(torch.nn.RNNBase):
         self.backend = backend
         self.checkpoint_every = checkpoint_every
 
-    def _needs(self, input: "Tensor | PackedSequence") -> tuple[str, ...]:
-        """What this call needs beside a plain recurrence."""
-        packed = isinstance(input, PackedSequence)
-        return (("packed sequences",) if packed else ()) + (("proj_size",) if self.proj_size else ())
-
     def plan(self, input: "Tensor | PackedSequence") -> Plan:
         """The Plan that forward(input) follows; each layer runs by it."""
         if isinstance(input, PackedSequence):
@@ -52,30 +49,77 @@ class _Recurrent(torch.nn.RNNBase):
             dtype=compute_dtype(data),
             device=str(data.device),
             backend=self.backend,
-            needs=self._needs(input),
             num_layers=self.num_layers,
             checkpoint_every=self.checkpoint_every,
         )
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: "Tensor | Sequence[int] | None" = None,
+        cu_seqlens: Tensor | None = None,
+        reset: Tensor | None = None,
+        reset_state: Any = None,
+        return_cell_states: bool = False,
+    ) -> Any:
+        """Run all layers over all of time, each sequence over its own.
+
+            the state of b before step t is reset_state where reset[t, b], and its steps end with lengths[b]
+
+        input (T, B, I), (B, T, I) with batch_first, unbatched (T, I), ragged (total, I) with cu_seqlens, or a
+        PackedSequence, which makes output one; hx and what is returned as torch.nn's.
+
+        lengths (B,) int64 or int32, or a list: output is zero past a sequence's end, h_n is the state at its end, where
+        direction 1 begins: what pack_padded_sequence does, unsorted, and with no need for lengths on the CPU. Padding
+        is not read, it may hold NaN.
+        cu_seqlens (N + 1,): sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1] of input, as in flash attention.
+        reset (T, B), with batch_first (B, T), ragged (total,), bool: a segment begins here. Segments do not see each
+        other: the state starts anew before this step and, in direction 1, after it.
+        reset_state, as hx: what it starts from instead of zeros, (num_layers * D, B or 1, H), or by step (T or 1,
+        num_layers * D, B or 1, H), ragged (total, num_layers * D, 1, H), given at the first step of the later segment.
+        return_cell_states (LSTM): a third result, c_t of the last layer for all t, as output.
+
+        Raises ValueError, with expected and got, where these do not fit; for values of lengths and cu_seqlens on a GPU
+        an assertion fails there, since nothing here waits for it. NotImplementedError where checkpoint_every meets
+        ragged or packed input or, for lengths and resets, a bidirectional layer or backend="torch".
+
+        >>> import torch, fastrnn
+        >>> gru, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+        >>> output, h_n = gru(x, lengths=torch.tensor([5, 3]))
+        >>> torch.equal(h_n[0, 1], output[2, 1]), output[3:, 1].count_nonzero().item()
+        (True, 0)
+        >>> episodes, _ = gru(x, reset=torch.tensor([[False, True]] + 4 * [[False, False]]).roll(2, 0))
+        >>> torch.allclose(episodes[2:, 1], gru(x[2:])[0][:, 1])
+        True
+        """
+        options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         # CPU tensors take torch's path with nothing before it, so that "auto" costs there what torch.nn costs.
-        whole = self.checkpoint_every is None
+        whole = self.checkpoint_every is None and options.plain
         if whole and (self.backend == "torch" or (self.backend == "auto" and not input.is_cuda)):
             return self._torch.forward(self, input, hx)
-        packed = isinstance(input, PackedSequence)
-        if not packed:
+        packed, packing = isinstance(input, PackedSequence), None
+        if packed and (lengths is not None or cu_seqlens is not None or reset is not None):
+            raise ValueError("lengths, cu_seqlens, reset: expected None beside a PackedSequence")
+        if not packed and cu_seqlens is None:
             check_rank(self._torch.__name__, input, hx)
-        # "auto" may fall back; a named backend runs or raises: here for what it lacks, below for what is wrong.
-        needs = self._needs(input)
-        if ((self.backend == "auto" and whole) or needs) and functional.backend_of(self.plan(input)) == "torch":
+        if whole and self.backend == "auto" and functional.backend_of(self.plan(input)) == "torch":
             return self._torch.forward(self, input, hx)
+        if packed:
+            packing = Packing.of(input)
+            options = options._replace(cu_seqlens=packing.cu_seqlens)
+            order, sequence = (input.sorted_indices, input.unsorted_indices), input
+            input, hx = input.data[packing.slot], _map(lambda state: _reordered(state, order[0]), hx)
 
         batch_dim = 0 if self.batch_first else 1
-        batched = input.dim() == 3
-        if not batched:
+        unbatched = input.dim() == 2 and options.cu_seqlens is None
+        if unbatched:
+            if not options._replace(cell_states=False).plain:
+                raise ValueError("lengths, reset: expected None beside unbatched input")
             input = input.unsqueeze(batch_dim)
             hx = _map(lambda state: state.unsqueeze(1), hx)
-        output, *finals = functional.run(
+        output, *states = functional.run(
             self.mode.lower(),
             input,
             hx,
@@ -88,11 +132,43 @@ class _Recurrent(torch.nn.RNNBase):
             self.bidirectional,
             self.backend,
             self.checkpoint_every,
+            options,
         )
-        final = tuple(finals) if len(finals) == 2 else finals[0]
-        if not batched:
-            output, final = output.squeeze(batch_dim), _map(lambda state: state.squeeze(1), final)
-        return output, final
+        outputs, finals = (output, *states[-1:]) if return_cell_states else (output,), states
+        if return_cell_states:
+            finals = states[:-1]
+        if unbatched:
+            outputs = tuple(y.squeeze(batch_dim) for y in outputs)
+            finals = [state.squeeze(1) for state in finals]
+        if packing is not None:
+            outputs = tuple(PackedSequence(y[packing.packed], sequence.batch_sizes, *order) for y in outputs)
+            finals = [_reordered(state, order[1]) for state in finals]
+        output, *cell_states = outputs
+        return output, tuple(finals) if len(finals) == 2 else finals[0], *cell_states
+
+    def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        """Run one time step, for input that arrives step by step; a sequence's steps are equal to its forward.
+
+            output_t, state_t = step(input_t, state_{t-1})
+
+        input (B, I) or (I,). hx and the state returned are forward's: (num_layers, B, H), or (num_layers, H), for the
+        LSTM a pair; None is zeros. output (B, H) or (H,). Differentiable; dropout between layers only in training.
+        Nothing stays on chip between calls, so that backend "auto" takes torch's cells (torch.nn.LSTMCell's); a named
+        backend runs its own kernel. The state passes from call to call in input's dtype: in float32 the kernels' bits
+        are forward's if x_gates' are, in 16 bits it is rounded each step, which forward does not.
+
+        Raises ValueError for a bidirectional layer and for input of another rank, and forward's errors.
+
+        Source: torch.nn.LSTMCell, GRUCell and RNNCell.
+
+        >>> import torch, fastrnn
+        >>> lstm, state = fastrnn.LSTM(3, 5, num_layers=2), None
+        >>> for input in torch.randn(7, 2, 3):
+        ...     output, state = lstm.step(input, state)
+        >>> output.shape, state[0].shape
+        (torch.Size([2, 5]), torch.Size([2, 2, 5]))
+        """
+        return streaming.step(self, input, hx)
 
     def extra_repr(self) -> str:
         added = f", backend={self.backend!r}" if self.backend != "auto" else ""
@@ -105,6 +181,10 @@ def _map(f, state):
     if state is None:
         return None
     return tuple(map(f, state)) if isinstance(state, tuple | list) else f(state)
+
+
+def _reordered(state: Tensor, order: Tensor | None) -> Tensor:
+    return state if order is None else state.index_select(1, order)
 
 
 class LSTM(_Recurrent):
@@ -124,7 +204,7 @@ class LSTM(_Recurrent):
 
     checkpoint_every: None keeps all gates of all T time steps for backward. A positive int K keeps the state of every
     K-th step, and backward computes the gates again, K steps at a time: memory for K steps' gates and T / K states,
-    for one more forward pass. Every backend takes it; with proj_size and packed sequences it is missing. Recurrence
+    for one more forward pass. Every backend takes it; with packed sequences it is missing. Recurrence
     and its gradients have the bits of the plain run, if x_gates has: a product of fewer rows may be rounded
     otherwise. Equal to rounding are gradients of parameters, sums over chunks in fp32, each chunk's rounded once in 16
     bits, and that of a bidirectional layer's input. torch.compile decides by itself what is kept.

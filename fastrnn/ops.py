@@ -4,15 +4,16 @@ fastrnn::recurrence             forward over all of time
 fastrnn::recurrence_backward    its gradients; theirs in turn by a slow path in torch (double_backward.py)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import double_backward, launch
-from .reference import GATES
+from . import batching, double_backward, launch
+from .reference import GATES, HAS_C
+from .sequences import Sequences
 from .tiers import TIERS
 from .validation import check_recurrence
-
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("fastrnn::recurrence", mutates_args=())
@@ -28,15 +29,42 @@ def _recurrence(
     x: Tensor | None = None,
     W_ih: Tensor | None = None,
     b_ih: Tensor | None = None,
-) -> Outputs:
+    rows: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    by_step: bool = False,
+    cell_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     # x, W_ih and b_ih, of which x_gates was made, are only passed on to double backward.
     x_gates, W_hh, h_0 = x_gates.contiguous(), W_hh.contiguous(), h_0.contiguous()
-    return launch.forward(cell, x_gates, W_hh, _contiguous(b_hh), h_0, _contiguous(c_0), save, backend)
+    b_hh, c_0, *of_sequences = map(_contiguous, (b_hh, c_0, rows, reset, reset_h, reset_c))
+    return launch.forward(
+        cell, x_gates, W_hh, b_hh, h_0, c_0, save, backend, *of_sequences, by_step=by_step, cell_states=cell_states
+    )
 
 
 @_recurrence.register_fake
-def _(x_gates, W_hh, b_hh, h_0, c_0, cell, save, backend, x=None, W_ih=None, b_ih=None):
-    return launch.allocate_forward(cell, x_gates, h_0, c_0, save)
+def _(
+    x_gates,
+    W_hh,
+    b_hh,
+    h_0,
+    c_0,
+    cell,
+    save,
+    backend,
+    x=None,
+    W_ih=None,
+    b_ih=None,
+    rows=None,
+    reset=None,
+    reset_h=None,
+    reset_c=None,
+    by_step=False,
+    cell_states=False,
+):
+    return launch.allocate_forward(cell, x_gates, h_0, c_0, save, rows, cell_states)
 
 
 @torch.library.custom_op("fastrnn::recurrence_backward", mutates_args=())
@@ -44,6 +72,7 @@ def _recurrence_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dc: Tensor | None,
     W_hh: Tensor,
     h_0: Tensor,
     c_0: Tensor | None,
@@ -58,10 +87,20 @@ def _recurrence_backward(
     x: Tensor | None = None,
     W_ih: Tensor | None = None,
     b_ih: Tensor | None = None,
-) -> Outputs:
-    dy, dh_n, dc_n = _contiguous(dy), _contiguous(dh_n), _contiguous(dc_n)
-    W_hh, h_0, c_0 = W_hh.contiguous(), h_0.contiguous(), _contiguous(c_0)
-    return launch.backward(cell, dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, needs_dW, needs_db, backend)
+    rows: Tensor | None = None,
+    reset: Tensor | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    by_step: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy, dh_n, dc_n, dc, c_0 = map(_contiguous, (dy, dh_n, dc_n, dc, c_0))
+    of_sequences = map(_contiguous, (rows, reset, reset_h, reset_c))
+    W_hh, h_0 = W_hh.contiguous(), h_0.contiguous()
+    y, saved, c = y.contiguous(), saved.contiguous(), c.contiguous()  # vmap may give slices
+    return launch.backward(
+        cell, dy, dh_n, dc_n, dc, W_hh, h_0, c_0, y, saved, c, needs_dW, needs_db, backend,
+        *of_sequences, by_step=by_step,
+    )  # fmt: skip
 
 
 @_recurrence_backward.register_fake
@@ -69,6 +108,7 @@ def _(
     dy,
     dh_n,
     dc_n,
+    dc,
     W_hh,
     h_0,
     c_0,
@@ -83,68 +123,88 @@ def _(
     x=None,
     W_ih=None,
     b_ih=None,
+    rows=None,
+    reset=None,
+    reset_h=None,
+    reset_c=None,
+    by_step=False,
 ):
-    T, B, D, H = y.shape
+    *slots, D, H = y.shape
     gates = W_hh.shape[1]
+
+    def like(tensor):
+        return y.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
     return (
-        y.new_empty(T, B, D, gates // H, H),
+        y.new_empty(*slots, D, gates // H, H),
         y.new_empty((D, gates, H) if needs_dW else 0),
         y.new_empty((D, gates) if needs_db else 0),
-        h_0.new_empty(D, B, H),
-        y.new_empty(0) if c_0 is None else c_0.new_empty(D, B, H),
+        *map(like, (h_0, c_0, reset_h, reset_c)),
     )
 
 
 def _save(ctx, inputs, output):
-    _, W_hh, b_hh, h_0, c_0, ctx.cell, ctx.saved_for_backward, ctx.backend, *source = inputs
+    _, W_hh, b_hh, h_0, c_0, ctx.cell, ctx.saved_for_backward, ctx.backend, *rest = inputs
+    *source_and_sequences, ctx.by_step, _ = rest
     y, _, _, saved, c = output
-    ctx.save_for_backward(W_hh, h_0, c_0, y, saved, c, b_hh, *source)
+    ctx.save_for_backward(W_hh, h_0, c_0, y, saved, c, b_hh, *source_and_sequences)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dh_n, dc_n, d_saved, d_c):
+def _backward(ctx, dy, dh_n, dc_n, d_saved, dc):
     if not ctx.saved_for_backward:
         raise RuntimeError("fastrnn::recurrence ran with save=False: nothing was kept for backward")
-    W_hh, h_0, c_0, y, saved, c, *for_double_backward = ctx.saved_tensors
+    W_hh, h_0, c_0, y, saved, c, *rest = ctx.saved_tensors
     needs_dW, needs_db = ctx.needs_input_grad[1:3]
-    y, saved, c = (
-        y.detach(),
-        saved.detach(),
-        c.detach(),
-    )  # functions of the rest, by which double backward differentiates
-    d_x_gates, dW_hh, db_hh, dh_0, dc_0 = _recurrence_backward(
-        dy, dh_n, dc_n, W_hh, h_0, c_0, y, saved, c, ctx.cell, needs_dW, needs_db, ctx.backend, *for_double_backward
+    # Functions of the rest, by which double backward differentiates.
+    y, saved, c = y.detach(), saved.detach(), c.detach()
+    run = _RecurrenceBackward.apply if batching.transforming() else _recurrence_backward
+    d_x_gates, dW_hh, db_hh, *of_states = run(
+        dy, dh_n, dc_n, dc, W_hh, h_0, c_0, y, saved, c, ctx.cell, needs_dW, needs_db, ctx.backend, *rest, ctx.by_step
     )
+    given = (h_0, c_0, *rest[-2:])
+    dh_0, dc_0, d_reset_h, d_reset_c = (None if state is None else d for state, d in zip(given, of_states, strict=True))
     return (
         d_x_gates,
         dW_hh if needs_dW else None,
         db_hh if needs_db else None,
         dh_0,
-        dc_0 if c_0 is not None else None,
-        *[None] * 6,  # cell, save, backend, x, W_ih, b_ih: x_gates is what the gradient goes to
+        dc_0,
+        *[None] * 8,  # cell, save, backend, x, W_ih, b_ih (x_gates is what the gradient goes to), rows, reset
+        d_reset_h,
+        d_reset_c,
+        None,
+        None,
     )
 
 
 def _save_backward(ctx, inputs, output):
-    dy, dh_n, dc_n, W_hh, h_0, c_0, _, _, _, ctx.cell, _, _, _, b_hh, *source = inputs
-    ctx.save_for_backward(dy, dh_n, dc_n, *source, W_hh, b_hh, h_0, c_0)
+    upstream, (W_hh, h_0, c_0), inputs = inputs[:4], inputs[4:7], inputs[7:]
+    _, _, _, ctx.cell, _, _, _, b_hh, *source, rows, reset, reset_h, reset_c, ctx.by_step = inputs
+    ctx.save_for_backward(*upstream, *source, W_hh, b_hh, h_0, c_0, reset_h, reset_c, rows, reset)
     ctx.set_materialize_grads(False)
 
 
 def _double_backward(ctx, *second):
-    upstream, source, recurrent = ctx.saved_tensors[:3], ctx.saved_tensors[3:6], ctx.saved_tensors[6:]
+    kept = ctx.saved_tensors
+    upstream, source, recurrent, (rows, reset) = kept[:4], kept[4:7], kept[7:13], kept[13:]
     if source[0] is None:
         raise NotImplementedError(
             "double backward through fastrnn.ops.recurrence without its source is missing: "
-            "give source=(x, W_ih, b_ih), use fastrnn.lstm, gru, rnn or the modules, or fastrnn.reference.recurrence."
+            "give source=(x, W_ih, b_ih), use fastrnn.lstm, gru, rnn or the modules, or fastrnn.reference.recurrence; "
+            "with proj_size it is missing but for backend='reference'."
         )
-    found = double_backward.differentiate(ctx.cell, upstream, source, recurrent, second)
-    of_upstream, of_source, (dW_hh, db_hh, dh_0, dc_0) = found
-    return (*of_upstream, dW_hh, dh_0, dc_0, *[None] * 7, db_hh, *of_source)
+    sequences = None if rows is None else Sequences(rows, reset)
+    found = double_backward.differentiate(ctx.cell, upstream, source, recurrent, second, sequences, ctx.by_step)
+    of_upstream, of_source, (dW_hh, db_hh, *of_states) = found
+    dh_0, dc_0, d_reset_h, d_reset_c = of_states
+    return (*of_upstream, dW_hh, dh_0, dc_0, *[None] * 7, db_hh, *of_source, None, None, d_reset_h, d_reset_c, None)
 
 
 torch.library.register_autograd(_recurrence, _backward, setup_context=_save)
 torch.library.register_autograd(_recurrence_backward, _double_backward, setup_context=_save_backward)
+_Recurrence = batching.function(_recurrence, _save, _backward)
+_RecurrenceBackward = batching.function(_recurrence_backward, _save_backward, _double_backward)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -160,23 +220,34 @@ def recurrence(
     c_0: Tensor | None,
     backend: str = "resident",
     source: tuple[Tensor, Tensor, Tensor | None] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    sequences: Sequences | None = None,
+    reset_h: Tensor | None = None,
+    reset_c: Tensor | None = None,
+    by_step: bool = False,
+    cell_states: bool = False,
+) -> tuple[Any, ...]:
     """Run one recurrent layer, D directions, over all of time in one persistent launch.
 
         rec = W_hh h + b_hh;   (h, c) = cell(x_gates[t], rec, (h, c));   y[t] = h
 
-    cell: "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1, 1 gates in torch's row order.
+    cell: "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1, 1 gates in torch's row order, or one of your own
+    (fastrnn.cells.register; what is said of the LSTM's c holds for all cells that have one).
     x_gates (T, B, D, G, H): W_ih x_t + b_ih. W_hh (D, G*H, H). b_hh (D, G*H) or None. h_0, c_0 (D, B, H); c_0 is None
     but for the LSTM. All of one dtype (float32, bfloat16, float16) and device; any strides. Direction 1 walks time
     from its end. backend: the tier, "resident", "cluster" or "cooperative". source: x (T, B, I), W_ih (D*G*H, I) and
     b_ih (D*G*H,) or None, of which x_gates was made: it makes gradients differentiable, by the reference recurrence run
     again.
 
-    h_0 and c_0 may be float32 beside a 16-bit x_gates: h_n, c_n and the gradients of states are then float32 too, and
-    a sequence that is run window by window gives the bits of one run.
+    sequences: fastrnn.sequences.Sequences.of lengths, cu_seqlens or reset; each sequence then has its own length, and
+    where they are ragged x_gates is (total, D, G, H), y (total, D, H). Past a sequence's end x_gates is not read, and y
+    is zero. At resets the state starts anew from zero, or from reset_h and, LSTM, reset_c: (D, B, H), or by_step
+    (T, B, D, H) or (total, D, H), given at the first step of the later segment for both directions.
 
-    Returns y (T, B, D, H), h_n (D, B, H) and c_n (D, B, H) or None, differentiable with respect to every tensor, once
-    without source and any number of times with it.
+    h_0, c_0, reset_h and reset_c may be float32 beside a 16-bit x_gates: h_n, c_n and the gradients of states are then
+    float32 too, and a sequence that is run window by window gives the bits of one run.
+
+    Returns y (T, B, D, H), h_n (D, B, H), c_n (D, B, H) or None and, with cell_states (LSTM only), c (T, B, D, H), as
+    rounded as y; differentiable with respect to every tensor, once without source and any number of times with it.
     The state is fp32 from step to step. Nothing is kept for backward where no gradient is wanted.
 
     Raises ValueError, with expected and got, for a wrong shape, dtype or device, and NotImplementedError where no
@@ -195,8 +266,20 @@ def recurrence(
         raise ValueError(f"cell: expected one of {', '.join(map(repr, GATES))}; got {cell!r}")
     if backend not in TIERS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, TIERS))}; got {backend!r}")
+    has_c = cell in HAS_C
+    if cell_states and not has_c:
+        raise ValueError(f"cell_states: expected False for {cell!r}, which has no cell state; got True")
     inputs = (x_gates, W_hh, b_hh, h_0, c_0)
-    check_recurrence(GATES[cell], *inputs, has_c=cell == "lstm")
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    y, h_n, c_n, _, _ = _recurrence(*inputs, cell, save, backend, *(source or ()))
-    return y, h_n, c_n if c_0 is not None else None
+    check_recurrence(GATES[cell], *inputs, sequences, reset_h, reset_c, by_step, has_c=has_c)
+    wanted = (*inputs, reset_h, reset_c)
+    # Each level of nested transforms has an answer of its own to whether gradients are wanted: there, always.
+    transforming = batching.transforming()
+    save = transforming or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted))
+    run = _Recurrence.apply if transforming else _recurrence
+    rows, reset = sequences if sequences is not None else (None, None)
+    x, W_ih, b_ih = source if source is not None else (None, None, None)
+    y, h_n, c_n, _, c = run(
+        *inputs, cell, save, backend, x, W_ih, b_ih, rows, reset, reset_h, reset_c, by_step, cell_states
+    )
+    found = (y, h_n, c_n if has_c else None)
+    return (*found, c) if cell_states else found

@@ -6,9 +6,10 @@ from importlib.util import find_spec
 
 import torch
 
+from . import tuning
 from .device import SPECS, DeviceSpec
 from .kernel_plan import GridTooLargeError, KernelPlan, as_text
-from .reference import GATES
+from .reference import GATES, OF_TORCH
 from .tiers import TIERS
 from .validation import check_checkpoint_every
 
@@ -77,21 +78,21 @@ def plan(
     device: "str | torch.device | DeviceSpec | None" = None,
     backend: str = "auto",
     precision: str | None = None,
-    needs: tuple[str, ...] = (),
     num_layers: int = 1,
     checkpoint_every: int | None = None,
 ) -> Plan:
     """Say which kernel would run a recurrence, in which tiles, and why; no GPU is needed.
 
-    cell is "lstm", "gru", "rnn_tanh" or "rnn_relu"; hidden_size (H), batch_size (B), seq_len (T) and directions (D, 1
-    or 2) are those of one layer; device is an architecture ("sm_90", "gfx942"), a torch device, or None for the
-    current GPU; precision is "ieee" or "tf32" for float32 and defaults to torch's own setting for RNNs; needs names
-    features that the call uses beside a plain recurrence; num_layers is that of the stack and checkpoint_every that of
-    fastrnn.LSTM. Sizes in the Plan are bytes.
+    cell is "lstm", "gru", "rnn_tanh", "rnn_relu" or one that fastrnn.cells.register added; hidden_size (H), batch_size
+    (B), seq_len (T) and directions (D, 1 or 2) are those of one layer; device is an architecture ("sm_90", "gfx942"), a
+    torch device, or None for the current GPU; precision is "ieee" or "tf32" for float32 and defaults to torch's own
+    setting for RNNs; num_layers is that of the stack and checkpoint_every that of fastrnn.LSTM. Sizes in the Plan are
+    bytes.
 
     Raises ValueError for an unknown cell, backend, device or a size below 1, and if more programs would have to run at
     once than the device has room for; NotImplementedError, naming what is missing, if a named tier cannot run this.
     "auto" takes the first tier that can, else torch's own kernel, and keeps the reasons; CPU tensors take torch's.
+    Cells that torch lacks take "reference" in its place.
 
     >>> import torch, fastrnn
     >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_90"))
@@ -112,23 +113,21 @@ def plan(
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: expected a positive int, got {size!r}")
     check_checkpoint_every(checkpoint_every)
-    if checkpoint_every is not None and needs:
-        raise NotImplementedError(f"checkpoint_every with {' and '.join(needs)} is missing")
     where = device.arch if isinstance(device, DeviceSpec) else str(device or "the current GPU")
     steps = min(seq_len, checkpoint_every or seq_len)  # of one launch that saves for backward
     problem = functools.partial(
         Plan, cell, hidden_size, batch_size, seq_len, directions, dtype, num_layers=num_layers,
         checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    if backend == "reference" and needs:
-        raise NotImplementedError(f"backend='reference' with {' and '.join(needs)} is missing")
+    if backend == "torch" and cell not in OF_TORCH:
+        raise NotImplementedError(f"backend='torch': torch has no kernel for the cell {cell!r}")
     if backend in ("torch", "reference"):
         return problem(where, backend, "asked for")
+    fallback = "torch" if cell in OF_TORCH else "reference"
     if backend == "auto" and where == "cpu":
-        return problem(where, "torch", "CPU tensors take torch's own kernel")
+        kernel = "torch's own kernel" if fallback == "torch" else "the reference: torch has no kernel for this cell"
+        return problem(where, fallback, f"CPU tensors take {kernel}")
     try:
-        if needs:
-            raise NotImplementedError(f"a kernel with {' and '.join(needs)} is missing")
         if find_spec("triton") is None:
             raise NotImplementedError("fastrnn's kernels are written in Triton, which is missing here")
         spec = _spec(device)
@@ -145,13 +144,14 @@ def plan(
                     raise
                 reasons.append(f"{tier}: {reason}")
             else:
+                kernel = tuning.ordered(kernel, cell, hidden_size, dtype, spec)
                 found = problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)
                 chunk, order = _wavefront(found, spec)
                 return replace(found, wavefront=chunk, order=order)
-        return problem(where, "torch", "; ".join(reasons))
+        return problem(where, fallback, "; ".join(reasons))
     except (NotImplementedError, GridTooLargeError) as reason:
         if backend == "auto":
-            return problem(where, "torch", str(reason))
+            return problem(where, fallback, str(reason))
         raise type(reason)(f"backend={backend!r}: {reason}") from None
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .layers import State, Step
+from .sequences import PLAIN
 
 
 def order(layers: int, chunks: int) -> Iterator[tuple[int, int]]:
@@ -61,7 +62,7 @@ def run(
                 if layer:
                     stream.wait_event(finished.pop((layer - 1, chunk)))
                 _record(stream, x, *state)
-            y, finals[layer] = steps[layer]((x,), state)
+            y, finals[layer], _ = steps[layer]((x,), state, PLAIN)
             waiting[layer + 1].append(y.flatten(2))
             if stream:
                 finished[layer, chunk] = stream.record_event()

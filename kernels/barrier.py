@@ -5,15 +5,15 @@ its own, zero at the launch, that only grows.
 
 1. Publish: a program stores its slice of the state, then arrives. `arrive` first joins the program's warps, so that
    all their stores come before it, then adds 1 to the counter with *release*: whoever sees the sum sees the stores.
-2. Wait: before a program reads what the others stored in step s, it waits until the counter has reached (s + 1) P. The
+2. Wait: before a program reads what the others have stored n times, it waits until the counter has reached n P. The
    read of the counter is an *acquire*, and joins the warps again, so that no later load runs ahead of it.
 3. No reset inside the launch: targets grow with the step, so no program can mistake one step's arrivals for another's,
    and a fast program can be at most one step ahead. The launcher hands in zeros; the counter is 64 bits wide.
 
 Left to the caller: all programs of the group must be resident at once (launch_cooperative_grid, and a planner that
 refuses a grid that does not fit), loads of exchanged state must bypass the L1 cache (cache_modifier=".cg") and must not
-be prefetched past the wait (tl.range(..., num_stages=1)), and a slot is written once (y[t], d_gates[t]), so that
-readers of step s never meet a writer of step s + 1.
+be prefetched past the wait (tl.range(..., num_stages=1)), and what is stored next must not go where the others may
+still read: a slot is written once (d_gates), or buffers alternate (h).
 
 Relaxed atomics would let the stores become visible after the arrival: nothing would fail, results would drift.
 

@@ -1,6 +1,7 @@
 """The table of cases that tests (and later benches) share, and the error budget that every kernel is held to."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from fastrnn import plan, reference
 from fastrnn.kernel_plan import GridTooLargeError
 from fastrnn.ops import recurrence
+from fastrnn.sequences import Sequences
 
 CELLS = tuple(reference.STEPS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,24 +40,27 @@ class Problem(NamedTuple):
 
     cell: str
     inputs: tuple[Tensor | None, ...]  # x_gates, W_hh, b_hh, h_0, c_0
-    upstream: tuple[Tensor | None, ...]  # dy, dh_n, dc_n
+    upstream: tuple[Tensor | None, ...]  # dy, dh_n, dc_n; with cell_states dc
+    starts: tuple[Tensor, ...] = ()  # reset_h, and reset_c if there is a c
+    options: dict[str, Any] = {}  # sequences, by_step, cell_states  # noqa: RUF012
 
     def to(self, dtype: torch.dtype) -> "Problem":
         def convert(tensors):
             return tuple(None if t is None else t.detach().to(dtype) for t in tensors)
 
-        return Problem(self.cell, convert(self.inputs), convert(self.upstream))
+        return self._replace(inputs=convert(self.inputs), upstream=convert(self.upstream), starts=convert(self.starts))
 
     def run(self, recurrence) -> dict[str, Tensor]:
         """Outputs, final states and every gradient, by name."""
-        inputs = [None if t is None else t.detach().clone().requires_grad_() for t in self.inputs]
-        outputs = recurrence(self.cell, *inputs)
+        given = [None if t is None else t.detach().clone().requires_grad_() for t in (*self.inputs, *self.starts)]
+        starts = dict(zip(("reset_h", "reset_c"), given[5:]))  # noqa: B905 - only the LSTM has a c
+        outputs = recurrence(self.cell, *given[:5], **starts, **self.options)
         pairs = [(o, g) for o, g in zip(outputs, self.upstream, strict=True) if o is not None]
-        wanted = [t for t in inputs if t is not None]
+        wanted = [t for t in given if t is not None]
         gradients = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs]))
-        named = dict(zip(("y", "h_n", "c_n"), outputs, strict=True))
-        names = ("x_gates", "W_hh", "b_hh", "h_0", "c_0")
-        named |= {f"d_{n}": next(gradients) for n, t in zip(names, inputs, strict=True) if t is not None}
+        named = dict(zip(("y", "h_n", "c_n", "c"), outputs))  # noqa: B905 - c if it is asked for
+        names = ("x_gates", "W_hh", "b_hh", "h_0", "c_0", *starts)
+        named |= {f"d_{n}": next(gradients) for n, t in zip(names, given, strict=True) if t is not None}
         return {name: t.detach() for name, t in named.items() if t is not None}
 
 
@@ -84,6 +89,46 @@ def make_problem(cell: str, case: Case, dtype: torch.dtype, device: str, bias: b
     )
 
 
+SEQUENCES = ("lengths", "resets", "resets to a state", "lengths, resets by step", "ragged", "ragged, resets by step")
+
+
+def make_sequences(cell: str, case: Case, dtype: torch.dtype, device: str, kind: str) -> Problem:
+    """A problem whose sequences have their own lengths or resets inside, as one of SEQUENCES says, and every c."""
+    problem = make_problem(cell, case, dtype, device)
+    T, B, H, D = case
+    lengths = torch.randint(1, T + 1, (B,))
+    lengths[-1] = T
+    reset = torch.rand(T, B) < 0.4
+    has_c, by_step, ragged = cell == "lstm", "by step" in kind, kind.startswith("ragged")
+    slots = (T, B)
+    if ragged:
+        slots, live = (int(lengths.sum()),), torch.arange(T)[:, None] < lengths
+
+        def gathered(t):  # sequence by sequence
+            return t.transpose(0, 1)[live.T]
+    else:
+        gathered = torch.Tensor.contiguous
+    x_gates, *rest = problem.inputs
+    dy, *finals = problem.upstream
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    given: dict[str, Tensor] = (
+        {"cu_seqlens": cu_seqlens} if ragged else {"lengths": lengths} if "lengths" in kind else {}
+    )
+    if "resets" in kind:
+        given["reset"] = gathered(reset)
+    sequences = Sequences.of(*((0, B) if ragged else (T, B)), **{name: t.to(device) for name, t in given.items()})
+    start = (*slots, D, H) if by_step else (D, B, H)
+    starts = 0 if kind in ("lengths", "resets", "ragged") else 1 + has_c
+    random = functools.partial(torch.randn, dtype=torch.float32)
+    return Problem(
+        cell,
+        (gathered(x_gates), *rest),
+        (gathered(dy), *finals, *([random(*slots, D, H).to(dtype).to(device)] if has_c else [])),
+        tuple(random(*start).to(dtype).to(device) for _ in range(starts)),
+        {"sequences": sequences, "by_step": by_step} | ({"cell_states": True} if has_c else {}),
+    )
+
+
 def require_kernel(cell: str, case: Case, dtype: torch.dtype, device: str, backend: str = "resident") -> None:
     """Skip, with the plan's reason, what a tier does not hold on this GPU; the interpreter holds everything."""
     try:
@@ -107,6 +152,13 @@ def beyond_budget(problem: Problem, found: dict[str, Tensor], times: float = 2) 
     truth = problem.to(torch.float64).run(reference.recurrence)
     allowed = errors(problem.run(reference.recurrence), truth)
     assert all(t.dtype == dtype for t in found.values())
+    return excess(found, truth, allowed, dtype, times)
+
+
+def excess(
+    found: dict[str, Tensor], truth: dict[str, Tensor], allowed: dict[str, float], dtype: torch.dtype, times: float
+) -> dict[str, str]:
+    """What errs more than so many times what is allowed, and one unit in the last place of the largest element."""
     faults = {}
     for name, error in errors(found, truth).items():
         budget = times * allowed[name] + torch.finfo(dtype).eps * truth[name].abs().max().item()

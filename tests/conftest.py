@@ -60,15 +60,18 @@ def mutate(monkeypatch, tmp_path):
             assert old in source, f"{old!r} is not in {path} any more: mutate the code that took its place"
             source = source.replace(old, new)
         name = f"mutant_{next(_numbers)}"
-        if path == "fastrnn/launch.py":
+        if path.startswith("fastrnn/"):
             source = source.replace("from . ", "from fastrnn ").replace("from .", "from fastrnn.")
             (tmp_path / f"{name}.py").write_text(source)
         else:
             shutil.copytree(root / "kernels", tmp_path / name)
             (tmp_path / name / path.removeprefix("kernels/")).write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
-        if path == "fastrnn/launch.py":
-            monkeypatch.setattr("fastrnn.ops.launch", importlib.import_module(name))
+        if path.startswith("fastrnn/"):
+            original = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+            for attribute, value in vars(importlib.import_module(name)).items():
+                if not attribute.startswith("__"):
+                    monkeypatch.setattr(original, attribute, value)
             return
         for module in ("", ".cells", ".tile", ".tile.resident", ".tile.cooperative"):
             monkeypatch.setitem(sys.modules, f"fastrnn.kernels{module}", importlib.import_module(name + module))

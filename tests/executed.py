@@ -3,6 +3,7 @@
 A JSON object a line:
 
 python -m tests.executed kernels sm_90 resident     every cell, pass and dtype, under a schedule of its own
+python -m tests.executed sequences sm_90 resident ragged   kinds of cases.SEQUENCES with this word, with cell states
 python -m tests.executed tile sm_90 resident        the same in tile Triton, where Gluon takes its place
 python -m tests.executed plans 512 FOLDER           what "auto" plans at H=512, every cell: results for the caller
 python -m tests.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
@@ -29,7 +30,7 @@ from fastrnn.inspect.compile import Launch, launches
 from fastrnn.inspect.execute import ExecutionError, execute
 from fastrnn.inspect.resources import resources
 
-from .cases import CELLS, Case, Problem, make_problem, over_budget
+from .cases import CELLS, SEQUENCES, Case, Problem, make_problem, make_sequences, over_budget
 from .cluster_race import residual
 
 # Not aligned to 16 bytes, and aligned; rows and units masked; two directions; several programs where W_hh is split, and
@@ -54,6 +55,19 @@ def kernels(arch: str, backend: str) -> Iterator[dict]:
             with mock.patch.object(grids, "WEIGHT_REGISTERS", held):
                 faults = faults_of(problem, arch, backend, precision, functools.partial(execute, seed=seed), dtype)
             yield {"cell": cell, "dtype": dtype, "precision": precision, "seed": seed, "faults": faults}
+
+
+def sequences(arch: str, backend: str, word: str = "") -> Iterator[dict]:
+    for seed, kind in enumerate(kind for kind in SEQUENCES if word in kind):
+        for cell in ("lstm", ("gru", "rnn_tanh")[seed % 2]):
+            problem, spills = make_sequences(cell, CASES[backend], torch.bfloat16, "cpu", kind), []
+
+            def run(launch: Launch, seed: int = seed, spills: list[str] = spills) -> None:
+                execute(launch, seed)
+                spills += [launch.name] * (resources(launch).spill_bytes > 0)
+
+            faults = faults_of(problem, arch, backend, "ieee", run, "bfloat16")
+            yield {"cell": cell, "kind": kind, "faults": faults, "spills": spills}
 
 
 def tile(arch: str, backend: str) -> Iterator[dict]:
@@ -81,9 +95,9 @@ def schedules(arch: str, backend: str, count: str) -> Iterator[dict]:
 
 
 def faults_of(problem: Problem, arch: str, backend: str, precision: str, run: Callable, dtype: str) -> dict:
-    def recurrence(cell, *inputs):
+    def recurrence(cell, *inputs, **options):
         converted = (None if t is None else t.to(getattr(torch, dtype)) for t in inputs)
-        results = ops.recurrence(cell, *converted, backend=backend)
+        results = ops.recurrence(cell, *converted, backend=backend, **options)
         return tuple(None if t is None else t.to(problem.inputs[0].dtype) for t in results)
 
     with launches(DeviceSpec.named(arch), run=run, precision=precision):
@@ -240,6 +254,6 @@ def counted() -> Iterator[dict]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
-    commands = (kernels, tile, plans, schedules, windows, mutations, clusters, counted)
+    commands = (kernels, sequences, tile, plans, schedules, windows, mutations, clusters, counted)
     for record in {each.__name__: each for each in commands}[command](*arguments):
         print(json.dumps(record), flush=True)

@@ -52,7 +52,7 @@ def compile_group(group: str, arch: str, flags: str) -> list[Record]:
     flags = flags if "--precision" in flags else f"{flags} --precision ieee tf32"
     command = [sys.executable, "-W", "error", "-m", "fastrnn", "inspect", "--json", "--arch", arch, *flags.split()]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode not in (0, 1):  # 1: nothing is planned
+    if done.returncode not in (0, 1) or not done.stdout:  # 1: nothing is planned, which a record says
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     rows = [{"group": group, **json.loads(line)} for line in done.stdout.splitlines()]
     return sorted(({key: row[key] for key in KEPT if key in row} for row in rows), key=json.dumps)

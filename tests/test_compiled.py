@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastrnn.tiers import TIERS
+
 from .cases import CELLS, Problem, beyond_budget, over_budget
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +42,15 @@ def test_compiled_kernels_compute_what_the_reference_does(command, arch, backend
     assert {record["cell"] for record in records} == set(CELLS)
     for record in records:
         assert record["faults"] == {}, record
+
+
+@pytest.mark.parametrize("backend", TIERS)
+def test_compiled_kernels_run_sequences_of_their_own(backend):
+    """Lengths and resets, dense and ragged, with gradients of the states that segments start from."""
+    records = child("sequences", "sm_90", backend, "by step")
+    assert len(records) == 4
+    for record in records:
+        assert record["faults"] == {} and record["spills"] == [], record
 
 
 @pytest.mark.parametrize("H", (64, 96, 128, 192, 256, 384, 512, 1024))

@@ -85,7 +85,9 @@ def test_only_some_gradients_are_differentiated(name, device):
 def test_the_slow_path_runs_only_for_second_derivatives(device, monkeypatch):
     calls = []
     backward, slow = ops.launch.backward, double_backward.differentiate
-    monkeypatch.setattr(ops.launch, "backward", lambda *args: calls.append("kernel") or backward(*args))
+    monkeypatch.setattr(
+        ops.launch, "backward", lambda *args, **named: calls.append("kernel") or backward(*args, **named)
+    )
     monkeypatch.setattr(double_backward, "differentiate", lambda *args: calls.append("slow") or slow(*args))
     layer = fastrnn.LSTM(3, 5, backend="resident", device=device)
     x = torch.randn(4, 2, 3, device=device, requires_grad=True)
@@ -116,7 +118,7 @@ def test_nothing_more_is_kept_for_it(name, device, monkeypatch):
 
     found = kept()
     recurrence = ops.recurrence
-    monkeypatch.setattr(ops, "recurrence", lambda *args, backend, source: recurrence(*args, backend))
+    monkeypatch.setattr(ops, "recurrence", lambda *args, backend, source, **named: recurrence(*args, backend))
     assert found == kept() > 0
 
 

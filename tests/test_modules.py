@@ -177,16 +177,6 @@ def test_dropout_between_layers_only_in_training(device):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_empty_batch(name, device):
-    for backend in ("reference", "resident"):
-        module = getattr(fastrnn, name)(3, 4, backend=backend, device=device)
-        output, _ = module(torch.zeros(5, 0, 3, device=device))
-        assert output.shape == (5, 0, 4)
-        output.sum().backward()
-        assert torch.equal(module.weight_hh_l0.grad, torch.zeros_like(module.weight_hh_l0))
-
-
-@pytest.mark.parametrize("name", NAMES)
 def test_autocast_computes_in_its_dtype(name, device):
     module = getattr(fastrnn, name)(3, 8, backend="resident", device=device)
     x = torch.randn(5, 2, 3, device=device)
@@ -196,23 +186,6 @@ def test_autocast_computes_in_its_dtype(name, device):
     output.float().sum().backward()
     assert module.weight_hh_l0.grad.dtype == torch.float32
     torch.testing.assert_close(output.float(), module(x)[0], rtol=0.05, atol=0.02)  # bf16 has 8 bits
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_packed_and_projected_go_to_torch_or_say_what_is_missing(name, device):
-    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)]).to(device)
-    ours, theirs = pair(name, device, "torch", 3, 4, dtype=torch.float32)
-    assert torch.equal(ours(packed)[0].data, theirs(packed)[0].data)
-    with pytest.raises(NotImplementedError, match="packed sequences is missing"):
-        getattr(fastrnn, name)(3, 4, backend="resident", device=device)(packed)
-    if name == "LSTM":
-        projected = fastrnn.LSTM(3, 4, proj_size=2, backend="torch", device=device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
-            assert projected(torch.randn(5, 2, 3, device=device))[0].shape == (5, 2, 2)
-        projected.backend = "resident"
-        with pytest.raises(NotImplementedError, match="proj_size is missing"):
-            projected(torch.randn(5, 2, 3, device=device))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

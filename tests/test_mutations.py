@@ -11,7 +11,9 @@ from .cases import Case, make_problem, over_budget
 from .test_recurrence import carried_state_error
 
 CELLS, LAUNCH = "kernels/cells.py", "fastrnn/launch.py"
-TILES, RESIDENT, COOPERATIVE = (f"kernels/tile/{name}.py" for name in ("tiles", "resident", "cooperative"))
+TILES, SEQUENCES, RESIDENT, COOPERATIVE = (
+    f"kernels/tile/{name}.py" for name in ("tiles", "sequences", "resident", "cooperative")
+)
 
 # What is broken: where, which text, by what, and the cell that shows it.
 MUTATIONS = {
@@ -23,22 +25,22 @@ MUTATIONS = {
     "c for c_prev": (CELLS, "dc * c_prev * d_sigmoid(f)", "dc * c * d_sigmoid(f)", "lstm"),
     "relu not derived": (CELLS, "dh * d_relu(h)", "dh", "rnn_relu"),
     "dc not carried": (CELLS, "dc * f)", "dc)", "lstm"),
-    "state before the first taken from y": (TILES, "last = step == T - 1", "last = step == T", "gru"),
-    "both directions forward": (TILES, "direction == 0, step, T - 1 - step", "direction < 9, step, T", "rnn_tanh"),
+    "state before the first taken from y": (TILES, "(step == 0, kept_0_ptr", "(step < 0, kept_0_ptr", "gru"),
+    "both directions forward": (SEQUENCES, "direction == 0, step, T - 1 - step", "direction < 9, step, T", "rnn_tanh"),
     "another gate's bias": (TILES, "(direction * G + g) * H + offs_h", "direction * G * H + offs_h", "gru"),
     "prefetched a step too far": (RESIDENT, "tl.minimum(step + 1, T - 1)", "tl.minimum(step + 2, T - 1)", "rnn_tanh"),
     "W_hh transposed": (RESIDENT, "offs_h[None, :] * H + offs_h[:, None]", "offs_h[:, None] * H + offs_h[None]", "gru"),
     "gradient of h_n dropped": (RESIDENT, "load_state(dh_n_ptr", "load_state(None", "rnn_tanh"),
     "h_n not written": (RESIDENT, "store_state(h_n_ptr", "store_state(y_ptr", "lstm"),
     "h_0 dropped from dW_hh": (LAUNCH, "first.T @ h_0[d]", "0 * first.T @ h_0[d]", "lstm"),
-    "dW_hh by y of the same step": (LAUNCH, "d_gates[1:], y[:-1, :, d]", "d_gates[1:], y[1:, :, d]", "rnn_tanh"),
+    "dW_hh by y of the same step": (LAUNCH, "d_gates[1:], y[:-1])", "d_gates[1:], y[1:])", "rnn_tanh"),
     "own columns for own rows": (COOPERATIVE, "K_TILES, WARPS, True", "K_TILES, WARPS, False", "lstm"),
     "own rows for own columns": (COOPERATIVE, "K_TILES, WARPS, False", "K_TILES, WARPS, True", "lstm"),
     "a piece of the state left out": (COOPERATIVE, "(len(K_TILES)):\n        h =", "(1):\n        h =", "gru"),
     "the first warp's share for all": (COOPERATIVE, "[:, None] * share", "[:, None] * 0", "lstm"),
-    "a gate not exchanged": (COOPERATIVE, "(slot * G + g) * H", "(slot * G) * H", "lstm"),
+    "a gate not exchanged": (COOPERATIVE, "(now * G + g) * H", "(now * G) * H", "lstm"),
     "d_x for d_rec": (COOPERATIVE, "d_rec_last_ptr is not None and g == G - 1", "False", "gru"),
-    "state exchanged from the same step": (COOPERATIVE, "tl.maximum(step - 1, 0)", "step", "rnn_tanh"),
+    "state of two steps before": (COOPERATIVE, "(step % 2) * buffer", "((step + 1) % 2) * buffer", "rnn_tanh"),
 }  # fmt: skip
 
 
@@ -73,6 +75,6 @@ def test_rounding_the_carried_state_is_caught(cell, mutate, device):
     }
     mutate(
         RESIDENT,
-        {"CELL(x, rec, state, ACTIVATIONS)": f"CELL(x, rec, state, ACTIVATIONS)\n        state = {rounded[cell]}"},
+        {"HAS_C, ACTIVATIONS)\n\n        now": f"HAS_C, ACTIVATIONS)\n        state = {rounded[cell]}\n\n        now"},
     )
     assert carried_state_error(cell, device) > 10

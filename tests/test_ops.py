@@ -24,7 +24,7 @@ def test_opcheck_backward(cell, backend, device):
     problem = make_problem(cell, Case(T=2, B=3, H=5, D=2), torch.float32, device)
     x_gates, W_hh, b_hh, h_0, c_0 = problem.inputs
     y, _, _, saved, c = ops._recurrence(x_gates, W_hh, b_hh, h_0, c_0, cell, True, backend)
-    arguments = (*problem.upstream, W_hh, h_0, c_0, y, saved, c, cell, True, True, backend)
+    arguments = (*problem.upstream, None, W_hh, h_0, c_0, y, saved, c, cell, True, True, backend)
     torch.library.opcheck(ops._recurrence_backward, arguments)
 
 
@@ -34,8 +34,8 @@ def test_nothing_is_kept_without_gradients(cell, device):
     kept = []
     original = launch.forward
 
-    def spy(*args):
-        outputs = original(*args)
+    def spy(*args, **named):
+        outputs = original(*args, **named)
         kept.append(sum(t.numel() for t in outputs[3:]))
         return outputs
 

@@ -210,7 +210,6 @@ def test_explicit_backends_and_cpu():
         ({"directions": 3}, ValueError, "directions: expected one of 1, 2; got 3"),
         ({"precision": "tf64"}, ValueError, "precision: expected one of 'ieee', 'tf32', None; got 'tf64'"),
         ({"dtype": torch.float64}, NotImplementedError, "a kernel for torch.float64 is missing"),
-        ({"needs": ("proj_size",)}, NotImplementedError, "a kernel with proj_size is missing"),
         ({"device": "meta"}, NotImplementedError, "a kernel for meta tensors is missing"),
     ),
     ids=str,

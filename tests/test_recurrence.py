@@ -102,8 +102,9 @@ def test_offsets_beyond_2_31_elements(device):
     # The interpreter would copy all 16 GiB back; on the CPU kernels write in place, and untouched pages cost nothing.
     with interpreter.corrected(), unittest.mock.patch("triton.runtime.interpreter.GridExecutor._restore_args_dev"):
         resident.forward[(1, 1)](
-            x_gates, small, None, small, None, y, small, None, None, None, 2, B,
-            CELL=cell.forward, G=1, S=0, HAS_C=False, ACTIVATIONS="exact", H=H, BLOCK_B=16, BLOCK_H=H, PRECISION="ieee",
+            x_gates, small, None, small, None, y, small, *[None] * 7, 2, B,
+            CELL=cell.forward, G=1, S=0, HAS_C=False, ACTIVATIONS="exact",
+            RAGGED=False, BY_STEP=False, H=H, BLOCK_B=16, BLOCK_H=H, PRECISION="ieee",
         )  # fmt: skip
     expected = torch.tensor([0.5, -0.5]).tanh().half().tolist()
     assert y[:, 0, 0, 0, 0].tolist() == expected

@@ -8,6 +8,8 @@ Modules:
     resources   registers, spills, memories, tensor cores, loads of W_hh in the time loop
     timing      modelled cycles a step
     measure     measured time a step, on the GPU at hand
+    memory      what a call allocates
+    profile     time and memory of a layer over the length of the sequence, and traces
     translate   PTX as C: operands and instructions beside it, the machine around it in machine.h and schedule.h
     execute     the compiled PTX on the CPU
     verify      what it computes against the reference

@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import interpreter, launch
 from ..device import DeviceSpec
 from ..planner import Plan, plan, torch_precision
-from ..reference import GATES
+from ..reference import GATES, HAS_C
 
 PASSES = ("forward", "backward")
 
@@ -103,7 +103,7 @@ class Problem:
             "dh_n": normal(D, B, H),
             "dc_n": normal(D, B, H),
         }
-        return found if self.cell == "lstm" else found | {"c_0": None, "dc_n": None}
+        return found if self.cell in HAS_C else found | {"c_0": None, "dc_n": None}
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,10 @@ def call_backward(
     cell: str, tensors: Any, outputs: dict[str, Tensor], backend: str, needs_sums: bool
 ) -> dict[str, Tensor]:
     """The launcher's backward after its forward, gradients by name; needs_sums asks for dW_hh and db_hh too."""
-    inputs = [tensors[name] for name in ("dy", "dh_n", "dc_n", "W_hh", "h_0", "c_0")]
+    inputs = [tensors.get(name) for name in ("dy", "dh_n", "dc_n", "dc", "W_hh", "h_0", "c_0")]
     inputs += [outputs[name] for name in ("y", "saved", "c")]
     gradients = launch.backward(cell, *inputs, needs_dW=needs_sums, needs_db=needs_sums, backend=backend)
-    return dict(zip(("d_x_gates", "dW_hh", "db_hh", "dh_0", "dc_0"), gradients, strict=True))
+    return dict(zip(("d_x_gates", "dW_hh", "db_hh", "dh_0", "dc_0"), gradients[:5], strict=True))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The cooperative tier in Gluon: a slice of W_hh stays in registers and, as far as they cannot hold it, shared memory.
 
     forward    wait for h[t-1];   rec = W_hh[own units] h + b_hh;   (h, c), saved = cell(x_gates[t], rec, (h, c));
-               y[t, own units] = h;   arrive
+               hand on h[own units];   arrive
     backward   d_gates[t, own units] = cell'(dh + dy[t], dc, saved[t]);   arrive;   wait for d_gates[t];
                dh = W_hh^T[own units] d_gates[t] + rest
 
@@ -28,8 +28,22 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..barrier import arrive, wait
-from ..tile.tiles import as_fp32, load_bias, load_state, load_step, load_tiles, store_state, store_tiles, time_index
-from .operands import load_piece, load_weights, product_layout, weight
+from ..metadata import of_launch
+from ..tile.sequences import cut, find_rows, keep, load_starts, slot, within
+from ..tile.tiles import (
+    as_fp32,
+    load_bias,
+    load_inputs,
+    load_state,
+    load_step,
+    load_tiles,
+    step_backward,
+    step_forward,
+    store_state,
+    store_tiles,
+    with_dh,
+)
+from .operands import load_layout, load_piece, load_weights, product_layout, weight
 
 
 @gluon.constexpr_function
@@ -60,7 +74,7 @@ def place(B, D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: g
     offs_b = gl.arange(0, BLOCK_B, gl.SliceLayout(1, LAYOUT))
     offs_n = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     mask = (first_row + offs_b < B)[:, None] & (offs_n < H)[None, :]
-    return direction, B.to(gl.int64), first_row, offs_b, offs_n, mask
+    return direction, first_row, offs_b, offs_n, mask
 
 
 @gluon.jit
@@ -75,45 +89,58 @@ def sum_over_warps(sums_tile, sums, N: gl.constexpr, WARPS: gl.constexpr):
     return totals
 
 
-@gluon.jit(do_not_specialize=["T", "B"])
+@gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
 def forward(
     x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
-    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, h_0_rounded_ptr, counters_ptr,
+    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, rows_ptr, reset_ptr, reset_h_ptr, reset_c_ptr,
+    exchanged_ptr, counters_ptr,
     T, B,
     CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
+    RAGGED: gl.constexpr, BY_STEP: gl.constexpr,
     D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
     WARPS: gl.constexpr, PRECISION: gl.constexpr, SPIN_ON_LOAD: gl.constexpr, COUNTER_STRIDE: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     SUMS: gl.constexpr = cell_layout(WARPS)
-    direction, rows, first_row, offs_b, offs_n, mask = place(B, D, H, BLOCK_B, BLOCK_N, gl.SliceLayout(0, SUMS))
+    direction, first_row, tile_rows, offs_n, mask = place(B, D, H, BLOCK_B, BLOCK_N, gl.SliceLayout(0, SUMS))
+    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, tile_rows, RAGGED)
+    T, offs_b = where[1], where[4]
+    PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, W_hh_ptr.dtype.element_ty)
+    piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
     P = gl.num_programs(0).to(gl.int64)
     counter_ptr = counters_ptr + (gl.program_id(1) * D + gl.program_id(2)) * COUNTER_STRIDE
 
     W_hh = load_weights(W_hh_ptr, direction, G, H, BLOCK_N, K_TILES, WARPS, IN_REGISTERS, True)
     b_hh = load_bias(b_hh_ptr, direction, G, H, offs_n, mask)
-    own_rows = (direction * rows + first_row) * H  # of this program in [D, B, H]
-    state = load_state(h_0_ptr, c_0_ptr, own_rows, HAS_C, H, offs_b, offs_n, mask)
+    state = load_state(h_0_ptr, c_0_ptr, own_row, HAS_C, H, offs_state, offs_n, mask)
+    if reset_ptr is not None:
+        restart, starts = load_starts(
+            reset_ptr, reset_h_ptr, reset_c_ptr, where, 0, D, own_row, offs_state, BY_STEP, HAS_C, H, offs_n, mask
+        )
+        state = keep(restart, starts, state, 1 + HAS_C)
+    # h in two buffers [2, D, B, H], rows as in batch tiles: that of even steps and that of odd ones.
+    buffer = B.to(gl.int64) * D * H
+    exchanged_ptr += (direction * B + first_row) * H
+    store_tiles(exchanged_ptr, H, state, 1, H, tile_rows, offs_n, mask)
+    arrive(counter_ptr)
     sums_tile = gl.allocate_shared_memory(
         gl.float32, [G, WARPS, BLOCK_B, BLOCK_N], sums_layout(WARPS, BLOCK_B, BLOCK_N)
     )
     zeros = gl.zeros([WARPS, BLOCK_N, BLOCK_B], gl.float32, product_layout(WARPS))
 
-    start = (time_index(0, T, direction) * rows + first_row) * D + direction
-    x_next = load_tiles(x_gates_ptr + start * G * H, D * G * H, G, H, offs_b, offs_n, mask)
+    x_next = load_inputs(x_gates_ptr, rows_ptr, where, 0, D, G, H, offs_n, mask)
     for step in range(T):
         x = as_fp32(x_next, G)
-        wait(counter_ptr, step * P, SPIN_ON_LOAD)
-        before = (time_index(gl.maximum(step - 1, 0), T, direction) * rows + first_row) * D + direction
-        if h_0_rounded_ptr is None:
-            h_start_ptr = h_0_ptr + own_rows
-        else:  # what is exchanged has y's dtype, and h_0 may be fp32
-            h_start_ptr = h_0_rounded_ptr + own_rows
-        h_ptr = gl.where(step == 0, h_start_ptr, y_ptr + before * H)
-        h_stride = gl.where(step == 0, H, D * H)
+        if reset_ptr is not None:
+            restart, starts = load_starts(
+                reset_ptr, reset_h_ptr, reset_c_ptr, where, step + 1, D, own_row, offs_state, BY_STEP, HAS_C,
+                H, offs_n, mask,
+            )  # fmt: skip
+        wait(counter_ptr, (step + 1) * P, SPIN_ON_LOAD)
+        h_ptr = exchanged_ptr + (step % 2) * buffer
         sums = (zeros,) * G
         for i in gl.static_range(len(K_TILES)):
-            h = load_piece(h_ptr, h_stride, first_row, B, BLOCK_B, H, K_TILES, i, WARPS)
+            h = load_piece(h_ptr, H, piece_rows, first_row + piece_rows < B, H, K_TILES, i, WARPS)
             longer = ()
             for g in gl.static_range(G):
                 W_g = weight(W_hh[i * G + g], WARPS, i * G + g < IN_REGISTERS)
@@ -123,92 +150,95 @@ def forward(
         rec = ()
         for g in gl.static_range(G):
             rec = rec + (totals[g] + b_hh[g],)
-        state, saved = CELL(x, rec, state, ACTIVATIONS)
+        live = within(mask, rows_ptr, where, step)
+        after, saved = step_forward(CELL, x, rec, state, live, rows_ptr, HAS_C, ACTIVATIONS)
+        state = after
+        if reset_ptr is not None:
+            state = keep(restart, starts, after, 1 + HAS_C)
 
-        now = (time_index(step, T, direction) * rows + first_row) * D + direction
-        store_tiles(y_ptr + now * H, D * H, state, 1, H, offs_b, offs_n, mask)
+        store_tiles(exchanged_ptr + (step + 1) % 2 * buffer, H, state, 1, H, tile_rows, offs_n, mask)
         arrive(counter_ptr)
-        ahead = (time_index(gl.minimum(step + 1, T - 1), T, direction) * rows + first_row) * D + direction
-        x_next = load_tiles(x_gates_ptr + ahead * G * H, D * G * H, G, H, offs_b, offs_n, mask)
+        x_next = load_inputs(x_gates_ptr, rows_ptr, where, gl.minimum(step + 1, T - 1), D, G, H, offs_n, mask)
+        now = slot(where, step, D)
+        store_tiles(y_ptr + now * H, D * H, after, 1, H, offs_b, offs_n, live)
         if c_ptr is not None:
-            store_tiles(c_ptr + now * H, D * H, (state[1],), 1, H, offs_b, offs_n, mask)
+            store_tiles(c_ptr + now * H, D * H, (after[1],), 1, H, offs_b, offs_n, live)
         if saved_ptr is not None:
-            store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_n, mask)
+            store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_n, live)
 
-    store_state(h_n_ptr, c_n_ptr, own_rows, state, HAS_C, H, offs_b, offs_n, mask)
+    store_state(h_n_ptr, c_n_ptr, own_row, state, HAS_C, H, offs_state, offs_n, mask)
 
 
-@gluon.jit(do_not_specialize=["T", "B"])
+@gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
 def backward(
-    dy_ptr, dh_n_ptr, dc_n_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr,
-    d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, counters_ptr,
+    dy_ptr, dh_n_ptr, dc_n_ptr, dc_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
+    d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, d_reset_h_ptr, d_reset_c_ptr, counters_ptr,
     T, B,
     CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
+    RAGGED: gl.constexpr, BY_STEP: gl.constexpr,
     D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
     WARPS: gl.constexpr, PRECISION: gl.constexpr, SPIN_ON_LOAD: gl.constexpr, COUNTER_STRIDE: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     SUMS: gl.constexpr = cell_layout(WARPS)
-    direction, rows, first_row, offs_b, offs_n, mask = place(B, D, H, BLOCK_B, BLOCK_N, gl.SliceLayout(0, SUMS))
+    direction, first_row, tile_rows, offs_n, mask = place(B, D, H, BLOCK_B, BLOCK_N, gl.SliceLayout(0, SUMS))
+    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, tile_rows, RAGGED)
+    T, offs_b = where[1], where[4]
+    PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, W_hh_ptr.dtype.element_ty)
+    piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
     P = gl.num_programs(0).to(gl.int64)
     counter_ptr = counters_ptr + (gl.program_id(1) * D + gl.program_id(2)) * COUNTER_STRIDE
 
     W_hh = load_weights(W_hh_ptr, direction, G, H, BLOCK_N, K_TILES, WARPS, IN_REGISTERS, False)
-    own_rows = (direction * rows + first_row) * H
-    d_state = load_state(dh_n_ptr, dc_n_ptr, own_rows, HAS_C, H, offs_b, offs_n, mask)
+    piece_where, _, _ = find_rows(rows_ptr, direction, T, B, first_row, piece_rows, RAGGED)
+    d_state = load_state(dh_n_ptr, dc_n_ptr, own_row, HAS_C, H, offs_state, offs_n, mask)
     sums_tile = gl.allocate_shared_memory(
         gl.float32, [1, WARPS, BLOCK_B, BLOCK_N], sums_layout(WARPS, BLOCK_B, BLOCK_N)
     )
     zeros = gl.zeros([WARPS, BLOCK_N, BLOCK_B], gl.float32, product_layout(WARPS))
-    end = (time_index(T - 1, T, direction) * rows + first_row) * D + direction
-    kept = load_tiles(kept_ptr + end * H, D * H, 1, H, offs_b, offs_n, mask)[0].to(gl.float32)
+    end = kept_ptr + slot(where, T - 1, D) * H
+    kept = as_fp32(load_tiles(end, D * H, 1, H, offs_b, offs_n, within(mask, rows_ptr, where, T - 1)), 1)[0]
     following = load_step(
-        0, T, rows, first_row, direction, D, dy_ptr, kept_ptr, kept_0_ptr, saved_ptr, offs_b, offs_n, mask, S, H
-    )
-    for step in range(T):
-        tiles = as_fp32(following, S + 2)
-        kept_prev = tiles[0]
-        saved = ()
-        for n in gl.static_range(S):
-            saved = saved + (tiles[n + 2],)
-        if HAS_C:
-            d_state = (d_state[0] + tiles[1], d_state[1])
-        else:
-            d_state = (d_state[0] + tiles[1],)
-        d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev, ACTIVATIONS)
-        kept = kept_prev
-
-        now = (time_index(T - 1 - step, T, direction) * rows + first_row) * D + direction
-        store_tiles(d_x_gates_ptr + now * G * H, D * G * H, d_x, G, H, offs_b, offs_n, mask)
+        dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
+        where, T - 1, D, own_row, offs_state, S, H, BY_STEP, offs_n, mask,
+    )  # fmt: skip
+    for back in range(T):
+        step, tiles = T - 1 - back, following
+        live = within(mask, rows_ptr, where, step)
+        d_x, d_rec, d_state, kept = step_backward(
+            CELL, d_state, tiles, kept, live, dc_ptr, rows_ptr, reset_ptr, G, S, HAS_C, ACTIVATIONS
+        )
+        now = slot(where, step, D)
+        store_tiles(d_x_gates_ptr + now * G * H, D * G * H, d_x, G, H, offs_b, offs_n, live)
         if d_rec_last_ptr is not None:
-            store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_n, mask)
+            store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_n, live)
         arrive(counter_ptr)
         following = load_step(
-            gl.minimum(step + 1, T - 1), T, rows, first_row, direction, D,
-            dy_ptr, kept_ptr, kept_0_ptr, saved_ptr, offs_b, offs_n, mask, S, H,
+            dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
+            where, gl.maximum(step - 1, 0), D, own_row, offs_state, S, H, BY_STEP, offs_n, mask,
         )  # fmt: skip
 
-        wait(counter_ptr, (step + 1) * P, SPIN_ON_LOAD)
+        wait(counter_ptr, (back + 1) * P, SPIN_ON_LOAD)
+        piece_mask = within(first_row + piece_rows < B, rows_ptr, piece_where, step)
         sums = (zeros,) * G
         for i in gl.static_range(len(K_TILES)):
             longer = ()
             for g in gl.static_range(G):
                 if d_rec_last_ptr is not None and g == G - 1:
                     d_gate_ptr = d_rec_last_ptr + now * H
-                    d_gate = load_piece(d_gate_ptr, D * H, first_row, B, BLOCK_B, H, K_TILES, i, WARPS)
+                    d_gate = load_piece(d_gate_ptr, D * H, piece_where[4], piece_mask, H, K_TILES, i, WARPS)
                 else:
                     d_gate_ptr = d_x_gates_ptr + (now * G + g) * H
-                    d_gate = load_piece(d_gate_ptr, D * G * H, first_row, B, BLOCK_B, H, K_TILES, i, WARPS)
+                    d_gate = load_piece(d_gate_ptr, D * G * H, piece_where[4], piece_mask, H, K_TILES, i, WARPS)
                 W_g = weight(W_hh[i * G + g], WARPS, i * G + g < IN_REGISTERS)
                 longer = longer + (mma_v2(W_g, d_gate, sums[g], input_precision=PRECISION),)
             sums = longer
         total = sums[0]
         for g in gl.static_range(1, G):
             total += sums[g]
-        dh = d_state[0] + sum_over_warps(sums_tile, (total,), 1, WARPS)[0]
-        if HAS_C:
-            d_state = (dh, d_state[1])
-        else:
-            d_state = (dh,)
+        d_state = with_dh(d_state, d_state[0] + sum_over_warps(sums_tile, (total,), 1, WARPS)[0], HAS_C)
+        if reset_ptr is not None:
+            restart = tiles[len(tiles) - 1]
+            d_state = cut(d_state, restart, d_reset_h_ptr, d_reset_c_ptr, where, step, D, HAS_C, H, offs_n, mask)
 
-    store_state(dh_0_ptr, dc_0_ptr, own_rows, d_state, HAS_C, H, offs_b, offs_n, mask)
+    store_state(dh_0_ptr, dc_0_ptr, own_row, d_state, HAS_C, H, offs_state, offs_n, mask)

@@ -117,12 +117,13 @@ def weight(tile, WARPS: gl.constexpr, IS_IN_REGISTERS: gl.constexpr):
 
 @gluon.jit
 def load_piece(
-    ptr, row_stride, first_row, B, BLOCK_B: gl.constexpr, H: gl.constexpr, K_TILES: gl.constexpr, i: gl.constexpr,
+    ptr, row_stride, offs_b, row_mask, H: gl.constexpr, K_TILES: gl.constexpr, i: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """[WARPS, K, BLOCK_B]: piece i of what the group's programs wrote, as an operand."""
+    """[WARPS, K, BLOCK_B]: piece i of what the group's programs wrote, as an operand; rows from rows_of."""
     LAYOUT: gl.constexpr = load_layout(K_TILES[i][1], WARPS, ptr.dtype.element_ty)
-    offs_b = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))
     offs_k = columns(K_TILES, i, WARPS, gl.SliceLayout(1, LAYOUT))
-    tile = load_exchanged(ptr, row_stride, offs_k, H, offs_b, first_row + offs_b < B)
-    return as_operand(tile, WARPS, 1)
+    offs_b = gl.convert_layout(offs_b, ROWS, assert_trivial=True)
+    row_mask = gl.convert_layout(row_mask, ROWS, assert_trivial=True)
+    return as_operand(load_exchanged(ptr, row_stride, offs_k, H, offs_b, row_mask), WARPS, 1)

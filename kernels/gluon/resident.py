@@ -15,7 +15,8 @@ memory. Where columns are few for the warps, SHARES groups of warps share the su
 [shares, rows, columns], and threads add the shares of their own columns. x_gates, saved tiles and outputs are loaded
 and stored in the layout of these sums: nothing is converted.
 
-The layout of tensors is in ../tile/tiles.py, whose helpers serve both dialects: layouts come with the offsets.
+The layout of tensors is in ../tile/tiles.py, sequences of their own lengths and resets in ../tile/sequences.py: their
+helpers serve both dialects, since layouts come with the offsets.
 Grid: (batch tiles, D), clusters. Source: as ../tile/resident.py.
 
 Limit: the chain of dependent latencies of a step (barrier, ldmatrix, products, activations, store), and with clusters
@@ -26,7 +27,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ..tile.tiles import as_fp32, load_bias, load_state, load_step, load_tiles, store_state, store_tiles, time_index
+from ..metadata import of_launch
+from ..tile.sequences import cut, find_rows, keep, load_starts, slot, within
+from ..tile.tiles import (
+    as_fp32,
+    load_bias,
+    load_inputs,
+    load_state,
+    load_step,
+    load_tiles,
+    step_backward,
+    step_forward,
+    store_state,
+    store_tiles,
+    with_dh,
+)
 from . import layouts
 
 
@@ -38,7 +53,7 @@ def place(B, D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: g
     offs_b = gl.arange(0, BLOCK_B, gl.SliceLayout(1, LAYOUT))
     offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(0, LAYOUT))
     mask = (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :]
-    return direction, B.to(gl.int64), first_row, offs_b, offs_h, mask
+    return direction, first_row, offs_b, offs_h, mask
 
 
 @gluon.jit
@@ -77,12 +92,13 @@ def in_shares(tile, SHARES: gl.constexpr):
     return tile.reshape([tile.shape[0], SHARES, tile.shape[1] // SHARES]).permute(1, 0, 2)
 
 
-@gluon.jit(do_not_specialize=["T", "B"])
+@gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
 def forward(
     x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
-    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr,
+    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, rows_ptr, reset_ptr, reset_h_ptr, reset_c_ptr,
     T, B,
     CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
+    RAGGED: gl.constexpr, BY_STEP: gl.constexpr,
     D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
     SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr, BIAS_KEPT: gl.constexpr,
 ):  # fmt: skip
@@ -94,14 +110,20 @@ def forward(
     A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
     W: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 32 // BITS)
     SUMMED: gl.constexpr = PRODUCT if SHARES == 1 else layouts.summed(SHARES, BLOCK_B, BLOCK_H, WARPS, CTAS)
-    direction, rows, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
+    direction, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
+    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, offs_b, RAGGED)
+    T, offs_b = where[1], where[4]
     W_hh = load_weights(
         W_hh_ptr, direction, G, H, BLOCK_H, SHARES, W,
         layouts.operand(BITS, BLOCK_H // SHARES, [1, 2, 0], CTAS, 2), False, IN_REGISTERS,
     )  # fmt: skip
     b_hh = load_bias(b_hh_ptr, direction, G, H, offs_h, mask)
-    own_rows = (direction * rows + first_row) * H  # of this program in [D, B, H]
-    state = load_state(h_0_ptr, c_0_ptr, own_rows, HAS_C, H, offs_b, offs_h, mask)
+    state = load_state(h_0_ptr, c_0_ptr, own_row, HAS_C, H, offs_state, offs_h, mask)
+    if reset_ptr is not None:
+        restart, starts = load_starts(
+            reset_ptr, reset_h_ptr, reset_c_ptr, where, 0, D, own_row, offs_state, BY_STEP, HAS_C, H, offs_h, mask
+        )
+        state = keep(restart, starts, state, 1 + HAS_C)
     h_tile = gl.allocate_shared_memory(
         dtype, [2, SHARES, BLOCK_B, BLOCK_H // SHARES], layouts.operand(BITS, BLOCK_H // SHARES, [2, 1, 0], CTAS, None)
     )
@@ -115,8 +137,7 @@ def forward(
     if SHARES > 1:
         summands = gl.allocate_shared_memory(gl.float32, [G, SHARES, BLOCK_B, BLOCK_H], layouts.partial(CTAS, 2))
 
-    start = (time_index(0, T, direction) * rows + first_row) * D + direction
-    x_next = load_tiles(x_gates_ptr + start * G * H, D * G * H, G, H, offs_b, offs_h, mask)
+    x_next = load_inputs(x_gates_ptr, rows_ptr, where, 0, D, G, H, offs_h, mask)
     for step in range(T):
         x = as_fp32(x_next, G)
         if not BIAS_KEPT:  # its registers are W_hh's: it comes from L1 every step
@@ -128,8 +149,12 @@ def forward(
         gl.barrier()
         h = h_tile.index(0 if CTAS > 1 else step % 2).load(A)
         # In flight while the products wait for h, and its registers are free before.
-        ahead = (time_index(gl.minimum(step + 1, T - 1), T, direction) * rows + first_row) * D + direction
-        x_next = load_tiles(x_gates_ptr + ahead * G * H, D * G * H, G, H, offs_b, offs_h, mask)
+        x_next = load_inputs(x_gates_ptr, rows_ptr, where, gl.minimum(step + 1, T - 1), D, G, H, offs_h, mask)
+        if reset_ptr is not None:
+            restart, starts = load_starts(
+                reset_ptr, reset_h_ptr, reset_c_ptr, where, step + 1, D, own_row, offs_state, BY_STEP, HAS_C,
+                H, offs_h, mask,
+            )  # fmt: skip
         rec = ()
         for g in gl.static_range(G):
             if SHARES == 1:
@@ -142,30 +167,35 @@ def forward(
             gl.barrier()
             for g in gl.static_range(G):
                 rec = rec + (gl.sum(summands.index(g).load(SUMMED), 0) + b_hh[g],)
-        state, saved = CELL(x, rec, state, ACTIVATIONS)
+        live = within(mask, rows_ptr, where, step)
+        after, saved = step_forward(CELL, x, rec, state, live, rows_ptr, HAS_C, ACTIVATIONS)
+        state = after
+        if reset_ptr is not None:
+            state = keep(restart, starts, after, 1 + HAS_C)
         if CTAS > 1:
             own_h.index((step + 1) % 2).store(state[0].to(dtype))
         else:
             h_tile.index((step + 1) % 2).store(in_shares(state[0].to(dtype), SHARES))
 
-        now = (time_index(step, T, direction) * rows + first_row) * D + direction
-        store_tiles(y_ptr + now * H, D * H, state, 1, H, offs_b, offs_h, mask)
+        now = slot(where, step, D)
+        store_tiles(y_ptr + now * H, D * H, after, 1, H, offs_b, offs_h, live)
         if c_ptr is not None:
-            store_tiles(c_ptr + now * H, D * H, (state[1],), 1, H, offs_b, offs_h, mask)
+            store_tiles(c_ptr + now * H, D * H, (after[1],), 1, H, offs_b, offs_h, live)
         if saved_ptr is not None:
-            store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_h, mask)
+            store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_h, live)
 
-    store_state(h_n_ptr, c_n_ptr, own_rows, state, HAS_C, H, offs_b, offs_h, mask)
+    store_state(h_n_ptr, c_n_ptr, own_row, state, HAS_C, H, offs_state, offs_h, mask)
     if CTAS > 1:
         gl.barrier(cluster=True)  # no program ends while others read its shared memory
 
 
-@gluon.jit(do_not_specialize=["T", "B"])
+@gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
 def backward(
-    dy_ptr, dh_n_ptr, dc_n_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr,
-    d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr,
+    dy_ptr, dh_n_ptr, dc_n_ptr, dc_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
+    d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, d_reset_h_ptr, d_reset_c_ptr,
     T, B,
     CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
+    RAGGED: gl.constexpr, BY_STEP: gl.constexpr,
     D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
     SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -179,41 +209,36 @@ def backward(
     A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
     W: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 32 // BITS)
     SUMMED: gl.constexpr = PRODUCT if SUMMANDS == 1 else layouts.summed(SUMMANDS, BLOCK_B, BLOCK_H, WARPS, CTAS)
-    direction, rows, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
+    direction, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
+    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, offs_b, RAGGED)
+    T, offs_b = where[1], where[4]
     W_hh = load_weights(
         W_hh_ptr, direction, G, H, BLOCK_H, SUMMANDS, W,
         layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0), True, IN_REGISTERS,
     )  # fmt: skip
 
-    own_rows = (direction * rows + first_row) * H
-    d_state = load_state(dh_n_ptr, dc_n_ptr, own_rows, HAS_C, H, offs_b, offs_h, mask)
+    d_state = load_state(dh_n_ptr, dc_n_ptr, own_row, HAS_C, H, offs_state, offs_h, mask)
     d_tile = gl.allocate_shared_memory(
         dtype, [G, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
     )
     if SUMMANDS > 1:
         summands = gl.allocate_shared_memory(gl.float32, [2, SUMMANDS, BLOCK_B, BLOCK_H], layouts.partial(CTAS, 0))
-    end = (time_index(T - 1, T, direction) * rows + first_row) * D + direction
-    kept = load_tiles(kept_ptr + end * H, D * H, 1, H, offs_b, offs_h, mask)[0].to(gl.float32)
+    end = kept_ptr + slot(where, T - 1, D) * H
+    kept = as_fp32(load_tiles(end, D * H, 1, H, offs_b, offs_h, within(mask, rows_ptr, where, T - 1)), 1)[0]
     following = load_step(
-        0, T, rows, first_row, direction, D, dy_ptr, kept_ptr, kept_0_ptr, saved_ptr, offs_b, offs_h, mask, S, H
-    )
-    for step in range(T):
-        tiles = as_fp32(following, S + 2)
+        dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
+        where, T - 1, D, own_row, offs_state, S, H, BY_STEP, offs_h, mask,
+    )  # fmt: skip
+    for back in range(T):
+        step, tiles = T - 1 - back, following
         following = load_step(
-            gl.minimum(step + 1, T - 1), T, rows, first_row, direction, D,
-            dy_ptr, kept_ptr, kept_0_ptr, saved_ptr, offs_b, offs_h, mask, S, H,
+            dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
+            where, gl.maximum(step - 1, 0), D, own_row, offs_state, S, H, BY_STEP, offs_h, mask,
         )  # fmt: skip
-        kept_prev = tiles[0]
-        saved = ()
-        for n in gl.static_range(S):
-            saved = saved + (tiles[n + 2],)
-
-        if HAS_C:
-            d_state = (d_state[0] + tiles[1], d_state[1])
-        else:
-            d_state = (d_state[0] + tiles[1],)
-        d_x, d_rec, d_state = CELL(d_state, saved, kept, kept_prev, ACTIVATIONS)
-        kept = kept_prev
+        live = within(mask, rows_ptr, where, step)
+        d_x, d_rec, d_state, kept = step_backward(
+            CELL, d_state, tiles, kept, live, dc_ptr, rows_ptr, reset_ptr, G, S, HAS_C, ACTIVATIONS
+        )
         for g in gl.static_range(G):
             d_tile.index(g).store(in_shares(d_rec[g].to(dtype), SUMMANDS))
         gl.barrier()
@@ -221,23 +246,22 @@ def backward(
         for g in gl.static_range(G):
             acc = mma_v2(d_tile.index(g).load(A), operand(W_hh, g, IN_REGISTERS, W), acc, input_precision=PRECISION)
         if SUMMANDS > 1:
-            summands.index(step % 2).store(acc)
+            summands.index(back % 2).store(acc)
             if CTAS > 1:
                 gl.barrier(cluster=True)
             else:
                 gl.barrier()
-            acc = summands.index(step % 2).load(SUMMED)
-        dh = d_state[0] + gl.sum(acc, 0)
-        if HAS_C:
-            d_state = (dh, d_state[1])
-        else:
-            d_state = (dh,)
+            acc = summands.index(back % 2).load(SUMMED)
+        d_state = with_dh(d_state, d_state[0] + gl.sum(acc, 0), HAS_C)
+        if reset_ptr is not None:
+            restart = tiles[len(tiles) - 1]
+            d_state = cut(d_state, restart, d_reset_h_ptr, d_reset_c_ptr, where, step, D, HAS_C, H, offs_h, mask)
 
-        now = (time_index(T - 1 - step, T, direction) * rows + first_row) * D + direction
-        store_tiles(d_x_gates_ptr + now * G * H, D * G * H, d_x, G, H, offs_b, offs_h, mask)
+        now = slot(where, step, D)
+        store_tiles(d_x_gates_ptr + now * G * H, D * G * H, d_x, G, H, offs_b, offs_h, live)
         if d_rec_last_ptr is not None:
-            store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_h, mask)
+            store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_h, live)
 
-    store_state(dh_0_ptr, dc_0_ptr, own_rows, d_state, HAS_C, H, offs_b, offs_h, mask)
+    store_state(dh_0_ptr, dc_0_ptr, own_row, d_state, HAS_C, H, offs_state, offs_h, mask)
     if CTAS > 1:
         gl.barrier(cluster=True)

@@ -1,17 +1,18 @@
-"""What the time loops of all tiers share: where a program stands, and its tiles in memory.
+"""What the time loops of all tiers share: a program's tiles in memory, and a step of the cell beside the product.
 
-All tensors are time-major and contiguous, D directions side by side; direction 1 walks time from the end:
+All tensors are contiguous, D directions side by side; slots are time and batch, [T, B], or ragged (sequences.py):
 
-    x_gates, d_x_gates   [T, B, D, G, H]     y, dy, c (all steps)   [T, B, D, H]     saved   [T, B, D, S, H]
-    W_hh                 [D, G, H, H]        h_0, c_0, h_n, c_n     [D, B, H]        b_hh    [D, G, H]
+    x_gates, d_x_gates   [slots, D, G, H]   y, dy, c (all steps), dc   [slots, D, H]   saved   [slots, D, S, H]
+    W_hh                 [D, G, H, H]       h_0, c_0, h_n, c_n         [D, B, H]       b_hh    [D, G, H]
 
-Scalar offsets are int64; offsets inside a tile are int32, which a tile of a few rows cannot exceed.
+Scalar offsets are int64; offsets inside a tile are int32, which a tile of a few rows cannot exceed, or int64 slots.
 """
 
 import triton
 import triton.language as tl
 
 from ..activations import zeros_like
+from .sequences import keep, load_restart, load_start, slot, start_row, time_index, within
 
 
 @triton.jit
@@ -22,13 +23,7 @@ def place(B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
     offs_b = tl.arange(0, BLOCK_B)
     offs_h = tl.arange(0, BLOCK_H)
     mask = (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :]
-    return direction, tl.num_programs(1), tl.cast(B, tl.int64), first_row, offs_b, offs_h, mask
-
-
-@triton.jit
-def time_index(step, T, direction):
-    """The t that a program of this direction visits at its step."""
-    return tl.where(direction == 0, step, T - 1 - step)
+    return direction, tl.num_programs(1), first_row, offs_b, offs_h, mask
 
 
 @triton.jit
@@ -56,25 +51,25 @@ def as_fp32(tiles, N: tl.constexpr):
 
 
 @triton.jit
-def load_state(h_ptr, c_ptr, row_offset, HAS_C: tl.constexpr, H: tl.constexpr, offs_b, offs_h, mask):
-    """(h,) or (h, c) in fp32 from [D, B, H] at a row's offset, or their gradients; zeros for an absent pointer."""
+def load_state(h_ptr, c_ptr, own_row, HAS_C: tl.constexpr, H: tl.constexpr, offs_state, offs_h, mask):
+    """(h,) or (h, c) in fp32 from [D, B, H], or their gradients; zeros for an absent pointer."""
     if h_ptr is None:
         state = (zeros_like(mask),)
     else:
-        state = as_fp32(load_tiles(h_ptr + row_offset, H, 1, H, offs_b, offs_h, mask), 1)
+        state = as_fp32(load_tiles(h_ptr + own_row * H, H, 1, H, offs_state, offs_h, mask), 1)
     if HAS_C:
         if c_ptr is None:
             state = state + (zeros_like(mask),)
         else:
-            state = state + as_fp32(load_tiles(c_ptr + row_offset, H, 1, H, offs_b, offs_h, mask), 1)
+            state = state + as_fp32(load_tiles(c_ptr + own_row * H, H, 1, H, offs_state, offs_h, mask), 1)
     return state
 
 
 @triton.jit
-def store_state(h_ptr, c_ptr, row_offset, state, HAS_C: tl.constexpr, H: tl.constexpr, offs_b, offs_h, mask):
-    store_tiles(h_ptr + row_offset, H, state, 1, H, offs_b, offs_h, mask)
+def store_state(h_ptr, c_ptr, own_row, state, HAS_C: tl.constexpr, H: tl.constexpr, offs_state, offs_h, mask):
+    store_tiles(h_ptr + own_row * H, H, state, 1, H, offs_state, offs_h, mask)
     if HAS_C:
-        store_tiles(c_ptr + row_offset, H, (state[1],), 1, H, offs_b, offs_h, mask)
+        store_tiles(c_ptr + own_row * H, H, (state[1],), 1, H, offs_state, offs_h, mask)
 
 
 @triton.jit
@@ -91,20 +86,91 @@ def load_bias(b_hh_ptr, direction, G: tl.constexpr, H: tl.constexpr, offs_h, mas
 
 
 @triton.jit
-def load_step(
-    step, T, rows, first_row, direction, D, dy_ptr, kept_ptr, kept_0_ptr, saved_ptr, offs_b, offs_h, mask,
-    S: tl.constexpr, H: tl.constexpr,
+def load_inputs(x_gates_ptr, rows_ptr, where, step, D, G: tl.constexpr, H: tl.constexpr, offs_h, mask):
+    """x_gates of a step, gate by gate."""
+    ptr = x_gates_ptr + slot(where, step, D) * G * H
+    return load_tiles(ptr, D * G * H, G, H, where[4], offs_h, within(mask, rows_ptr, where, step))
+
+
+@triton.jit
+def step_forward(
+    CELL: tl.constexpr, x, rec, state, live, rows_ptr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
 ):  # fmt: skip
-    """What backward reads at a step, counted from the end: the kept state one step earlier, dy and the saved tiles."""
-    now = (time_index(T - 1 - step, T, direction) * rows + first_row) * D + direction
-    before = (time_index(tl.maximum(T - 2 - step, 0), T, direction) * rows + first_row) * D + direction
-    last = step == T - 1
-    kept_prev_ptr = tl.where(last, kept_0_ptr + (direction * rows + first_row) * H, kept_ptr + before * H)
-    tiles = load_tiles(kept_prev_ptr, tl.where(last, H, D * H), 1, H, offs_b, offs_h, mask)
+    """The cell's step; frozen rows keep their state."""
+    after, saved = CELL(x, rec, state, ACTIVATIONS)
+    if rows_ptr is not None:
+        after = keep(live, after, state, 1 + HAS_C)
+    return after, saved
+
+
+@triton.jit
+def load_step(
+    dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
+    where, step, D, own_row, offs_state, S: tl.constexpr, H: tl.constexpr, BY_STEP: tl.constexpr, offs_h, mask,
+):  # fmt: skip
+    """What backward reads at a step of forward's walk: the kept state one step earlier, dy, the saved tiles; dc, if it
+    is given; with resets, what the state started from, and in which rows."""
+    direction, T, stride, first, offs_b, length = where
+    live = within(mask, rows_ptr, where, step)
+    now = slot(where, step, D)
+    if rows_ptr is None:
+        before = slot(where, tl.maximum(step - 1, 0), D)
+        kept_prev_ptr = tl.where(step == 0, kept_0_ptr + own_row * H, kept_ptr + before * H)
+        tiles = load_tiles(kept_prev_ptr, tl.where(step == 0, H, D * H), 1, H, offs_b, offs_h, mask)
+    else:
+        t = time_index(step - 1, T, direction)
+        before_ptr = kept_ptr + ((t * stride + first + offs_b) * D + direction) * H
+        kept_prev_ptr = tl.where((t >= 0) & (t < length), before_ptr, kept_0_ptr + (own_row + offs_state) * H)
+        tiles = (tl.load(kept_prev_ptr[:, None] + offs_h[None, :], mask=mask, other=0.0),)
     if dy_ptr is not None:
-        tiles = tiles + load_tiles(dy_ptr + now * H, D * H, 1, H, offs_b, offs_h, mask)
+        tiles = tiles + load_tiles(dy_ptr + now * H, D * H, 1, H, offs_b, offs_h, live)
     else:
         tiles = tiles + (zeros_like(mask),)
     if S > 0:
-        tiles = tiles + load_tiles(saved_ptr + now * S * H, D * S * H, S, H, offs_b, offs_h, mask)
+        tiles = tiles + load_tiles(saved_ptr + now * S * H, D * S * H, S, H, offs_b, offs_h, live)
+    if dc_ptr is not None:
+        tiles = tiles + load_tiles(dc_ptr + now * H, D * H, 1, H, offs_b, offs_h, live)
+    if reset_ptr is not None:
+        restart = load_restart(reset_ptr, where, step)
+        row = start_row(where, step, D, own_row, offs_state, BY_STEP)
+        tiles = tiles + (load_start(reset_kept_ptr, restart, row, H, offs_h, mask), restart)
     return tiles
+
+
+@triton.jit
+def step_backward(
+    CELL: tl.constexpr, d_state, tiles, kept, live, dc_ptr, rows_ptr, reset_ptr,
+    G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
+):  # fmt: skip
+    """The cell's step backward on what load_step read: d_x, d_rec, d_state without the product's share, kept_prev.
+
+    In frozen rows d_x and d_rec are zero, and d_state passes through.
+    """
+    HAS_DC: tl.constexpr = dc_ptr is not None
+    read = as_fp32(tiles, S + 2 + HAS_DC)
+    before, saved = read[0], ()
+    for n in tl.static_range(S):
+        saved = saved + (read[n + 2],)
+    if reset_ptr is not None:
+        before = tl.where(tiles[S + 3 + HAS_DC], tiles[S + 2 + HAS_DC], before)
+    given = (d_state[0] + read[1],)
+    if HAS_C:
+        if HAS_DC:
+            given = given + (d_state[1] + read[S + 2],)
+        else:
+            given = given + (d_state[1],)
+    d_x, d_rec, d_before = CELL(given, saved, kept, before, ACTIVATIONS)
+    if rows_ptr is not None:
+        zeros = (zeros_like(kept),) * G
+        d_x, d_rec = keep(live, d_x, zeros, G), keep(live, d_rec, zeros, G)
+        d_before = keep(live, d_before, given, 1 + HAS_C)
+    return d_x, d_rec, d_before, read[0]
+
+
+@triton.jit
+def with_dh(d_state, dh, HAS_C: tl.constexpr):
+    """The gradient of the state, of which dh is known."""
+    if HAS_C:
+        return (dh, d_state[1])
+    else:
+        return (dh,)

@@ -1,0 +1,82 @@
+"""torch.func over the recurrence's ops: grad, vjp, jacrev and vmap, in any nesting.
+
+torch.library's own autograd stops at torch.func's transforms, since the autograd.Function that it makes has no
+setup_context. `function` makes one that has, of the same parts, which runs wherever a transform is active.
+
+torch.vmap runs N calls at once. Where weights are the same in all of them, they are one call with a batch of N * B
+sequences, in one launch. Where each has weights of its own (an ensemble), or gradients of weights are wanted of each
+(per-sample gradients), the calls run one after the other: a kernel keeps one W_hh on chip, and its gradient is one sum
+over the whole batch. So do sequences of their own lengths: where each stands is said for one batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+SHARED = ("W_hh", "b_hh", "W_ih", "b_ih")  # tensors without a batch; all others of the ops have B as dimension 1
+SUMS = ("needs_dW", "needs_db")  # arguments that ask for sums over the batch
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func is active, or forward-mode differentiation, which is missing and says so."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def function(op: Any, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+    """An op with its autograd as a Function that transforms can take, registered for torch.vmap too.
+
+    >>> import torch
+    >>> from fastrnn.ops import recurrence
+    >>> x_gates, W_hh, h_0 = torch.zeros(6, 5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
+    >>> torch.vmap(lambda x_gates: recurrence("gru", x_gates, W_hh, None, h_0, None)[0])(x_gates).shape
+    torch.Size([6, 5, 2, 1, 4])
+    """
+    names = [argument.name for argument in op._opoverload._schema.arguments]
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            return op(*args)
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise NotImplementedError(
+                "forward-mode differentiation of fastrnn's kernels is missing: use backend='reference'"
+            )
+
+        @staticmethod
+        def vmap(info, in_dims, *args):
+            return _vmap(Function.apply, names, info.batch_size, in_dims, args)
+
+    Function.setup_context, Function.backward = staticmethod(setup_context), staticmethod(backward)
+    torch.library.register_vmap(op, lambda info, in_dims, *args: _vmap(op, names, info.batch_size, in_dims, args))
+    return Function
+
+
+def _vmap(call: Callable, names: list[str], N: int, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple]:
+    """Outputs of N calls, and which of their dimensions is N."""
+    given = list(zip(names, args, in_dims, strict=False))  # arguments that are left out have their defaults
+    own_weights = any(name in SHARED and dim is not None for name, _, dim in given)
+    own_places = any(name == "rows" and value is not None for name, value, _ in given)
+    if own_weights or own_places or any(name in SUMS and value for name, value, _ in given):
+        calls = [call(*(_of_call(n, value, dim) for _, value, dim in given)) for n in range(N)]
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
+    outputs = call(*(value if name in SHARED else _one_batch(N, value, dim) for name, value, dim in given))
+    absent = [output.dim() == 1 for output in outputs]  # what this cell or call lacks has no elements
+    whole = (o if a else o.unflatten(1, (N, o.shape[1] // N)) for o, a in zip(outputs, absent, strict=True))
+    return tuple(whole), tuple(None if a else 1 for a in absent)
+
+
+def _of_call(n: int, value: Any, dim: int | None) -> Any:
+    return value if dim is None else value.select(dim, n)
+
+
+def _one_batch(N: int, value: Any, dim: int | None) -> Any:
+    """(., N * B, ...) of a tensor that has N as dimension dim, or of one that is the same in all calls."""
+    if not isinstance(value, Tensor) or value.dim() - (dim is not None) == 1:
+        return _of_call(0, value, dim)
+    value = value.unsqueeze(1).expand(-1, N, *value.shape[1:]) if dim is None else value.movedim(dim, 1)
+    return value.flatten(1, 2)

@@ -1,0 +1,181 @@
+"""torch.compile without a graph break, torch.export, and nothing in a launch that waits for the device."""
+
+import contextlib
+import shutil
+import warnings
+
+import pytest
+import torch
+from torch.export import Dim, export
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastrnn
+from fastrnn import launch
+
+from .test_modules import BACKENDS, NAMES, flat
+
+COMPILERS = ("aot_eager", *(("inductor",) if shutil.which("gcc") else ()))
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """torch.compile warns of torch's own doings: that it looks through functools.cache, and what it deprecates."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def default_precision():
+    """torch 2.13's export fails where fp32_precision of RNNs is not the default, as conftest.py sets it."""
+    rnn = torch.backends.cudnn.rnn
+    before, rnn.fp32_precision = rnn.fp32_precision, "tf32"
+    yield
+    rnn.fp32_precision = before
+
+
+def dtype_of(backend: str) -> torch.dtype:
+    """float64 for torch's own kernel: see test_torchs_lstm_on_the_cpu_does_not_train_compiled."""
+    return torch.float64 if backend in ("auto", "torch") else torch.float32
+
+
+def trained(module, run, x, steps: int = 2) -> list[torch.Tensor]:
+    """Outputs, gradients and parameters of steps of gradient descent."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    results = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        outputs = flat(*run(x))
+        sum(o.square().sum() for o in outputs).backward()
+        optimizer.step()
+        results += [*outputs, *(p.grad.clone() for p in module.parameters())]
+    return [*results, *module.parameters()]
+
+
+def made(name: str, backend: str, device: str, **kwargs):
+    torch.manual_seed(0)
+    kwargs = {"num_layers": 2, "bidirectional": True, "dtype": dtype_of(backend), "device": device} | kwargs
+    module = getattr(fastrnn, name)(3, 4, backend=backend, **kwargs)
+    return module, torch.randn(5, 2, 3, dtype=dtype_of(backend), device=device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_no_graph_break(name, backend, device):
+    """Training and inference, compiled whole, give what they give uncompiled."""
+    module, x = made(name, backend, device)
+    truth = trained(module, module, x)
+    module, x = made(name, backend, device)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for a, b in zip(trained(module, compiled, x), truth, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.skipif("inductor" not in COMPILERS, reason="torch.compile's own backend needs a compiler")
+@pytest.mark.parametrize(
+    ("name", "backend", "kwargs"),
+    (
+        ("LSTM", "resident", {"proj_size": 2}),
+        ("RNN", "reference", {"num_layers": 1}),
+    ),
+)
+def test_inductor(name, backend, kwargs, device):
+    module, x = made(name, backend, device, **kwargs)
+    truth = trained(module, module, x, 1)
+    module, x = made(name, backend, device, **kwargs)
+    compiled = torch.compile(module, fullgraph=True)
+    for a, b in zip(trained(module, compiled, x, 1), truth, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of torch's CPU build's LSTM")
+def test_torchs_lstm_on_the_cpu_does_not_train_compiled():
+    """torch 2.13's own fault, in float32, of its oneDNN layer: the README says so, until this test fails."""
+    params = list(torch.nn.LSTM(3, 4).parameters())
+
+    def lstm(x, h):
+        return torch._VF.lstm(x, (h, h), params, True, 1, 0.0, True, False, False)[0]
+
+    x, h = torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
+    with pytest.raises((AssertionError, TypeError)):
+        torch.compile(lstm, backend="aot_eager")(x, h).sum().backward()
+    torch._dynamo.reset()
+    with torch.backends.mkldnn.flags(enabled=False):
+        torch.compile(lstm, backend="aot_eager")(x, h).sum().backward()
+
+
+@pytest.mark.parametrize("strict", (True, False), ids=("strict", "non-strict"))
+@pytest.mark.parametrize("dynamic", ("", "B", "T", "BT"))
+@pytest.mark.parametrize("backend", ("auto", "reference", "resident"))
+def test_export(backend, dynamic, strict, device, default_precision):
+    """A dynamic batch on every backend; dynamic time by the kernels, which walk it themselves."""
+    module, x = made("LSTM", backend, device, num_layers=1)
+    dims = {dim: Dim(key, min=2, max=64) for dim, key in enumerate("TB") if key in dynamic}
+
+    def exported():
+        return export(module.eval(), (x,), dynamic_shapes=(dims,) if dims else None, strict=strict).module()
+
+    if "T" in dynamic and backend != "resident":
+        with pytest.raises(torch._dynamo.exc.UserError, match="T.* as dynamic but your code specialized it"):
+            exported()
+        return
+    run = exported()
+    for T, B in {(5, 2), (7 if "T" in dynamic else 5, 3 if "B" in dynamic else 2)}:
+        x = torch.randn(T, B, 3, dtype=x.dtype, device=device)
+        torch.testing.assert_close(run(x), module(x))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for the device, or copies between them: a CUDA graph could not hold it."""
+
+    WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "equal", "unique", "lift_fresh")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        devices = {t.device for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        target = (kwargs or {}).get("device")
+        if name in self.WAITING or len(devices) > 1 or (name == "_to_copy" and target not in (None, *devices)):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def _without_waiting(run):
+    def watched(*args, **kwargs):
+        with NoWaiting():
+            return run(*args, **kwargs)
+
+    return watched
+
+
+@contextlib.contextmanager
+def no_waiting(monkeypatch):
+    """Forward and backward of the block, inside the ops too, which a mode does not see of itself."""
+    with monkeypatch.context() as patch:
+        for which in ("forward", "backward"):
+            patch.setattr(launch, which, _without_waiting(getattr(launch, which)))
+        with NoWaiting():
+            yield
+
+
+@pytest.mark.parametrize("checkpoint_every", (None, 2))
+@pytest.mark.parametrize("backend", ("resident", "cooperative"))
+@pytest.mark.parametrize("name", NAMES)
+def test_no_launch_waits_for_the_device(name, backend, checkpoint_every, device, monkeypatch):
+    kwargs = {"proj_size": 2} if name == "LSTM" else {}
+    module, x = made(name, backend, device, num_layers=1, checkpoint_every=checkpoint_every, **kwargs)
+    upstream = torch.ones((), device=device)
+    with no_waiting(monkeypatch):
+        module(x)[0].sum().backward(upstream)
+    assert module.weight_hh_l0.grad is not None
+
+
+def test_a_launch_that_waits_is_noticed(device, monkeypatch):
+    module, x = made("GRU", "resident", device, num_layers=1)
+    allocate = launch.allocate_forward
+    monkeypatch.setattr(launch, "allocate_forward", lambda *args: (args[1].sum().item(), allocate(*args))[1])
+    with no_waiting(monkeypatch), pytest.raises(AssertionError, match="aten.item.* waits for the device"):
+        module(x)
