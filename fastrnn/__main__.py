@@ -2,13 +2,15 @@
 
     python -m fastrnn plan --cell lstm --hidden 128 --batch 64 --steps 1000 --dtype bfloat16 --arch sm_90
     python -m fastrnn inspect --cell lstm --hidden 256 --batch 16 --dtype bfloat16 --arch sm_90
+    python -m fastrnn profile --cell lstm --hidden 512 --batch 16 --seq 1024,4096,16384,65536 --compare torch
     python -m fastrnn doctor
 
-plan and inspect need no GPU; --cell, --hidden, --dtype, --arch and --precision take several values.
+None needs a GPU; of plan and inspect, --cell, --hidden, --dtype, --arch and --precision take several values.
 """
 
 import argparse
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import torch
 
 from . import interpreter, plan
 from .device import SPECS, DeviceSpec
-from .planner import KERNEL_DTYPES, torch_precision
+from .planner import BACKENDS, KERNEL_DTYPES, torch_precision
 from .reference import GATES
 from .tiers import TIERS
 
@@ -42,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     planner.set_defaults(run=_plan)
     inspect = commands.add_parser("inspect", help="what the compiler makes of a kernel; needs no GPU")
     inspect.set_defaults(run=_inspect)
+    profile = commands.add_parser("profile", help="time and memory of long sequences, on the device at hand")
+    profile.set_defaults(run=_profile)
+    _add_profile_options(profile)
     doctor = commands.add_parser("doctor", help="what is installed, and which backends can run here")
     doctor.set_defaults(run=_doctor)
 
@@ -65,6 +70,25 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="one JSON object a pass and line")
     inspect.add_argument("--dump", type=Path, metavar="DIR", help="write ttgir, llir, ptx, cubin, sass (amdgcn, hsaco)")
     return parser
+
+
+def _add_profile_options(profile: argparse.ArgumentParser) -> None:
+    profile.add_argument("--cell", choices=list(GATES), required=True)
+    profile.add_argument("--hidden", type=int, required=True, metavar="H")
+    profile.add_argument("--batch", type=int, default=16, metavar="B")
+    profile.add_argument("--seq", required=True, metavar="T,T,...", help="lengths of the sequence")
+    profile.add_argument("--input", type=int, metavar="I", help="features of the input (default: H)")
+    profile.add_argument("--layers", type=int, default=1, metavar="L")
+    profile.add_argument("--directions", type=int, choices=(1, 2), default=1)
+    profile.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
+    profile.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    profile.add_argument("--backend", choices=BACKENDS, default="auto")
+    profile.add_argument("--checkpoint-every", type=int, metavar="K", help="of fastrnn's layer, in steps")
+    profile.add_argument("--compare", nargs="+", choices=BACKENDS, default=[], help="backends beside it")
+    profile.add_argument("--json", action="store_true", help="one JSON object a length and backend")
+    profile.add_argument("--trace", type=Path, metavar="FILE", help="write a trace of the shortest, for Perfetto")
+    profile.add_argument("--plot", type=Path, metavar="FILE", help="write time and memory over T")
+    profile.add_argument("--nvtx", action="store_true", help="run the shortest once with NVTX ranges, for Nsight")
 
 
 def _asked(args: argparse.Namespace) -> Iterator[dict]:
@@ -111,6 +135,31 @@ def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
         else:
             print_table(rows)
     return 0 if planned else 1
+
+
+def _profile(args: argparse.Namespace, arguments: list[str]) -> int:
+    from .inspect import profile
+
+    lengths = [int(text) if text.strip().isdecimal() else 0 for text in args.seq.split(",")]
+    if 0 in lengths:
+        raise ValueError(f"seq: expected positive numbers of steps, as 1024,4096; got {args.seq!r}")
+    request = profile.Request(
+        args.cell, args.hidden, args.batch, min(lengths), args.hidden if args.input is None else args.input,
+        args.layers, args.directions, args.dtype, args.backend, args.checkpoint_every, args.device,
+    )  # fmt: skip
+    if args.nvtx:
+        profile.Run(request).nvtx()
+    if args.trace:
+        profile.Run(request).trace(args.trace)
+    found = profile.profiles(request, lengths, args.compare)
+    if args.json:
+        for one in found:
+            print(json.dumps(profile.as_dict(one)))
+    else:
+        print(profile.table(found))
+    if args.plot:
+        profile.plot(found, args.plot)
+    return 0
 
 
 def _doctor(args: argparse.Namespace, arguments: list[str]) -> int:
