@@ -1,12 +1,18 @@
-# `make demo` and `make test` work alone on a fresh clone: each makes .venv first.
+# Every target works alone on a fresh clone: it makes .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: demo test lint inspect snapshots clean .venv
+EXAMPLES := classify forecast memory rollout
+
+.PHONY: demo $(EXAMPLES) test lint inspect snapshots bench bench-gpu clean .venv
 
 demo: .venv
 	$(BIN)/python examples/char_lm.py --out runs/char_lm
+
+# The other examples, each in two minutes or less on a CPU core: metrics and a figure in runs/NAME.
+$(EXAMPLES): .venv
+	$(BIN)/python examples/$@.py --out runs/$@
 
 test: .venv .venv/models
 	$(BIN)/python -m pytest -n $(JOBS)
@@ -23,6 +29,19 @@ inspect: .venv
 # The committed part of that table, which the tests compare with: after a change to kernels or planner.
 snapshots: .venv
 	$(BIN)/python -m tests.inspect_table --jobs $(JOBS)
+
+# Every implementation on the part of the table that a CPU can run, side by side, and a report; under 10 minutes.
+RESULTS := bench/results/cpu-$(shell date +%F)
+bench: .venv
+	mkdir -p $(RESULTS)
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest bench/test_speed.py -q --benchmark-quiet --limit=540 \
+		--out=$(RESULTS) --benchmark-json=$(RESULTS)/benchmark.json; \
+	status=$$?; $(BIN)/python -m bench.report $(RESULTS) && exit $$status
+
+# Correctness, modelled beside measured times, tuning and the whole table on the GPU at hand, under 9 minutes; again to
+# go on where it stopped.
+bench-gpu: .venv
+	$(BIN)/python -m bench.gpu
 
 # Made anew when what it holds changes; a failed or interrupted install leaves no stamp, so the next make repeats it.
 .venv: .venv/installed

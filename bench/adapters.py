@@ -1,0 +1,200 @@
+"""Every implementation as a function from the input to y, with the tensors whose gradients it gives.
+
+fastrnn's backends, torch.nn, the step loop that people write around torch.nn's cells, and, where they are installed,
+FlashRNN, haste and TorchRL's modules. `Missing` says why one does not run a workload here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import fastrnn
+from fastrnn.kernel_plan import GridTooLargeError
+from fastrnn.tiers import TIERS
+
+from . import others
+from .workload import Data
+
+
+class Missing(Exception):  # noqa: N818 - not an error
+    """Why an implementation does not run a workload here."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """One implementation on one workload's parameters."""
+
+    call: Callable[[Tensor], Tensor]  # y (T, B, heads * D * H) of the input (T, B, heads * I)
+    leaves: list[Tensor]
+    in_order: Callable[[list[Tensor]], list[Tensor]] = list  # gradients of the leaves as those of torch.nn's parameters
+
+
+Builder = Callable[[Data], Built]
+
+
+def per_head(build: Builder) -> Builder:
+    """One network a head, as one has to where heads are unknown; on a GPU each on a stream of its own."""
+
+    def of_all(data: Data) -> Built:
+        if data.workload.heads == 1:
+            return build(data)
+        heads = [build(data.head(number)) for number in range(data.workload.heads)]
+        streams = [torch.cuda.Stream() for _ in heads] if data.device != "cpu" else []
+
+        def call(input: Tensor) -> Tensor:
+            parts = input.chunk(len(heads), -1)
+            if not streams:
+                return torch.cat([head.call(part) for head, part in zip(heads, parts, strict=True)], -1)
+            here, ys = torch.cuda.current_stream(), []
+            for head, part, stream in zip(heads, parts, streams, strict=True):
+                stream.wait_stream(here)
+                part.record_stream(stream)
+                with torch.cuda.stream(stream):
+                    ys.append(head.call(part))
+                here.wait_stream(stream)
+                ys[-1].record_stream(here)
+            return torch.cat(ys, -1)
+
+        def in_order(gradients: list[Tensor]) -> list[Tensor]:
+            given = iter(gradients)
+            return [g for head in heads for g in head.in_order([next(given) for _ in head.leaves])]
+
+        return Built(call, [leaf for head in heads for leaf in head.leaves], in_order)
+
+    return of_all
+
+
+def loaded(module: Any, data: Data) -> Any:
+    """A module with torch.nn's parameters of the (only) head of data."""
+    (params,) = data.params
+    module = module.to(data.device, params[0].dtype)
+    with torch.no_grad():
+        for own, given in zip(module.parameters(), params, strict=True):
+            own.copy_(given)
+    return module
+
+
+def torch_nn(data: Data) -> Built:
+    """torch.nn: cuDNN on a GPU, ATen on a CPU; ragged by packing, resets by cutting episodes into rows and packing."""
+    module = loaded(data.workload.module(), data)
+    call = {"plain": _plain, "ragged": _packed, "reset": _cut}[data.workload.kind](module, data)
+    return Built(call, list(module.parameters()))
+
+
+def _plain(module: Any, data: Data) -> Callable[[Tensor], Tensor]:
+    return lambda input: module(input)[0]
+
+
+def _packed(module: Any, data: Data) -> Callable[[Tensor], Tensor]:
+    def call(input: Tensor) -> Tensor:
+        packed = pack_padded_sequence(input, data.lengths, enforce_sorted=False)  # type: ignore[arg-type]
+        return pad_packed_sequence(module(packed)[0], total_length=len(input))[0]
+
+    return call
+
+
+def _cut(module: Any, data: Data) -> Callable[[Tensor], Tensor]:
+    """What libraries do for cuDNN (TorchRL's pad): each episode is a row, padded to the longest, packed."""
+    assert data.reset is not None
+
+    def call(input: Tensor) -> Tensor:
+        T, B, _ = input.shape
+        starts = data.reset.T.clone()  # type: ignore[union-attr]
+        starts[:, 0] = True
+        first = starts.flatten().nonzero().squeeze(1)
+        lengths = torch.diff(first, append=first.new_tensor([T * B]))
+        rows = torch.split(input.transpose(0, 1).flatten(0, 1), lengths.tolist())
+        packed = pack_padded_sequence(torch.nn.utils.rnn.pad_sequence(rows), lengths.cpu(), enforce_sorted=False)
+        y, _ = pad_packed_sequence(module(packed)[0])
+        inside = torch.arange(len(y), device=y.device)[:, None] < lengths
+        return y.transpose(0, 1)[inside.T].unflatten(0, (B, T)).transpose(0, 1)
+
+    return call
+
+
+def step_loop(data: Data) -> Built:
+    """The loop that people write where torch.nn has no feature: its cell a step, the state masked between steps."""
+    workload, (params,) = data.workload, data.params
+    _, _, H, D = workload.shape
+    name = {"lstm": "LSTMCell", "gru": "GRUCell"}.get(workload.cell, "RNNCell")
+    extra = {} if name != "RNNCell" else {"nonlinearity": workload.cell.removeprefix("rnn_")}
+    cells = []
+    for place in range(workload.layers * D):
+        cell: Any = getattr(torch.nn, name)(workload.I if place < D else D * H, H, **extra)
+        cell.to(data.device, params[0].dtype)
+        with torch.no_grad():
+            for own, given in zip(cell.parameters(), params[4 * place : 4 * place + 4], strict=True):
+                own.copy_(given)
+        cells.append(cell)
+
+    def walk(cell: Any, x: Tensor, direction: int) -> Tensor:
+        T, B, _ = x.shape
+        state = (x.new_zeros(B, H),) * (2 if name == "LSTMCell" else 1)
+        y: list[Any] = [None] * T
+        for t in reversed(range(T)) if direction else range(T):
+            boundary = t + direction  # a segment begins at it, or, backwards, ends before it
+            if data.reset is not None and boundary < T:
+                keep = ~data.reset[boundary, :, None]
+                state = tuple(s * keep for s in state)
+            new = cell(x[t], state) if len(state) == 2 else (cell(x[t], state[0]),)
+            if data.valid is None:
+                state, y[t] = new, new[0]
+            else:
+                inside = data.valid[t]
+                state = tuple(torch.where(inside, n, s) for n, s in zip(new, state, strict=True))
+                y[t] = new[0] * inside
+        return torch.stack(y)
+
+    def call(x: Tensor) -> Tensor:
+        for layer in range(workload.layers):
+            ys = [walk(cells[layer * D + d], x, d) for d in range(D)]
+            x = torch.cat(ys, -1) if D == 2 else ys[0]
+        return x
+
+    return Built(call, [p for cell in cells for p in cell.parameters()])
+
+
+def ours(backend: str) -> Builder:
+    def build(data: Data) -> Built:
+        workload = data.workload
+        name, options = workload.nn()
+        module = loaded(getattr(fastrnn, name)(**options, backend=backend), data)
+        segments: dict[str, Any] = {"lengths": data.lengths, "reset": data.reset}
+        segments = {key: value for key, value in segments.items() if value is not None}
+        try:
+            if backend in TIERS:
+                module.plan(data.input)
+        except (NotImplementedError, GridTooLargeError) as reason:
+            raise Missing(str(reason)) from None
+        return Built(lambda input: module(input, **segments)[0], list(module.parameters()))
+
+    return per_head(build)
+
+
+def other(build: Callable[[Data], tuple]) -> Builder:
+    """An adapter of others.py: its reasons as Missing, its missing package too."""
+
+    def of_all(data: Data) -> Built:
+        try:
+            return Built(*build(data))
+        except ImportError as reason:
+            raise Missing(f"not installed: {reason}") from None
+        except NotImplementedError as reason:
+            raise Missing(str(reason)) from None
+
+    return of_all
+
+
+IMPLEMENTATIONS: dict[str, Builder] = {
+    "torch.nn": per_head(torch_nn),
+    "step loop": per_head(step_loop),
+    **{f"fastrnn {backend}": ours(backend) for backend in ("auto", *TIERS, "reference")},
+    "FlashRNN": other(others.flashrnn),
+    "haste": per_head(other(others.haste)),
+    "TorchRL scan": per_head(other(others.torchrl("scan"))),
+    "TorchRL triton": per_head(other(others.torchrl("triton"))),
+}

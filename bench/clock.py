@@ -1,0 +1,107 @@
+"""How a time is taken: events on a GPU with its L2 flushed, a monotonic clock on a CPU with its threads pinned."""
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = ("fastrnn", "torch", "triton", "numpy", "flashrnn", "haste_pytorch", "torchrl")
+QUERY = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class EventClock:
+    """Seconds between two calls, by CUDA events: nobody waits at the first, so that the GPU finds work queued up.
+
+    pytest-benchmark calls its timer before and after what it times; `prepare` goes before that.
+    """
+
+    def __init__(self) -> None:
+        self.start: torch.cuda.Event | None = None
+        self.flushed: torch.Tensor | None = None
+
+    def prepare(self) -> None:
+        """Fill twice L2's size with zeros: what is timed finds none of its tensors there."""
+        self.start = None
+        if self.flushed is None:
+            size = torch.cuda.get_device_properties(0).L2_cache_size
+            self.flushed = torch.empty(2 * size, dtype=torch.int8, device="cuda")
+        self.flushed.zero_()
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        if self.start is None:
+            self.start = event
+            return 0.0
+        start, self.start = self.start, None
+        event.synchronize()
+        return start.elapsed_time(event) / 1000
+
+
+class WallClock:
+    """Seconds of a monotonic clock, for a CPU."""
+
+    def prepare(self) -> None:
+        pass
+
+    def __call__(self) -> float:
+        return time.perf_counter()
+
+
+def seconds(call: Callable[[], object], clock: Any) -> float:
+    """One call's."""
+    clock.prepare()
+    start = clock()
+    call()
+    return clock() - start
+
+
+def pin_threads(wanted: int | None = None) -> None:
+    """Bind this process to as many cores as it may use, or as are wanted, with a thread for each."""
+    cores = sorted(os.sched_getaffinity(0))[:wanted]
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+
+
+def machine() -> dict[str, Any]:
+    """What a time depends on: device, clocks now, versions."""
+    found: dict[str, Any] = {"device": device(), "cpu": _cpu(), "threads": torch.get_num_threads()}
+    found["python"] = platform.python_version()
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    if device() == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "hip": torch.version.hip}
+        found |= {"cudnn": torch.backends.cudnn.version(), "clocks": clocks()}
+    return found
+
+
+def clocks() -> dict[str, str] | None:
+    """What nvidia-smi says of the first GPU; None without it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return None
+    return dict(zip(QUERY, (value.strip() for value in done.stdout.split(",")), strict=True))
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

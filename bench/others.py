@@ -1,0 +1,141 @@
+"""Adapters of other libraries, each imported where it is used.
+
+Each returns the function from input (T, B, I) to y, the tensors whose gradients it gives, and how those become the
+gradients of torch.nn's parameters. ImportError and NotImplementedError say why one does not run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .workload import Data
+
+
+def _only_one_plain_layer(data: Data, library: str) -> None:
+    workload = data.workload
+    if workload.kind != "plain" or workload.layers > 1 or workload.shape.D > 1:
+        raise NotImplementedError(f"{library} has one layer of one direction, without lengths or resets")
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().requires_grad_()
+
+
+# Rows of torch's gates in each of FlashRNN's recurrent gates, inputs' gates and biases, by number. Its GRU keeps the
+# recurrent share of n apart: gates n, r, z of the state, r, z, n of the input, and four biases.
+_FLASH_GATES = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "elman"}
+
+
+def flashrnn(data: Data, backend: str = "") -> tuple:
+    """FlashRNN (NX-AI/flashrnn, README): fused CUDA, alternating for the GRU; heads of the same size."""
+    from flashrnn import flashrnn as run  # type: ignore[import-not-found]
+
+    workload = data.workload
+    _only_one_plain_layer(data, "FlashRNN")
+    if workload.cell not in _FLASH_GATES:
+        raise NotImplementedError(f"FlashRNN has no {workload.cell}")
+    if data.device == "cpu" and not backend:
+        raise NotImplementedError("FlashRNN's kernels are for CUDA")
+    H = workload.shape.H
+    N = workload.heads
+    backend = backend or ("cuda" if workload.cell == "gru" else "cuda_fused")
+    W_ih = [_leaf(W) for W, _, _, _ in data.params]
+
+    def heads_last(tensors: list[Tensor], *tail: int) -> Tensor:  # N of (G*H, ...) as (G, N, H, ...)
+        return torch.stack([t.view(-1, H, *tail) for t in tensors], 1)
+
+    R = heads_last([W for _, W, _, _ in data.params], H)
+    b_ih, b_hh = (heads_last([p[role] for p in data.params]) for role in (2, 3))
+    if workload.cell == "gru":
+        R, b = R[[2, 0, 1]], torch.stack([b_hh[2], b_ih[0] + b_hh[0], b_ih[1] + b_hh[1], b_ih[2]])
+    else:
+        b = b_ih + b_hh
+    R, b = _leaf(R), _leaf(b)
+    dtype = str(data.input.dtype).removeprefix("torch.")
+
+    def call(input: Tensor) -> Tensor:
+        x = input.transpose(0, 1).chunk(N, -1)
+        Wx = torch.stack([linear(part, W).unflatten(-1, (-1, H)) for part, W in zip(x, W_ih, strict=True)], 3)
+        states, _ = run(Wx, R, b, function=_FLASH_GATES[workload.cell], backend=backend, dtype=dtype)
+        return states[0].transpose(0, 1).flatten(2)  # (B, T, N, H) of h
+
+    def in_order(gradients: list[Tensor]) -> list[Tensor]:
+        *dW_ih, dR, db = gradients
+        if workload.cell == "gru":
+            dR, db_ih, db_hh = dR[[1, 2, 0]], db[[1, 2, 3]], db[[1, 2, 0]]
+        else:
+            db_ih = db_hh = db
+        found = []
+        for n in range(N):
+            found += [dW_ih[n], dR[:, n].flatten(0, 1), db_ih[:, n].flatten(), db_hh[:, n].flatten()]
+        return found
+
+    return call, [*W_ih, R, b], in_order
+
+
+def haste(data: Data) -> tuple:
+    """haste (lmnt-com/haste, frameworks/pytorch): LSTM and GRU in fp32, matrices transposed, gates in its own order."""
+    import haste_pytorch  # type: ignore[import-not-found]
+
+    workload = data.workload
+    _only_one_plain_layer(data, "haste")
+    if workload.cell not in ("lstm", "gru") or workload.dtype != "float32":
+        raise NotImplementedError("haste has LSTM and GRU in float32")
+    # torch's rows i f g o are haste's i g f o; r z n are z r n. Both are their own inverses.
+    order = [0, 2, 1, 3] if workload.cell == "lstm" else [1, 0, 2]
+
+    def reordered(tensor: Tensor) -> Tensor:  # (G*H, ...)
+        return torch.cat([tensor.chunk(len(order))[gate] for gate in order])
+
+    (W_ih, W_hh, b_ih, b_hh), lstm = data.params[0], workload.cell == "lstm"
+    biases = [b_ih + b_hh] if lstm else [b_ih, b_hh]
+    module: Any = (haste_pytorch.LSTM if lstm else haste_pytorch.GRU)(workload.I, workload.shape.H).to(data.device)
+    names = ["kernel", "recurrent_kernel", "bias", *["recurrent_bias"] * (not lstm)]
+    with torch.no_grad():
+        for name, value in zip(names, [W_ih.T, W_hh.T, *biases], strict=True):
+            getattr(module, name).copy_(reordered(value.T).T if value.dim() == 2 else reordered(value))
+
+    def in_order(gradients: list[Tensor]) -> list[Tensor]:
+        dW_ih, dW_hh, *db = gradients
+        return [reordered(g) for g in (dW_ih.T, dW_hh.T, db[0], db[-1])]
+
+    return lambda input: module(input)[0], [getattr(module, name) for name in names], in_order
+
+
+def torchrl(backend: str) -> Callable[[Data], tuple]:
+    """TorchRL's LSTMModule and GRUModule (torchrl.modules) in recurrent mode, from TensorDicts."""
+
+    def build(data: Data) -> tuple:
+        from tensordict import TensorDict  # type: ignore[import-not-found]
+        from torchrl.modules import GRUModule, LSTMModule  # type: ignore[import-not-found]
+
+        workload = data.workload
+        T, B, H, D = workload.shape
+        if workload.cell not in ("lstm", "gru") or D > 1 or workload.kind == "ragged":
+            raise NotImplementedError("TorchRL has LSTM and GRU of one direction, with resets but without lengths")
+        if backend == "triton" and data.device == "cpu":
+            raise NotImplementedError("TorchRL's Triton kernels are for CUDA")
+        name, options = workload.nn()
+        inner = getattr(torch.nn, name)(**options, batch_first=True).to(data.device, data.input.dtype)
+        with torch.no_grad():
+            for own, given in zip(inner.parameters(), data.params[0], strict=True):
+                own.copy_(given)
+        states = ["h", "c"] if workload.cell == "lstm" else ["h"]
+        keys = {"in_keys": ["x", *states], "out_keys": ["y", *(("next", s) for s in states)]}
+        keys |= {"default_recurrent_mode": True, "recurrent_backend": backend}
+        module = LSTMModule(lstm=inner, **keys) if workload.cell == "lstm" else GRUModule(gru=inner, **keys)
+        zeros = {s: data.input.new_zeros(B, T, workload.layers, H) for s in states}
+        starts = torch.zeros(B, T, 1, dtype=torch.bool, device=data.device)
+        if data.reset is not None:
+            starts = data.reset.T.unsqueeze(-1)
+
+        def call(input: Tensor) -> Tensor:
+            batch = TensorDict({"x": input.transpose(0, 1), "is_init": starts, **zeros}, [B, T], device=data.device)
+            return module(batch)["y"].transpose(0, 1)
+
+        return call, list(inner.parameters()), list
+
+    return build

@@ -1,0 +1,254 @@
+"""A report of what was measured: Markdown, plots, and one HTML page that holds everything.
+
+    python -m bench.report bench/results/DIR      report.md, *.png and report.html beside the JSON files there
+
+Medians of pytest-benchmark's rounds; times a step are a call's time over T. Published numbers are others'.
+"""
+
+import argparse
+import base64
+import html
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.cases import Case
+
+from . import plots
+from .adapters import IMPLEMENTATIONS
+from .published import PUBLISHED, Published
+from .workload import PASSES, Workload
+
+BASELINE = "torch.nn"
+
+
+class Result(NamedTuple):
+    workload: Workload
+    implementation: str
+    which: str
+    seconds: float  # median
+    peak_bytes: int | None  # of forward and backward
+
+    @property
+    def us_per_step(self) -> float:
+        return self.seconds / self.workload.shape.T * 1e6
+
+
+@dataclass
+class Block:
+    """A heading with a text, a table or a figure under it."""
+
+    heading: str
+    text: str = ""
+    head: tuple[str, ...] = ()
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    figure: Path | None = None
+
+
+def load(folder: Path) -> tuple[list[Result], dict[str, Any], dict[str, Any]]:
+    """Results, the machine, and the notes of all runs in a folder."""
+    results, machine = [], {}
+    notes: dict[str, Any] = {"left_out": {}, "auto_over_torch": {}}
+    for file in sorted(folder.rglob("benchmark*.json")):
+        found = json.loads(file.read_text())
+        machine = machine or found["machine_info"]["bench"] | {"date": found["datetime"]}
+        for one in found["benchmarks"]:
+            extra = one["extra_info"]
+            fields = extra["workload"] | {"shape": Case(*extra["workload"]["shape"])}
+            what = (extra["implementation"], extra["pass"], one["stats"]["median"], extra.get("peak_bytes"))
+            results.append(Result(Workload(**fields), *what))
+    for file in sorted(folder.rglob("notes*.json")):
+        for key, values in json.loads(file.read_text()).items():
+            if key in notes:
+                notes[key] |= values
+    return results, machine, notes
+
+
+Measured = dict[tuple[Workload, str, str], Result]
+
+
+def blocks(folder: Path) -> list[Block]:
+    """The whole report."""
+    results, machine, notes = load(folder)
+    if not results and not list(folder.glob("stage-*.json")):
+        raise ValueError(f"folder: expected one with benchmark*.json or stage-*.json; got {folder}")
+    measured = {(r.workload, r.implementation, r.which): r for r in results}
+    found = [_machine(machine)]
+    by_group: dict[str, list[Workload]] = {}
+    for result in results:
+        workloads = by_group.setdefault(result.workload.group, [])
+        if result.workload not in workloads:
+            workloads.append(result.workload)
+    for group, workloads in by_group.items():
+        found += [_times(group, which, workloads, measured) for which in PASSES]
+    found += [Block(name, figure=file) for name, file in plots.draw(results, folder)]
+    found += [_memory(by_group, measured), _published(measured)]
+    if ratios := notes["auto_over_torch"]:
+        found.append(_overhead(ratios))
+    found += [_stage(file) for file in sorted(folder.glob("stage-*.json"))]
+    return [*found, _left_out(notes["left_out"])]
+
+
+def _machine(machine: dict[str, Any]) -> Block:
+    rows = [(key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in machine.items()]
+    return Block("Machine", "Everything measured below was measured here.", ("what", "found"), rows)
+
+
+def _names(workloads: Iterable[Workload], measured: Measured) -> list[str]:
+    present = {(w, name) for w, name, _ in measured}
+    return [name for name in IMPLEMENTATIONS if any((w, name) in present for w in workloads)]
+
+
+def _times(group: str, which: str, workloads: list[Workload], measured: Measured) -> Block:
+    names = _names(workloads, measured)
+    rows = []
+    for workload in workloads:
+        base, cells = measured.get((workload, BASELINE, which)), []
+        for name in names:
+            result = measured.get((workload, name, which))
+            text = "" if result is None else f"{result.us_per_step:,.2f}"
+            if result and base and name != BASELINE:
+                text += f" ({base.seconds / result.seconds:.2f}x)"
+            cells.append(text)
+        rows.append((str(workload), *cells))
+    text = f"Microseconds a step, in brackets how many times as fast as {BASELINE}."
+    return Block(f"{group}: {which}", text, ("workload", *names), rows)
+
+
+def _memory(by_group: dict[str, list[Workload]], measured: Measured) -> Block:
+    workloads = [w for of_group in by_group.values() for w in of_group]
+    names = _names(workloads, measured)
+    rows = []
+    for workload in workloads:
+        found = [measured.get((workload, name, PASSES[1])) for name in names]
+        rows.append(
+            (
+                str(workload),
+                *("" if r is None or r.peak_bytes is None else f"{r.peak_bytes / 2**20:,.2f}" for r in found),
+            )
+        )
+    text = "MiB at the peak of one forward and backward, beside input, parameters and upstream gradients."
+    return Block("Memory", text, ("workload", *names), rows)
+
+
+def _published(measured: Measured) -> Block:
+    rows = []
+    for workload, numbers in PUBLISHED.items():
+        for number in numbers:
+            value = "" if number.value is None else f"{number.value:,.2f} {number.unit}"
+            ours = (in_unit(number, workload, name, measured) for name in ("fastrnn auto", BASELINE))
+            rows.append(
+                (str(workload), number.what, number.which, value, *ours, number.hardware, number.source, number.note)
+            )
+    head = ("workload", "published for", "pass", "published", "fastrnn auto here", f"{BASELINE} here")
+    text = "Others' numbers, on their hardware, beside ours on this machine; blank where none was stated or measured."
+    return Block("Published", text, (*head, "its hardware", "source", "note"), rows)
+
+
+def in_unit(number: Published, workload: Workload, name: str, measured: Measured) -> str:
+    """What we measured of an implementation, in a published number's unit; empty if we did not."""
+
+    def seconds(workload: Workload) -> float | None:
+        results = {which: measured.get((workload, name, which)) for which in PASSES}
+        forward, both = (result and result.seconds for result in results.values())
+        if number.which == "backward":
+            return both - forward if both and forward else None
+        return forward if number.which == "forward" else both
+
+    if (found := seconds(workload)) is None:
+        return ""
+    if number.unit == "times":  # as long as the padded twin takes
+        twin = seconds(Workload(**{**vars(workload), "kind": "plain"}))
+        return f"{found / twin:,.2f} times" if twin else ""
+    scale = {"ms": 1e3, "us a step": 1e6 / workload.shape.T}[number.unit]
+    return f"{found * scale:,.2f} {number.unit}"
+
+
+def _overhead(ratios: dict[str, float]) -> Block:
+    largest = sorted(ratios.items(), key=lambda item: -item[1])[:10]
+    median = statistics.median(ratios.values())
+    text = f"Time of backend auto over that of {BASELINE} on CPU tensors, forward, calls in turn: the median of "
+    text += f"{len(ratios)} ratios is {median:.3f}, and these are the largest."
+    return Block("What auto costs on a CPU", text, ("workload", "ratio"), [(n, f"{r:.3f}") for n, r in largest])
+
+
+def _stage(file: Path) -> Block:
+    """What a stage of bench/gpu.py left: a list of records with the same keys."""
+    stage = json.loads(file.read_text())
+    head = tuple(dict.fromkeys(key for record in stage["records"] for key in record))
+    rows = [tuple(_text(record.get(key)) for key in head) for record in stage["records"]]
+    return Block(f"Stage {stage['stage']}", stage["text"], head, rows)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else f"{value:,.3g}" if isinstance(value, float) else str(value)
+
+
+def _left_out(left_out: dict[str, str]) -> Block:
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for name, reason in left_out.items():
+        by_reason[reason.splitlines()[0]].append(name)
+    rows = [(reason, str(len(names)), names[0]) for reason, names in by_reason.items()]
+    return Block("Left out", "What was not timed, and why.", ("reason", "measurements", "the first"), rows)
+
+
+def markdown(found: list[Block]) -> str:
+    """Every block, pictures by name."""
+    lines = ["# Benchmark report", ""]
+    for block in found:
+        lines += [f"## {block.heading}", ""]
+        lines += [block.text, ""] if block.text else []
+        if block.head:
+            lines += [_row(block.head), "|---" * len(block.head) + "|", *map(_row, block.rows), ""]
+        if block.figure:
+            lines += [f"![{block.heading}]({block.figure.name})", ""]
+    return "\n".join(lines)
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+STYLE = """body{font:15px sans-serif;margin:2em auto;max-width:90em;padding:0 1em}table{border-collapse:collapse;
+font-size:13px}td,th{border:1px solid #ccc;padding:3px 7px;text-align:right}td:first-child,th{text-align:left}
+img{max-width:100%}div{overflow-x:auto}"""
+
+
+def page(found: list[Block]) -> str:
+    """Every block as one HTML page, pictures inside."""
+    parts = [f"<!doctype html><meta charset=utf-8><title>Benchmark report</title><style>{STYLE}</style>"]
+    parts.append("<h1>Benchmark report</h1>")
+    for block in found:
+        parts.append(f"<h2>{html.escape(block.heading)}</h2><p>{html.escape(block.text)}</p>")
+        if block.head:
+            rows = ["".join(f"<th>{html.escape(cell)}</th>" for cell in block.head)]
+            rows += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in block.rows]
+            parts.append("<div><table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>")
+        if block.figure:
+            picture = base64.b64encode(block.figure.read_bytes()).decode()
+            parts.append(f'<img alt="{html.escape(block.heading)}" src="data:image/png;base64,{picture}">')
+    return "\n".join(parts) + "\n"
+
+
+def write(folder: Path) -> None:
+    """report.md, pictures and report.html into the folder of the results."""
+    found = blocks(folder)
+    (folder / "report.md").write_text(markdown(found))
+    (folder / "report.html").write_text(page(found))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    write(args.folder)
+    print(args.folder / "report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

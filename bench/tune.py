@@ -1,0 +1,130 @@
+"""The stage of bench/gpu.py that measures the planner's open choices: forms of a kernel, programs of a cluster."""
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+from fastrnn import clusters, compiler, planner, tuning
+from fastrnn.device import DeviceSpec
+from fastrnn.inspect.compile import PASSES, Problem, call_backward, call_forward
+from fastrnn.inspect.measure import us_per_step
+from fastrnn.kernel_plan import KernelPlan
+
+from . import clock
+
+if TYPE_CHECKING:
+    from .gpu import Item, Setup
+
+SIZES = {"lstm": (64, 128, 256, 512, 1024), "gru": (128, 256, 512, 1024), "rnn_tanh": (256, 1024)}
+WORTH = 0.98  # of the time of the planner's own choice: less of a gain is noise
+
+
+def items(setup: "Setup") -> "list[Item]":
+    """An item a problem, large and small sizes in turn."""
+    from .gpu import Item
+
+    if setup.dry:
+        problems = [Problem("gru", 8, 2, 2, dtype=torch.float32, arch=setup.arch, backend="resident")]
+    else:
+        problems = [Problem(cell, H, arch=setup.arch) for cell, sizes in SIZES.items() for H in sizes]
+    return [Item(f"{p.cell} H={p.hidden_size}", lambda _, p=p: tune(p, setup)) for p in problems]
+
+
+def tune(problem: Problem, setup: "Setup") -> list[dict[str, Any]]:
+    """The time of each form in each pass, of every cluster that fits."""
+    spec = DeviceSpec.of(torch.device("cpu" if setup.dry else "cuda"))
+    records = []
+    with tuning.trying(setup.arch, tuning.Tuned()):
+        own = _kernel(problem, spec)
+    sizes = [own.ctas] if own.ctas == 1 else [ctas for ctas in tuning.CTAS if ctas <= spec.cluster_limit]
+    for ctas in sizes:
+        wanted = {} if ctas == 1 else {_cluster_key(problem): ctas}
+        with tuning.trying(setup.arch, tuning.Tuned(ctas=wanted)):
+            kernel = _kernel(problem, spec)
+        if kernel.ctas != ctas:  # it does not fit, and the planner kept to its own
+            continue
+        key = tuning.kernel_key(problem.cell, problem.hidden_size, problem.dtype, kernel)
+        for which in PASSES:
+            for number, form in enumerate(kernel.choices[which]):
+                tuned = tuning.Tuned({key: {which: form}}, wanted)
+                with tuning.trying(setup.arch, tuned):
+                    us = _us_per_step(problem, which, setup.dry)
+                    spills = not setup.dry and form not in compiler._chosen.values()
+                record = {"kernel": key, "cluster": _cluster_key(problem) if ctas > 1 else None, "ctas": ctas}
+                record |= {"pass": which, "form": json.dumps(form), "us": None if spills else us, "spills": spills}
+                records.append(record | {"planner's own": ctas == own.ctas and number == 0})
+    return records
+
+
+def _kernel(problem: Problem, spec: DeviceSpec) -> KernelPlan:
+    kernel = planner.plan(
+        problem.cell,
+        hidden_size=problem.hidden_size,
+        batch_size=problem.batch_size,
+        seq_len=problem.seq_len,
+        dtype=problem.dtype,
+        device=spec,
+        backend=problem.backend,
+        precision=problem.precision,
+    ).kernel
+    if kernel is None:
+        raise NotImplementedError(f"no kernel is planned for {problem}")
+    return kernel
+
+
+def _cluster_key(problem: Problem) -> str:
+    tiles = -(-problem.batch_size // clusters.BLOCK_B) * problem.directions
+    return tuning.cluster_key(problem.cell, problem.hidden_size, problem.dtype, problem.precision, tiles)
+
+
+def _us_per_step(problem: Problem, which: str, dry: bool) -> float:
+    """Measured on the GPU; in a dry run the interpreter's, which decides nothing."""
+    if not dry:
+        return us_per_step(problem, [which])[which]
+    tensors: Any = problem.tensors()
+    with mock.patch("fastrnn.planner.torch_precision", lambda: problem.precision):
+        started = time.perf_counter()
+        outputs = call_forward(problem.cell, tensors, problem.backend)
+        if which == "backward":
+            call_backward(problem.cell, tensors, outputs, problem.backend, needs_sums=False)
+    return (time.perf_counter() - started) / problem.seq_len * 1e6
+
+
+def choose(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """forms and ctas of a tuned file, from the records of all problems: only what is clearly faster."""
+    timed = [r for r in records if r.get("us") is not None]
+    best: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in timed:
+        key = record["kernel"], record["pass"]
+        if key not in best or record["us"] < best[key]["us"]:
+            best[key] = record
+    forms: dict[str, dict[str, Any]] = {}
+    for (kernel, which), record in best.items():
+        own = next(r for r in timed if (r["kernel"], r["pass"]) == (kernel, which))  # the first that does not spill
+        if record["us"] < WORTH * own["us"]:
+            forms.setdefault(kernel, {})[which] = json.loads(record["form"])
+    ctas: dict[str, int] = {}
+    for cluster in dict.fromkeys(r["cluster"] for r in timed if r["cluster"]):
+        both: dict[int, float] = {}  # of a cluster's size, the best of each pass
+        for (_, _), record in best.items():
+            if record["cluster"] == cluster:
+                both[record["ctas"]] = both.get(record["ctas"], 0.0) + record["us"]
+        own_size = next((r["ctas"] for r in timed if r["cluster"] == cluster and r["planner's own"]), None)
+        fastest = min(both, key=both.__getitem__)
+        if own_size is None or both[fastest] < WORTH * both[own_size]:
+            ctas[cluster] = fastest
+    return {"forms": forms, "ctas": ctas}
+
+
+def write(setup: "Setup") -> None:
+    """The planner's file, from the stage's records, checked as it will be read; a dry run's beside its results."""
+    records = json.loads((setup.folder / "stage-tuning.json").read_text())["records"]
+    made = {key: value for key, value in clock.machine().items() if key != "clocks"}
+    folder = setup.folder if setup.dry else tuning.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / (f"tuned-{setup.arch}.json" if setup.dry else f"{setup.arch}.json")
+    file.write_text(json.dumps({"made": made, **choose(records)}, indent=1) + "\n")
+    tuning.read(file)
