@@ -11,7 +11,6 @@ interpreter too, and its loss and gradients are compared.
 """
 
 import argparse
-import json
 import math
 import os
 import pydoc_data.topics
@@ -20,16 +19,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
+from common import LAYERS, descend, fraction, parse, parser, positive, rate, save_figure, save_json, whole
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import fastrnn
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 # What a checkpoint must agree on to be continued exactly.
 CONFIG = (
@@ -52,8 +49,7 @@ class CharLM(nn.Module):
     def __init__(self, cell: str, embedding: int, hidden: int, layers: int, dropout: float, backend: str) -> None:
         super().__init__()
         self.embed = nn.Embedding(256, embedding)
-        layer = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}[cell]
-        self.rnn = layer(embedding, hidden, num_layers=layers, dropout=dropout, backend=backend)
+        self.rnn = LAYERS[cell](embedding, hidden, num_layers=layers, dropout=dropout, backend=backend)
         self.head = nn.Linear(hidden, 256)
 
     def forward(self, bytes_in: Tensor, state):
@@ -113,13 +109,10 @@ class Trainer:
     def train_step(self) -> float:
         inputs, targets, first = window_at(self.train, self.step, self.args.window)
         loss, state = self.loss(inputs, targets, None if first else self.state)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip)
-        self.optimizer.step()
+        bits = descend(self.optimizer, loss, self.args.clip)
         self.state = detach(state)
         self.step += 1
-        return loss.item()
+        return bits
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -143,8 +136,8 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all(),
         }
-        torch.save(checkpoint, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)  # an interrupted write leaves the last checkpoint whole
+        with whole(path) as part:
+            torch.save(checkpoint, part)
 
     def load(self, path: Path) -> None:
         if not path.exists():
@@ -191,16 +184,16 @@ def train(trainer: Trainer, out: Path) -> bool:
     return not interrupted
 
 
-def plot(history: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+def plot(history: list[dict]) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     steps = [h["step"] for h in history]
     axes.plot(steps, [h["train"] for h in history], color="0.7", label="training window")
     axes.plot(steps, [h["valid"] for h in history], marker="o", label="validation")
     axes.set(xlabel="step", ylabel="bits per character", title="Character-level language model")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
 
 
 @torch.no_grad()
@@ -245,59 +238,36 @@ def check_kernels(args: argparse.Namespace) -> None:
     print("  they agree")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    def positive(text: str) -> int:
-        value = int(text)
-        if value < 1:
-            raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-        return value
-
-    def fraction(text: str) -> float:
-        value = float(text)
-        if not 0 <= value <= 1:
-            raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
-        return value
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cell", choices=("lstm", "gru", "rnn"), default="lstm")
-    parser.add_argument("--hidden", type=positive, default=128)
-    parser.add_argument("--embedding", type=positive, default=64)
-    parser.add_argument("--layers", type=positive, default=1)
-    parser.add_argument("--dropout", type=fraction, default=0.0, help="between layers")
-    parser.add_argument("--batch", type=positive, default=32, help="parallel streams of text")
-    parser.add_argument("--window", type=positive, default=64, help="bytes between gradient cuts")
-    parser.add_argument("--steps", type=positive, default=3000)
-    parser.add_argument("--lr", type=float, default=4e-3)
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    parser.add_argument("--eval-every", type=positive, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the products; bfloat16 on a GPU"
-    )
-    parser.add_argument("--backend", choices=fastrnn.planner.BACKENDS, default="auto")
-    parser.add_argument("--out", type=Path, default=Path("runs/char_lm"))
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
-    parser.add_argument("--sample", type=int, default=400, help="characters to write at the end")
-    parser.add_argument(
+def arguments() -> argparse.Namespace:
+    made = parser(__doc__, "runs/char_lm")
+    made.set_defaults(threads=torch.get_num_threads())  # torch's choice: the times above are of it
+    made.add_argument("--cell", choices=list(LAYERS), default="lstm")
+    made.add_argument("--hidden", type=positive, default=128)
+    made.add_argument("--embedding", type=positive, default=64)
+    made.add_argument("--layers", type=positive, default=1)
+    made.add_argument("--dropout", type=fraction, default=0.0, help="between layers")
+    made.add_argument("--batch", type=positive, default=32, help="parallel streams of text")
+    made.add_argument("--window", type=positive, default=64, help="bytes between gradient cuts")
+    made.add_argument("--steps", type=positive, default=3000)
+    made.add_argument("--lr", type=rate, default=4e-3)
+    made.add_argument("--clip", type=rate, default=1.0, help="largest norm of the gradient")
+    made.add_argument("--eval-every", type=positive, default=500)
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the products; bfloat16 on a GPU")
+    made.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    made.add_argument("--sample", type=int, default=400, help="characters to write at the end")
+    made.add_argument(
         "--check-kernels", action="store_true", help="only compare the kernels on the checkpoint in --out"
     )
-    args = parser.parse_args(argv)
-    if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
-        parser.error(
-            f"--device {args.device}: expected cpu"
-            + (" or cuda" if torch.cuda.is_available() else ", since torch sees no GPU here")
-        )
+    args = parse(made)
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     return args
 
 
 def main() -> None:
-    args = parse()
+    args = arguments()
     if args.check_kernels:
         check_kernels(args)
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(args)
     if args.resume:
         trainer.load(args.out / "checkpoint.pt")
@@ -307,8 +277,8 @@ def main() -> None:
         fastrnn.explain(trainer.model.rnn, torch.empty(args.window, args.batch, args.embedding, device=args.device))
     if not train(trainer, args.out):
         raise SystemExit(130)
-    plot(trainer.history, args.out / "curve.png")
-    (args.out / "metrics.json").write_text(json.dumps(trainer.history, indent=1))
+    save_figure(plot(trainer.history), args.out / "curve.png")
+    save_json(trainer.history, args.out / "metrics.json")
     print(f"\n{sample(trainer, args.sample)}\n")
 
     if args.device == "cpu":

@@ -1,17 +1,14 @@
 """The example as a user runs it: it learns, resumes exactly, survives Ctrl-C, and refuses wrong arguments."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from . import examples
+
 SMALL = (
     "--hidden",
     "24",
@@ -25,20 +22,17 @@ SMALL = (
     "100",
     "--sample",
     "40",
+    "--threads",
+    "1",
 )
 
 
 def start(out: Path, *flags: str) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "examples/char_lm.py"), "--out", str(out), *SMALL, *flags]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return examples.start("char_lm", out, *SMALL, *flags)
 
 
 def run(out: Path, *flags: str) -> subprocess.CompletedProcess:
-    process = start(out, *flags)
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    return examples.run("char_lm", out, *SMALL, *flags)
 
 
 def history(out: Path) -> list[dict]:
@@ -72,16 +66,11 @@ def test_prints_the_plan_and_that_kernels_agree(tmp_path):
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
     process = start(tmp_path, "--steps", "1000000", "--eval-every", "1000000")
-    for line in iter(process.stderr.readline, ""):  # the progress bar shows that training is under way
-        if "train lstm" in line or "step" in line:
-            break
-    time.sleep(2)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "with --resume continues exactly" in stdout
+    interrupted = examples.interrupt(process)
+    assert interrupted.returncode == 130, interrupted.stderr
+    assert "with --resume continues exactly" in interrupted.stdout
     step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
-    assert step >= 1 and not (tmp_path / "checkpoint.tmp").exists()
+    assert step >= 1 and not (tmp_path / ".checkpoint.pt").exists()
     done = run(tmp_path, "--steps", str(step + 1), "--eval-every", "1000000", "--resume")
     assert done.returncode == 0, done.stderr
     assert history(tmp_path)[-1]["step"] == step + 1
