@@ -1,4 +1,4 @@
-"""What the README says: its code runs, and its table is what the planner answers."""
+"""What the README says of sizes is what the planner answers; test_docs.py runs its code."""
 
 import re
 from pathlib import Path
@@ -11,14 +11,6 @@ from fastrnn.device import DeviceSpec
 
 KINDS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))  # the tables' columns
 README = (Path(__file__).parents[1] / "README.md").read_text()
-
-
-def test_code_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(block, {})
-    assert "backend resident" in capsys.readouterr().out
 
 
 def largest(cell: str, arch: str, dtype: torch.dtype, precision: str, tier: str) -> int:
