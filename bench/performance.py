@@ -1,13 +1,15 @@
-"""The table of modelled times in docs/performance.md: what the planner takes, and what the model says of its kernels.
+"""The tables of modelled times in docs/performance.md: what the planner takes, and what the model says of its kernels.
 
-    python -m bench.performance                     print it (some minutes: every kernel is compiled)
-    python -m bench.performance --write             put it into docs/performance.md
+    python -m bench.performance                     print the table (some minutes: every kernel is compiled)
+    python -m bench.performance --sequences         another: what lengths and resets add to a step
+    ... --write                                     put it into docs/performance.md
 
 No GPU is needed, and nothing is measured: fastrnn/inspect/timing.py says what the model rests on.
 """
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from fastrnn import launch
 from fastrnn.inspect.compile import Problem, compile_problem, launches
 from fastrnn.inspect.timing import modelled
 from fastrnn.reference import GATES
+from fastrnn.sequences import Sequences
 
 from . import write
 
@@ -53,19 +56,55 @@ def row(problem: Problem) -> str:
     return f"| {name} | {what} | {target} | {cycles} | {forward.limit}, {backward.limit} |"
 
 
+SEQUENCES_HEAD = "| cell, H | kernel | plain | lengths | lengths, resets | lengths, resets to a state |"
+
+
+def sequences_rows(cells: list[str], sizes: list[int], arch: str) -> Iterator[str]:
+    yield SEQUENCES_HEAD
+    yield "|---" * (SEQUENCES_HEAD.count("|") - 1) + "|"
+    for cell in cells:
+        for H in sizes:
+            problem = Problem(cell, H, dtype=torch.bfloat16, arch=arch)
+            yield sequences_row(problem, problem.plan().backend)
+
+
+def sequences_row(problem: Problem, backend: str) -> str:
+    """Forward and backward of each form, in cycles a step."""
+    tensors: Any = problem.tensors()
+    x_gates, _, _, h_0, c_0 = inputs = [tensors[key] for key in ("x_gates", "W_hh", "b_hh", "h_0", "c_0")]
+    T, B = x_gates.shape[:2]
+    rows, reset = Sequences.of(T, B, lengths=torch.full((B,), T), reset=torch.zeros(T, B, dtype=torch.bool))
+    forms = ({}, {"rows": rows}, {"rows": rows, "reset": reset})
+    forms += ({**forms[2], "reset_h": h_0, "reset_c": c_0},)
+    cells = []
+    for form in forms:
+        with launches(problem.spec) as found:
+            y, _, _, saved, c = launch.forward(problem.cell, *inputs, save=True, backend=backend, **form)
+            upstream = (tensors[key] for key in ("dy", "dh_n", "dc_n"))
+            kept = (tensors["W_hh"], h_0, c_0, y, saved, c)
+            launch.backward(problem.cell, *upstream, None, *kept, False, False, backend, **form)
+        cells.append(" / ".join(f"{modelled(each).cycles:,}" for each in found))  # type: ignore[union-attr]
+    return f"| {problem.cell.removesuffix('_tanh')}, {problem.hidden_size} | {backend} | {' | '.join(cells)} |"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cell", nargs="+", choices=list(GATES), default=["lstm", "gru", "rnn_tanh"])
-    parser.add_argument("--hidden", nargs="+", type=int, default=[64, 96, 128, 192, 256, 384, 512, 1024, 2048])
+    parser.add_argument("--hidden", nargs="+", type=int)
     parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--sequences", action="store_true", help="what lengths and resets add to a step")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args()
+    if args.sequences:
+        table, flag, sizes = sequences_rows, " --sequences", [64, 128, 256, 512, 1024]
+    else:
+        table, flag, sizes = rows, "", [64, 96, 128, 192, 256, 384, 512, 1024, 2048]
     lines = []
-    for line in rows(args.cell, args.hidden, args.arch):
+    for line in table(args.cell, args.hidden or sizes, args.arch):
         print(line, flush=True)
         lines.append(line)
     if args.write:
-        write("python -m bench.performance --write", lines)
+        write(f"python -m bench.performance{flag} --write", lines)
     return 0
 
 

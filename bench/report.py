@@ -8,6 +8,7 @@ Medians of pytest-benchmark's rounds; times a step are a call's time over T. Pub
 import argparse
 import base64
 import html
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -24,6 +25,7 @@ from .published import PUBLISHED, Published
 from .workload import PASSES, Workload
 
 BASELINE = "torch.nn"
+OURS = "fastrnn auto"
 
 
 class Result(NamedTuple):
@@ -83,6 +85,7 @@ def blocks(folder: Path) -> list[Block]:
         workloads = by_group.setdefault(result.workload.group, [])
         if result.workload not in workloads:
             workloads.append(result.workload)
+    found.insert(0, _glance(by_group, measured))
     for group, workloads in by_group.items():
         found += [_times(group, which, workloads, measured) for which in PASSES]
     found += [Block(name, figure=file) for name, file in plots.draw(results, folder)]
@@ -96,6 +99,27 @@ def blocks(folder: Path) -> list[Block]:
 def _machine(machine: dict[str, Any]) -> Block:
     rows = [(key, json.dumps(value) if isinstance(value, dict) else str(value)) for key, value in machine.items()]
     return Block("Machine", "Everything measured below was measured here.", ("what", "found"), rows)
+
+
+def _glance(by_group: dict[str, list[Workload]], measured: Measured) -> Block:
+    """A row a group and pass: how many times as fast as each of the others we are on its workloads."""
+    others = [name for name in _names((w for of in by_group.values() for w in of), measured) if name != OURS]
+    rows = []
+    for (group, workloads), which in itertools.product(by_group.items(), PASSES):
+        cells = []
+        for name in others:
+            pairs = ((measured.get((w, name, which)), measured.get((w, OURS, which))) for w in workloads)
+            ratios = [other.seconds / ours.seconds for other, ours in pairs if other and ours]
+            cells.append(_spread(ratios))
+        rows.append((group, which, *cells))
+    text = (
+        f"How many times as fast as each of the others {OURS} is: the median over the group's workloads, and the range."
+    )
+    return Block("At a glance", text, ("workloads", "pass", *others), rows)
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
 
 
 def _names(workloads: Iterable[Workload], measured: Measured) -> list[str]:
@@ -140,11 +164,11 @@ def _published(measured: Measured) -> Block:
     for workload, numbers in PUBLISHED.items():
         for number in numbers:
             value = "" if number.value is None else f"{number.value:,.2f} {number.unit}"
-            ours = (in_unit(number, workload, name, measured) for name in ("fastrnn auto", BASELINE))
+            ours = (in_unit(number, workload, name, measured) for name in (OURS, BASELINE))
             rows.append(
                 (str(workload), number.what, number.which, value, *ours, number.hardware, number.source, number.note)
             )
-    head = ("workload", "published for", "pass", "published", "fastrnn auto here", f"{BASELINE} here")
+    head = ("workload", "published for", "pass", "published", f"{OURS} here", f"{BASELINE} here")
     text = "Others' numbers, on their hardware, beside ours on this machine; blank where none was stated or measured."
     return Block("Published", text, (*head, "its hardware", "source", "note"), rows)
 

@@ -111,6 +111,7 @@ def test_report(tmp_path):
     text, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
     assert "| over_H-gru-T4-B2-H8-float32 | 1.00 | 0.50 (2.00x) |" in text  # forward, us a step
     assert "| over_H-gru-T4-B2-H8-float32 | 3.00 | 1.50 (2.00x) |" in text
+    assert "| over H | forward | 2.00x (2.00 to 2.00) |" in text  # at a glance
     assert "| device | a\\|b |" in text and "| gru | 0.5 |" in text and "| w | 1.010 |" in text
     assert "| no <time> | 1 | test_speed[x] |" in text and "no &lt;time&gt;" in page
     assert "149194" in text and "data:image/png;base64," in page
