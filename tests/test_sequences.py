@@ -53,8 +53,8 @@ def test_the_reference_runs_every_segment_on_its_own(cell, kind):
                 if piece or first_is_reset:
                     edge = begin if d == 0 else end
                     given = problem.starts or [torch.zeros_like(h_0)] * 2
-                    anew = [s[slots[edge]][d] if problem.starts and by_step else s[d, b] for s in given]
-                    state = [None if s is None else new[None, None] for s, new in zip(state, anew)]  # noqa: B905
+                    anew = iter(s[slots[edge]][d] if problem.starts and by_step else s[d, b] for s in given)
+                    state = [None if s is None else next(anew)[None, None] for s in state]
                 x = torch.stack([x_gates[slots[t]][d] for t in range(begin, end)])[:, None, None]
                 x = x.flip(0) if d else x
                 alone, *last = reference.recurrence(cell, x, W_hh[d : d + 1], b_hh[d : d + 1], *state, cell_states=True)
@@ -89,7 +89,7 @@ MUTATIONS = {
     "segments of direction 1 a step late": (
         STARTS, "step, T - step)", "step, T - 1 - step)", "lstm", "resets"),
     "resets past an end": (
-        STARTS, "mask=edge < length", "mask=edge < where[1]", "rnn_tanh", "lengths, resets by step"),
+        STARTS, "mask=edge < length", "mask=edge < where[1] + 0 * length", "rnn_tanh", "lengths, resets by step"),
     "states by step from another step": (
         STARTS, "(_edge(where, step) * stride", "(tl.maximum(step - 1, 0) * stride", "gru", "lengths, resets by step"),
     "gradients go past a reset": (

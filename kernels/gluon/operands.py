@@ -120,7 +120,7 @@ def load_piece(
     ptr, row_stride, offs_b, row_mask, H: gl.constexpr, K_TILES: gl.constexpr, i: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """[WARPS, K, BLOCK_B]: piece i of what the group's programs wrote, as an operand; rows from rows_of."""
+    """[WARPS, K, BLOCK_B]: piece i of what the group's programs wrote, as an operand; offs_b and row_mask by row."""
     LAYOUT: gl.constexpr = load_layout(K_TILES[i][1], WARPS, ptr.dtype.element_ty)
     ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))
     offs_k = columns(K_TILES, i, WARPS, gl.SliceLayout(1, LAYOUT))
