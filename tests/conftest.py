@@ -13,6 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fastrnn and triton are imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the tests that compare runs bit by bit
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker a core: more threads wait for each other
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
 
 
 def pytest_addoption(parser):

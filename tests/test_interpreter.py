@@ -21,6 +21,30 @@ def product(a_ptr, b_ptr, c_ptr, rounded_ptr):
     tl.store(rounded_ptr + rows * 16 + columns, c.to(tl.bfloat16))
 
 
+@triton.jit
+def square(x):
+    return x * x
+
+
+@triton.jit
+def fourth_power(x_ptr):
+    tl.store(x_ptr, square(square(tl.load(x_ptr))))
+
+
+@pytest.mark.parametrize("corrected", (True, False))
+def test_triton_language_is_patched_once_a_launch(corrected, monkeypatch):
+    patched = []
+    patch = triton.runtime.interpreter._patch_lang_core
+    monkeypatch.setattr(triton.runtime.interpreter, "_patch_lang_core", lambda *args: [patched.append(1), patch(*args)])
+    for launches in (1, 2):
+        x = torch.tensor([3.0])
+        with interpreter.corrected() if corrected else contextlib.nullcontext():
+            fourth_power[(1,)](x)
+        assert x.item() == 81
+        assert (len(patched) == launches) == corrected, "more often: a fault that Triton may have mended"
+    assert tl.core.is_builtin(tl.load), "the launch puts back what it patched"
+
+
 @pytest.mark.parametrize("corrected", (True, False))
 def test_bfloat16(corrected):
     a, b = torch.randn(2, 16, 16).bfloat16()
