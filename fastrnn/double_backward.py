@@ -1,6 +1,5 @@
 """The gradients' own gradients: a slow path in plain torch, run only where second derivatives are taken.
 
-
 The kernels' backward pass computes d = J^T g, with J the Jacobian of (y, h_n, c_n, c) with respect to x_gates, W_hh,
 b_hh, h_0, c_0, reset_h, reset_c, and g their upstream gradients. Its own gradients need J as a function: the reference
 recurrence is run again, and differentiated twice, by torch.func, so that its transforms can take this too. x_gates is

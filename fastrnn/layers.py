@@ -100,6 +100,8 @@ def _step(
 ) -> tuple[Tensor, State, Tensor | None]:
     W_ih, W_hh, *b = by_role(weights(), len(xs))
     W_hr = b.pop() if len(b) in (1, 3) else None
+    if W_hr is not None:
+        xs, W_ih = projection.with_starts(xs, W_ih, W_hh, state, window)
     b_ih, b_hh = b if bias else (None, None)
     gates = (GATES[cell], W_ih[0].shape[0] // GATES[cell])
     source = None
@@ -113,7 +115,7 @@ def _step(
             x_gates = x_gates.unflatten(-1, gates)
     b_hh = None if b_hh is None else _stack(b_hh)
     if W_hr is not None:
-        return projection.run(recurrence, x_gates, _stack(W_hh), b_hh, _stack(W_hr), state, window)
+        return projection.run(recurrence, x_gates, _stack(W_hh), b_hh, _stack(W_hr), state, window, source)
     h_0, c_0 = (*state, None)[:2]
     y, h_n, c_n, *c = recurrence(cell, x_gates, _stack(W_hh), b_hh, h_0, c_0, source=source, **window.options())
     return y, (h_n,) if c_n is None else (h_n, c_n), c[0] if c else None

@@ -191,8 +191,7 @@ def _double_backward(ctx, *second):
     if source[0] is None:
         raise NotImplementedError(
             "double backward through fastrnn.ops.recurrence without its source is missing: "
-            "give source=(x, W_ih, b_ih), use fastrnn.lstm, gru, rnn or the modules, or fastrnn.reference.recurrence; "
-            "with proj_size it is missing but for backend='reference'."
+            "give source=(x, W_ih, b_ih), use fastrnn.lstm, gru, rnn or the modules, or fastrnn.reference.recurrence"
         )
     sequences = None if rows is None else Sequences(rows, reset)
     found = double_backward.differentiate(ctx.cell, upstream, source, recurrent, second, sequences, ctx.by_step)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import functional, projection
+from fastrnn import projection
 
 from .test_modules import compare, flat, pair
 from .test_wavefront import as_wavefront
@@ -124,19 +124,27 @@ def test_wrong_states_fail_as_in_torch_nn(backend, device):
         fastrnn.lstm(x, None, [*(p[:28] for p in params), zeros(4, 7)], backend=backend)
 
 
-def test_gradients_of_gradients_are_missing_and_say_so(device):
-    x = torch.randn(3, 2, 5, device=device, requires_grad=True)
-    (gradient,) = torch.autograd.grad(
-        fastrnn.LSTM(5, 8, proj_size=3, backend="resident", device=device)(x)[0].sum(), x, create_graph=True
-    )
-    with pytest.raises(NotImplementedError, match="with proj_size it is missing but for backend='reference'"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("how", ("zeros", "state", "resets"))
+def test_gradients_of_gradients(how, device):
+    """By the kernels as by the reference, of the gradients of everything, with respect to everything."""
+    found = []
+    for backend in ("reference", "resident"):
+        torch.manual_seed(0)
+        module = fastrnn.LSTM(5, 8, proj_size=3, bidirectional=True, backend=backend, device=device)
+        x, hx = torch.randn(4, 2, 5, device=device), state(2, 2, device=device)
+        leaves = [x.requires_grad_(), *(s.requires_grad_() for s in hx if how != "zeros"), *module.parameters()]
+        options = {"reset": torch.rand(4, 2, device=device) < 0.5, "reset_state": hx} if how == "resets" else {}
+        outputs = flat(*module(x, hx if how == "state" else None, **options))
+        first = torch.autograd.grad(sum(o.sin().sum() for o in outputs), leaves, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 MUTATIONS = {
-    "the state before the first step is left out": ("start", lambda x_gates, *_: x_gates),
-    "it is added at the wrong end": ("first_steps", lambda x, first=projection.first_steps: first(x).flip(0)),
-    "it is added at every step": ("first_steps", lambda x, first=projection.first_steps: first(x) | True),
+    "the state before the first step is left out": lambda h: torch.zeros_like(h),
+    "it is added at the wrong end": lambda h: h.flip(0),
+    "it is added at every step": lambda h: h.sum(0).expand_as(h),
 }
 
 
@@ -145,6 +153,7 @@ def test_a_broken_start_is_noticed(name, monkeypatch, device):
     ours, theirs = pair("LSTM", device, "resident", 5, 8, proj_size=3, bidirectional=True)
     x, hx = torch.randn(4, 2, 5, device=device), state(2, 2, device=device)
     compare(ours, theirs, x, hx)
-    monkeypatch.setattr(functional.projection, *MUTATIONS[name])
+    right = projection.h_start
+    monkeypatch.setattr(projection, "h_start", lambda *args: MUTATIONS[name](right(*args)))
     with pytest.raises(AssertionError):
         compare(ours, theirs, x, hx)
