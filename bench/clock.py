@@ -66,9 +66,8 @@ def seconds(call: Callable[[], object], clock: Any) -> float:
     return clock() - start
 
 
-def pin_threads(wanted: int | None = None) -> None:
-    """Bind this process to as many cores as it may use, or as are wanted, with a thread for each."""
-    cores = sorted(os.sched_getaffinity(0))[:wanted]
+def pin_threads(cores: list[int]) -> None:
+    """Bind this process to these cores, with a thread for each."""
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
 

@@ -94,13 +94,14 @@ class _Recurrent(torch.nn.RNNBase):
         >>> torch.allclose(episodes[2:, 1], gru(x[2:])[0][:, 1])
         True
         """
-        options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
-        # CPU tensors take torch's path with nothing before it, so that "auto" costs there what torch.nn costs.
-        whole = self.checkpoint_every is None and options.plain
+        # CPU tensors take torch's path with next to nothing before it, so that "auto" costs there what torch.nn costs.
+        plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
+        whole = plain and not return_cell_states and self.checkpoint_every is None
         if whole and (self.backend == "torch" or (self.backend == "auto" and not input.is_cuda)):
             return self._torch.forward(self, input, hx)
+        options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         packed, packing = isinstance(input, PackedSequence), None
-        if packed and (lengths is not None or cu_seqlens is not None or reset is not None):
+        if packed and not plain:
             raise ValueError("lengths, cu_seqlens, reset: expected None beside a PackedSequence")
         if not packed and cu_seqlens is None:
             check_rank(self._torch.__name__, input, hx)
@@ -115,7 +116,7 @@ class _Recurrent(torch.nn.RNNBase):
         batch_dim = 0 if self.batch_first else 1
         unbatched = input.dim() == 2 and options.cu_seqlens is None
         if unbatched:
-            if not options._replace(cell_states=False).plain:
+            if not plain:
                 raise ValueError("lengths, reset: expected None beside unbatched input")
             input = input.unsqueeze(batch_dim)
             hx = _map(lambda state: state.unsqueeze(1), hx)

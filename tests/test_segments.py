@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastrnn import segments
+from fastrnn import packed, segments
 
 from .cases import CELLS
-from .segment_cases import RESET_STATES, H, I, faults, gradients, make_batch, run
+from .segment_cases import RESET_STATES, H, I, faults, gradients, loop, make_batch, run
 
 
 @pytest.mark.parametrize("reset_state", RESET_STATES)
@@ -36,8 +36,8 @@ def test_packed_sequences_of_torch(cell):
     x, lengths = torch.randn(6, 4, I), torch.tensor([3, 6, 1, 2])
     state = (torch.randn(4, 4, H),) * (2 if cell == "lstm" else 1)
     y, finals, c = segments.run(cell, x, state, list(module.parameters()), 2, True, 0.0, True, True, lengths=lengths)
-    packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
-    expected, final = module(packed, state if cell == "lstm" else state[0])
+    of_torch = pack_padded_sequence(x, lengths, enforce_sorted=False)
+    expected, final = module(of_torch, state if cell == "lstm" else state[0])
     torch.testing.assert_close(y, pad_packed_sequence(expected)[0])
     torch.testing.assert_close(finals, final if cell == "lstm" else (final,))
     assert c is None
@@ -57,6 +57,18 @@ def test_by_torchs_packed_form(cell, L, D):
     """Which autocast selects on a CPU, and leaves fp64 as it is."""
     with torch.autocast("cpu", torch.bfloat16):
         assert not faults(make_batch(cell, L, D, reset_state="per step"))
+
+
+@pytest.mark.parametrize("lengths", ((9, 9, 1, 9), (5, 4, 3, 2)), ids=("long blocks", "short blocks"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_without_gradients(cell, lengths, monkeypatch):
+    """torch's packed form but for the LSTM's long blocks; nothing that anyone reads is different."""
+    batch = make_batch(cell, 2, 2, lengths=lengths, p=0.0)
+    of_blocks = []
+    monkeypatch.setattr(packed, "_ahead", lambda *args, walk=packed._ahead: [of_blocks.append(1), walk(*args)][1])
+    found = run(batch)
+    assert bool(of_blocks) == (cell == "lstm" and 1 in lengths)
+    torch.testing.assert_close(found, loop(batch))
 
 
 def test_a_noncontiguous_input():
