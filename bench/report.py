@@ -85,7 +85,7 @@ def blocks(folder: Path) -> list[Block]:
         workloads = by_group.setdefault(result.workload.group, [])
         if result.workload not in workloads:
             workloads.append(result.workload)
-    found.insert(0, _glance(by_group, measured))
+    found.insert(0, _glance(by_group, measured, machine.get("device")))
     for group, workloads in by_group.items():
         found += [_times(group, which, workloads, measured) for which in PASSES]
     found += [Block(name, figure=file) for name, file in plots.draw(results, folder)]
@@ -101,7 +101,7 @@ def _machine(machine: dict[str, Any]) -> Block:
     return Block("Machine", "Everything measured below was measured here.", ("what", "found"), rows)
 
 
-def _glance(by_group: dict[str, list[Workload]], measured: Measured) -> Block:
+def _glance(by_group: dict[str, list[Workload]], measured: Measured, device: str | None) -> Block:
     """A row a group and pass: how many times as fast as each of the others we are on its workloads."""
     others = [name for name in _names((w for of in by_group.values() for w in of), measured) if name != OURS]
     rows = []
@@ -112,9 +112,9 @@ def _glance(by_group: dict[str, list[Workload]], measured: Measured) -> Block:
             ratios = [other.seconds / ours.seconds for other, ours in pairs if other and ours]
             cells.append(_spread(ratios))
         rows.append((group, which, *cells))
-    text = (
-        f"How many times as fast as each of the others {OURS} is: the median over the group's workloads, and the range."
-    )
+    text = f"How many times as fast as the others {OURS} is: the median over a group's workloads, and the range."
+    if device == "cpu":
+        text += f" Plain layers run {BASELINE}'s own kernel on a CPU: what differs from 1 there is the machine's noise."
     return Block("At a glance", text, ("workloads", "pass", *others), rows)
 
 

@@ -140,6 +140,7 @@ def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
 def _profile(args: argparse.Namespace, arguments: list[str]) -> int:
     from .inspect import profile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports every start and stop
     lengths = [int(text) if text.strip().isdecimal() else 0 for text in args.seq.split(",")]
     if 0 in lengths:
         raise ValueError(f"seq: expected positive numbers of steps, as 1024,4096; got {args.seq!r}")
