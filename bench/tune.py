@@ -1,8 +1,10 @@
 """The stage of bench/gpu.py that measures the planner's open choices: forms of a kernel, programs of a cluster."""
 
+import contextlib
 import json
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,18 +16,14 @@ from fastrnn.inspect.measure import us_per_step
 from fastrnn.kernel_plan import KernelPlan
 
 from . import clock
-
-if TYPE_CHECKING:
-    from .gpu import Item, Setup
+from .stages import Item, Setup
 
 SIZES = {"lstm": (64, 128, 256, 512, 1024), "gru": (128, 256, 512, 1024), "rnn_tanh": (256, 1024)}
 WORTH = 0.98  # of the time of the planner's own choice: less of a gain is noise
 
 
-def items(setup: "Setup") -> "list[Item]":
+def items(setup: Setup) -> list[Item]:
     """An item a problem, large and small sizes in turn."""
-    from .gpu import Item
-
     if setup.dry:
         problems = [Problem("gru", 8, 2, 2, dtype=torch.float32, arch=setup.arch, backend="resident")]
     else:
@@ -33,16 +31,35 @@ def items(setup: "Setup") -> "list[Item]":
     return [Item(f"{p.cell} H={p.hidden_size}", lambda _, p=p: tune(p, setup)) for p in problems]
 
 
-def tune(problem: Problem, setup: "Setup") -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def trying(arch: str, tuned: tuning.Tuned) -> Iterator[None]:
+    """Plan by this instead of by the file, forgetting what was planned and compiled; to measure it."""
+
+    def forget() -> None:
+        clusters.cluster.cache_clear()
+        compiler._chosen.clear()
+
+    kept = dict(tuning.TUNED)
+    tuning.TUNED[arch] = tuned
+    forget()
+    try:
+        yield
+    finally:
+        tuning.TUNED.clear()
+        tuning.TUNED.update(kept)
+        forget()
+
+
+def tune(problem: Problem, setup: Setup) -> list[dict[str, Any]]:
     """The time of each form in each pass, of every cluster that fits."""
     spec = DeviceSpec.of(torch.device("cpu" if setup.dry else "cuda"))
     records = []
-    with tuning.trying(setup.arch, tuning.Tuned()):
+    with trying(setup.arch, tuning.Tuned()):
         own = _kernel(problem, spec)
     sizes = [own.ctas] if own.ctas == 1 else [ctas for ctas in tuning.CTAS if ctas <= spec.cluster_limit]
     for ctas in sizes:
         wanted = {} if ctas == 1 else {_cluster_key(problem): ctas}
-        with tuning.trying(setup.arch, tuning.Tuned(ctas=wanted)):
+        with trying(setup.arch, tuning.Tuned(ctas=wanted)):
             kernel = _kernel(problem, spec)
         if kernel.ctas != ctas:  # it does not fit, and the planner kept to its own
             continue
@@ -50,7 +67,7 @@ def tune(problem: Problem, setup: "Setup") -> list[dict[str, Any]]:
         for which in PASSES:
             for number, form in enumerate(kernel.choices[which]):
                 tuned = tuning.Tuned({key: {which: form}}, wanted)
-                with tuning.trying(setup.arch, tuned):
+                with trying(setup.arch, tuned):
                     us = _us_per_step(problem, which, setup.dry)
                     spills = not setup.dry and form not in compiler._chosen.values()
                 record = {"kernel": key, "cluster": _cluster_key(problem) if ctas > 1 else None, "ctas": ctas}
@@ -119,7 +136,7 @@ def choose(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {"forms": forms, "ctas": ctas}
 
 
-def write(setup: "Setup") -> None:
+def write(setup: Setup) -> None:
     """The planner's file, from the stage's records, checked as it will be read; a dry run's beside its results."""
     records = json.loads((setup.folder / "stage-tuning.json").read_text())["records"]
     made = {key: value for key, value in clock.machine().items() if key != "clocks"}

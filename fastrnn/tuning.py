@@ -9,10 +9,9 @@ ctas is the size of the cluster. Where the planner knows no such form (another b
 shared memory) its own order stays. Without a file, nothing changes; none is part of this version.
 """
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -117,23 +116,3 @@ def ordered(kernel: KernelPlan, cell: str, H: int, dtype: torch.dtype, spec: Dev
         first = [form for form in own if form == passes.get(which)]
         choices[which] = (*first, *(form for form in own if form not in first))
     return replace(kernel, choices=choices)
-
-
-@contextlib.contextmanager
-def trying(arch: str, tuned: Tuned) -> Iterator[None]:
-    """Plan by this instead of by the file, forgetting what was planned and compiled; to measure it."""
-    from . import clusters, compiler
-
-    def forget() -> None:
-        clusters.cluster.cache_clear()
-        compiler._chosen.clear()
-
-    kept = dict(TUNED)
-    TUNED[arch] = tuned
-    forget()
-    try:
-        yield
-    finally:
-        TUNED.clear()
-        TUNED.update(kept)
-        forget()

@@ -1,13 +1,16 @@
 """The benchmarks: implementations agree before they are timed, reports say what was found, a visit can be resumed."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import adapters, agreement, cases, clock, gpu, published, report, tune
+from bench import adapters, agreement, cases, clock, gpu, published, report, stages, tune
 from bench.adapters import IMPLEMENTATIONS, Built, Missing
 from bench.workload import Data, Workload
 from fastrnn import reference
@@ -140,31 +143,31 @@ def test_published_units():
     assert shown("forward", "times") == "3.00 times" and shown("backward", "times") == "5.00 times"
 
 
-def setup(folder: Path, seconds: float = 1e6) -> gpu.Setup:
-    return gpu.Setup(folder, "interpreter", dry=True, seconds=seconds, started=time.monotonic())
+def setup(folder: Path, seconds: float = 1e6) -> stages.Setup:
+    return stages.Setup(folder, "interpreter", dry=True, seconds=seconds, started=time.monotonic())
 
 
 def test_a_stage_goes_on_where_it_stopped(tmp_path):
     ran = []
 
-    def item(key: str) -> gpu.Item:
+    def item(key: str) -> stages.Item:
         def work(left: float) -> list[dict]:
             ran.append(key)
             if key == "bad":
                 raise RuntimeError("no")
             return [{"key": key}]
 
-        return gpu.Item(key, work)
+        return stages.Item(key, work)
 
     items = [item("a"), item("bad"), item("b")]
-    assert gpu.run_stage(setup(tmp_path, 0), "model", "", items) == [] and ran == []  # no time
-    gpu.run_stage(setup(tmp_path), "model", "", items[:2])
+    assert stages.run_stage(setup(tmp_path, 0), "model", "", items) == [] and ran == []  # no time
+    stages.run_stage(setup(tmp_path), "model", "", items[:2])
     left = json.loads((tmp_path / "stage-model.json").read_text())
     (tmp_path / "stage-model.json").write_text(json.dumps(left | {"complete": False}))  # as if it had been killed
-    found = gpu.run_stage(setup(tmp_path), "model", "", items)
+    found = stages.run_stage(setup(tmp_path), "model", "", items)
     assert ran == ["a", "bad", "b"]
     assert found == [{"key": "a"}, {"item": "bad", "error": "RuntimeError: no"}, {"key": "b"}]
-    gpu.run_stage(setup(tmp_path), "model", "", [item("c")])
+    stages.run_stage(setup(tmp_path), "model", "", [item("c")])
     assert ran == ["a", "bad", "b"], "a complete stage is not run again"
 
 
@@ -173,6 +176,21 @@ def test_a_visit_without_time_says_so_and_can_be_gone_on_with(tmp_path, capsys):
     assert capsys.readouterr().out.count("no time left") == 4
     assert not any(json.loads(file.read_text())["complete"] for file in tmp_path.glob("stage-*.json"))
     assert "Stage correctness" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_dry_run_goes_through_all_stages(tmp_path):
+    """As `make bench-gpu` does on a GPU, and a second run finds everything done."""
+    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    for again in (False, True):
+        done = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (done.stdout.count("done before") == 4) == again
+    found = {f.stem: json.loads(f.read_text()) for f in tmp_path.glob("stage-*.json")}
+    assert len(found) == 4 and all(stage["complete"] and stage["records"] for stage in found.values())
+    assert all(r.get("disagreement", "none") == "none" for r in found["stage-correctness"]["records"])
+    assert (tmp_path / "report.html").exists()
 
 
 def row(kernel: str, ctas: int, which: str, form: dict, us: float | None, own: bool = False) -> dict:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from bench.tune import trying
 from fastrnn import clusters, plan, tuning
 
 SIZES = {"hidden_size": 256, "batch_size": 16, "dtype": torch.bfloat16, "device": "sm_90"}
@@ -93,7 +94,7 @@ def test_text_that_is_no_json_is_named(tmp_path):
 
 def test_trying_forgets_what_was_planned_and_leaves_no_trace(tuned):
     tuned()
-    with tuning.trying("sm_90", tuning.Tuned(ctas={"lstm H=256 bfloat16 tiles=1": 4})):
+    with trying("sm_90", tuning.Tuned(ctas={"lstm H=256 bfloat16 tiles=1": 4})):
         assert plan("lstm", **SIZES).kernel.ctas == 4
     assert plan("lstm", **SIZES).kernel.ctas == 8
 
