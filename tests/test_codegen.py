@@ -4,8 +4,13 @@ tests/inspect_table.py makes the table. `make snapshots` writes it anew; `make i
 """
 
 import json
+import os
+import re
+import subprocess
+import sys
 import types
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +18,8 @@ from fastrnn.device import DeviceSpec
 
 from . import inspect_table
 from .inspect_table import ARCHS, GROUPS
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -44,6 +51,17 @@ def test_the_plan_of_the_issue_compiles_clean():
     _, rows = inspect_table.snapshot()
     rows = [row for row in rows if row["group"] == "auto, batch 64" and row["arch"] == "sm_90"]
     assert [(row["backend"], row["programs"], row["spill_bytes"]) for row in rows] == [("cooperative", 128, 0)] * 2
+
+
+@pytest.mark.skipif(
+    tuple(map(int, version("triton").split(".")[:2])) < (3, 9), reason="gl.bank_conflicts as read in Triton 3.9"
+)
+def test_sums_in_shared_memory_meet_no_bank_twice():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.bank_conflicts"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search("[1-9] forms without conflicts\nnoticed: True", done.stdout)
 
 
 @pytest.mark.parametrize(

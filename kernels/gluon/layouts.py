@@ -48,7 +48,12 @@ def gathered(bits, columns, warps, ctas):
 
 
 @triton.constexpr_function
-def partial(ctas, dim):
-    """Partial sums in shared memory, [summands, rows, columns]."""
+def partial(columns, ctas, dim):
+    """Partial sums in shared memory, [summands, rows, columns].
+
+    Half a warp stores 4 rows of 32 bytes: neighbouring rows have them in different quarters of the banks.
+    """
+    own = columns // ctas if dim == 2 else columns
+    rows = max(1, 32 // own)  # in 128 bytes
     cluster = {"cga_layout": split(ctas, dim, 3)} if ctas > 1 else {}
-    return gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0], **cluster)
+    return gl.SwizzledSharedLayout(8, rows, max(1, 4 // rows), [2, 1, 0], **cluster)

@@ -135,7 +135,8 @@ def forward(
     else:
         h_tile.index(0).store(in_shares(state[0].to(dtype), SHARES))
     if SHARES > 1:
-        summands = gl.allocate_shared_memory(gl.float32, [G, SHARES, BLOCK_B, BLOCK_H], layouts.partial(CTAS, 2))
+        shape: gl.constexpr = [G, SHARES, BLOCK_B, BLOCK_H]
+        summands = gl.allocate_shared_memory(gl.float32, shape, layouts.partial(BLOCK_H, CTAS, 2))
 
     x_next = load_inputs(x_gates_ptr, rows_ptr, where, 0, D, G, H, offs_h, mask)
     for step in range(T):
@@ -222,7 +223,8 @@ def backward(
         dtype, [G, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
     )
     if SUMMANDS > 1:
-        summands = gl.allocate_shared_memory(gl.float32, [2, SUMMANDS, BLOCK_B, BLOCK_H], layouts.partial(CTAS, 0))
+        shape: gl.constexpr = [2, SUMMANDS, BLOCK_B, BLOCK_H]
+        summands = gl.allocate_shared_memory(gl.float32, shape, layouts.partial(BLOCK_H, CTAS, 0))
     end = kept_ptr + slot(where, T - 1, D) * H
     kept = as_fp32(load_tiles(end, D * H, 1, H, offs_b, offs_h, within(mask, rows_ptr, where, T - 1)), 1)[0]
     following = load_step(
