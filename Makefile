@@ -15,7 +15,7 @@ $(EXAMPLES): .venv
 	$(BIN)/python examples/$@.py --out runs/$@
 
 test: .venv .venv/models
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: .venv
 	$(BIN)/ruff check .
