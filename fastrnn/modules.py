@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, streaming
 from .planner import BACKENDS, Plan, plan
-from .sequences import Packing
+from .sequences import Packing, untraced
 from .validation import Options, check_checkpoint_every, check_rank, compute_dtype
 
 
@@ -98,7 +98,7 @@ class _Recurrent(torch.nn.RNNBase):
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
         whole = plain and not return_cell_states and self.checkpoint_every is None
         if whole and (self.backend == "torch" or (self.backend == "auto" and not input.is_cuda)):
-            return self._torch.forward(self, input, hx)
+            return (_untraced if isinstance(input, PackedSequence) else self._torch.forward)(self, input, hx)
         options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         packed, packing = isinstance(input, PackedSequence), None
         if packed and not plain:
@@ -106,7 +106,7 @@ class _Recurrent(torch.nn.RNNBase):
         if not packed and cu_seqlens is None:
             check_rank(self._torch.__name__, input, hx)
         if whole and self.backend == "auto" and functional.backend_of(self.plan(input)) == "torch":
-            return self._torch.forward(self, input, hx)
+            return (_untraced if packed else self._torch.forward)(self, input, hx)
         if packed:
             packing = Packing.of(input)
             options = options._replace(cu_seqlens=packing.cu_seqlens)
@@ -175,6 +175,11 @@ class _Recurrent(torch.nn.RNNBase):
         added = f", backend={self.backend!r}" if self.backend != "auto" else ""
         added += f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every is not None else ""
         return super().extra_repr() + added
+
+
+@untraced  # torch.compile fails where it traces torch.nn's forward of packed input, instead of stopping before it
+def _untraced(module: "_Recurrent", input: PackedSequence, hx: Any) -> Any:
+    return module._torch.forward(module, input, hx)
 
 
 def _map(f, state):

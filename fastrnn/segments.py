@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 from . import packed
 from .packed import State
 from .reference import GATES
+from .sequences import untraced
 
 
 class Walk(NamedTuple):
@@ -48,6 +49,7 @@ class Segments(NamedTuple):
     walks: tuple[Walk, ...]
 
 
+@untraced
 def run(
     cell: str,
     x: Tensor,

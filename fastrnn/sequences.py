@@ -5,11 +5,19 @@ the start of sequence b, plus t. Segments, which begin where a sequence does and
 either direction the state starts anew at the *edge* before the later one's first step. Nothing here waits for a device.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """Left alone by torch.compile, which breaks the graph there: what depends on values that are on the CPU."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 class Sequences(NamedTuple):
@@ -158,6 +166,7 @@ class Packing(NamedTuple):
     packed: Tensor  # (total,): and the other way round
 
     @staticmethod
+    @untraced
     def of(sequence: PackedSequence) -> "Packing":
         """From batch_sizes, which are on the CPU; nothing waits for a device.
 

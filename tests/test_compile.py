@@ -10,7 +10,7 @@ from torch.export import Dim, export
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn import launch
+from fastrnn import launch, validation
 
 from .test_modules import BACKENDS, NAMES, flat
 
@@ -108,6 +108,42 @@ def test_torchs_lstm_on_the_cpu_does_not_train_compiled():
         torch.compile(lstm, backend="aot_eager")(x, h).sum().backward()
 
 
+def of_sequences(kind: str, pair: bool, device: str) -> tuple[tuple, dict]:
+    """Arguments of a call, input first."""
+    x, h = torch.randn(5, 2, 3, device=device), torch.randn(2, 2, 4, device=device)
+    if kind == "lengths":
+        return (x,), {"lengths": torch.tensor([3, 5], device=device)}
+    if kind == "resets":
+        reset = torch.tensor([[0, 0], [0, 1], [1, 0], [0, 0], [0, 1]], dtype=torch.bool, device=device)
+        return (x,), {"reset": reset, "reset_state": (h, h) if pair else h}
+    if kind == "ragged":
+        return (x[:4].flatten(0, 1),), {"cu_seqlens": torch.tensor([0, 3, 8], device=device)}
+    return (torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 5]), enforce_sorted=False),), {}
+
+
+def differentiated(module, run, arguments: tuple, options: dict) -> list[torch.Tensor]:
+    output, final = run(*arguments, **options)
+    outputs = flat(getattr(output, "data", output), final)
+    return [*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), list(module.parameters()))]
+
+
+@pytest.mark.parametrize("kind", ("lengths", "resets", "ragged", "packed"))
+@pytest.mark.parametrize("backend", ("auto", "resident", "cooperative"))
+@pytest.mark.parametrize("name", ("GRU", "LSTM"))
+def test_sequences_of_their_own(name, backend, kind, device):
+    """By kernels whole; what is cut by values that are on the CPU breaks the graph, and says which function does."""
+    module = getattr(fastrnn, name)(3, 4, bidirectional=True, backend=backend, device=device)
+    arguments, options = of_sequences(kind, name == "LSTM", device)
+    by_values = kind == "packed" or (backend == "auto" and device == "cpu")
+    if by_values:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="" if kind == "packed" else "segments.run"):
+            torch.compile(module, backend="aot_eager", fullgraph=True)(*arguments, **options)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=not by_values)
+    truth = differentiated(module, module, arguments, options)
+    for found, expected in zip(differentiated(module, compiled, arguments, options), truth, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("strict", (True, False), ids=("strict", "non-strict"))
 @pytest.mark.parametrize("dynamic", ("", "B", "T", "BT"))
 @pytest.mark.parametrize("backend", ("auto", "reference", "resident"))
@@ -170,6 +206,19 @@ def test_no_launch_waits_for_the_device(name, backend, checkpoint_every, device,
     upstream = torch.ones((), device=device)
     with no_waiting(monkeypatch):
         module(x)[0].sum().backward(upstream)
+    assert module.weight_hh_l0.grad is not None
+
+
+@pytest.mark.parametrize("kind", ("lengths", "resets", "ragged"))
+@pytest.mark.parametrize("backend", ("resident", "cooperative"))
+def test_nothing_waits_for_lengths_on_the_device(backend, kind, device, monkeypatch):
+    """On CPU tensors as on a GPU: values are asserted there, and not asked for."""
+    module = fastrnn.LSTM(3, 4, bidirectional=True, backend=backend, device=device)
+    arguments, options = of_sequences(kind, True, device)
+    monkeypatch.setattr(validation, "_check_values", lambda right, expected, got: torch._assert_async(right, expected))
+    upstream = torch.ones((), device=device)
+    with no_waiting(monkeypatch):
+        module(*arguments, **options)[0].sum().backward(upstream)
     assert module.weight_hh_l0.grad is not None
 
 
