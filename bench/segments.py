@@ -1,7 +1,8 @@
 """Measured on this CPU: resets and unequal lengths by fastrnn.segments against what is written today, LSTM, fp32.
 
     python -m bench.segments            print the tables (a few minutes)
-    python -m bench.segments --write    put them into docs/performance.md
+    python -m bench.segments --blocks   another table: without gradients, by dense blocks and by torch's packed form
+    ... --write                         put them into docs/performance.md
 
 Times are of forward and backward (x, weights), medians of runs that take turns in one process, threads pinned. With p,
 each step of each row begins an episode with probability p; it is compared with the loop over time that reinforcement
@@ -18,12 +19,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from fastrnn import segments
+import fastrnn
+from fastrnn import packed, segments
 
 from . import write
 
@@ -106,6 +109,39 @@ def tables(shapes: tuple[tuple[int, int, int, int], ...], repeats: int) -> Itera
                 yield row(of_lengths(lstm, lengths, T), lstm, x, real, repeats)
 
 
+BLOCKS = ((64, 64, 128), (64, 16, 128), (128, 32, 256), (512, 16, 64))  # T, B, I = H
+BLOCKS_HEAD = (
+    "| T, B, I = H | steps of a block | LSTM: packed form, ms | blocks, ms | ratio | GRU: ratio | RNN: ratio |"
+)
+
+
+def blocks(repeats: int) -> Iterator[str]:
+    """Without gradients, lengths evenly from 1 to T: the time of the packed form over that of blocks."""
+    yield f"Measured on one {_cpu()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}."
+    yield ""
+    yield BLOCKS_HEAD
+    yield "|---" * (BLOCKS_HEAD.count("|") - 1) + "|"
+    for T, B, H in BLOCKS:
+        torch.manual_seed(0)
+        lengths, x = torch.linspace(1, T, B).round().long(), torch.randn(T, B, H)
+        columns = []
+        for name in ("LSTM", "GRU", "RNN"):
+            form, ways = getattr(fastrnn, name)(H, H), (False, True)
+            times: dict[bool, list[float]] = {way: [] for way in ways}
+            for run in range(2 + repeats):
+                for way in ways:
+                    with torch.no_grad(), mock.patch.object(packed, "in_blocks", lambda *_, way=way: way):
+                        start = time.perf_counter()
+                        form(x, lengths=lengths)
+                    if run >= 2:  # warm
+                        times[way].append(1e3 * (time.perf_counter() - start))
+            of_torch, dense = (statistics.median(times[way]) for way in ways)
+            ratio = f"{of_torch / dense:.2f}x"
+            columns += [f"{of_torch:.1f}", f"{dense:.1f}", ratio] if name == "LSTM" else [ratio]
+        steps = T / len(lengths.unique())
+        yield f"| {T}, {B}, {H} | {steps:g} | {' | '.join(columns)} |"
+
+
 def _cpu() -> str:
     found = re.search("^model name\\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M) if _is_linux() else None
     return found[1] if found else platform.processor() or platform.machine()
@@ -119,15 +155,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--blocks", action="store_true", help="without gradients, dense blocks and torch's packed form")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    lines = []
-    for line in tables(SHAPES, args.repeats):
+    lines, flag = [], " --blocks" if args.blocks else ""
+    for line in blocks(args.repeats) if args.blocks else tables(SHAPES, args.repeats):
         print(line, flush=True)
         lines.append(line)
     if args.write:
-        write("python -m bench.segments --write", lines)
+        write(f"python -m bench.segments{flag} --write", lines)
     return 0
 
 

@@ -7,7 +7,7 @@ different lengths.
 On a CPU torch's packed form slices each step out of the whole batch, and each slice's gradient is as long as the batch:
 backward costs the square of the steps. Nor has it a fused LSTM, as dense batches have (oneDNN's). But it has less to do
 where no gradient is wanted and blocks are short or not fused, takes projections without a warning, and autocast on CPUs
-where oneDNN lacks bfloat16. bench/segments.py measures both with gradients, `make bench` without.
+where oneDNN lacks bfloat16. bench/segments.py measures both.
 
 Source: aten/src/ATen/native/RNN.cpp of torch (PackedLayer, use_mkldnn).
 """
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 
-# Of a block, on the average, for which oneDNN's LSTM beats the packed form without gradients: blocks of 1 step took 1.6
-# times as long, of 4 steps 0.7 to 1.06, of 32 0.4 (fp32, H = 64 to 256, 1 and 2 threads of an EPYC, torch 2.13).
+# Of a block, on the average, for which oneDNN's LSTM beats the packed form without gradients; the GRU and the RNN have
+# nothing fused to gain. `python -m bench.segments --blocks` measures it; docs/performance.md has the table.
 LEAST_STEPS = 3
 
 State = tuple[Tensor, ...]  # (h,) or (h, c), each (L*D, S, H) of S sequences; of a block (1, those that go on, H)
@@ -53,11 +53,7 @@ def run(
     """
     kernel = getattr(torch._VF, cell)
     shapes = list(zip(*(sizes.tolist() for sizes in batch_sizes.unique_consecutive(return_counts=True)), strict=True))
-    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *state, *params))
-    fused = cell == "lstm" and len(batch_sizes) >= LEAST_STEPS * len(shapes)
-    projected = state[0].shape[-1] != state[-1].shape[-1]
-    takes_blocks = data.device.type == "cpu" and not projected and not torch.is_autocast_enabled("cpu")
-    if not (takes_blocks and (differentiated or fused)):
+    if not in_blocks(cell, data, state, params, len(batch_sizes) / len(shapes)):
         y, *final = kernel(
             data, batch_sizes, _hidden(state), list(params), bias, num_layers, dropout, training, bidirectional
         )
@@ -85,6 +81,15 @@ def run(
             finals.append(final)
         data = torch.cat(outputs, -1) if D == 2 else outputs[0]
     return data, tuple(torch.cat(of_all) for of_all in zip(*finals, strict=True))
+
+
+def in_blocks(cell: str, data: Tensor, state: State, params: Sequence[Tensor], steps: float) -> bool:
+    """Whether dense blocks are faster, of so many steps on the average, than torch's packed form."""
+    projected = state[0].shape[-1] != state[-1].shape[-1]
+    if data.device.type != "cpu" or projected or torch.is_autocast_enabled("cpu"):
+        return False
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *state, *params))
+    return differentiated or (cell == "lstm" and steps >= LEAST_STEPS)
 
 
 def _hidden(state: State) -> "Tensor | State":

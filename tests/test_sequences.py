@@ -9,8 +9,9 @@ import itertools
 import pytest
 import torch
 
-from fastrnn import reference
+from fastrnn import interpreter, reference
 from fastrnn.ops import recurrence
+from fastrnn.sequences import Sequences
 
 from .cases import CELLS, SEQUENCES, Case, make_sequences, over_budget, require_kernel
 
@@ -69,6 +70,29 @@ def test_the_reference_runs_every_segment_on_its_own(cell, kind):
         if not ragged:
             assert not y[length:, b].any()
     assert segments > 2 * B or "reset" not in kind
+
+
+@pytest.mark.skipif(not interpreter.ENABLED, reason="counts what the interpreter does: set TRITON_INTERPRET=1")
+@pytest.mark.parametrize("broken", (False, True))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tile_stops_at_its_longest_row(backend, broken, mutate, device, monkeypatch):
+    """Rows of 2 steps take the products of 2 steps, however long their batch is; broken, of all of them."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if broken:
+        mutate(STARTS, {"longest = tl.maximum(": "longest = T + 0 * tl.maximum("})
+    products, dot = [], InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: [products.append(1), dot(*args)][1])
+    counts = []
+    for T in (2, 9):
+        problem = make_sequences("gru", Case(T, 3, 12, 1), torch.float32, device, "lengths")
+        rows = Sequences.of(T, 3, lengths=torch.tensor([2, 1, 2]))
+        problem._replace(options=problem.options | {"sequences": rows}).run(
+            functools.partial(recurrence, backend=backend)
+        )
+        counts.append(len(products))
+        products.clear()
+    assert (counts[0] == counts[1] > 0) != broken
 
 
 TILES, STARTS, LAUNCH = "kernels/tile/tiles.py", "kernels/tile/sequences.py", "fastrnn/launch.py"
