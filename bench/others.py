@@ -24,9 +24,7 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().requires_grad_()
 
 
-# Rows of torch's gates in each of FlashRNN's recurrent gates, inputs' gates and biases, by number. Its GRU keeps the
-# recurrent share of n apart: gates n, r, z of the state, r, z, n of the input, and four biases.
-_FLASH_GATES = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "elman"}
+_OF_FLASHRNN = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "elman"}
 
 
 def flashrnn(data: Data, backend: str = "") -> tuple:
@@ -35,7 +33,7 @@ def flashrnn(data: Data, backend: str = "") -> tuple:
 
     workload = data.workload
     _only_one_plain_layer(data, "FlashRNN")
-    if workload.cell not in _FLASH_GATES:
+    if workload.cell not in _OF_FLASHRNN:
         raise NotImplementedError(f"FlashRNN has no {workload.cell}")
     if data.device == "cpu" and not backend:
         raise NotImplementedError("FlashRNN's kernels are for CUDA")
@@ -49,7 +47,7 @@ def flashrnn(data: Data, backend: str = "") -> tuple:
 
     R = heads_last([W for _, W, _, _ in data.params], H)
     b_ih, b_hh = (heads_last([p[role] for p in data.params]) for role in (2, 3))
-    if workload.cell == "gru":
+    if workload.cell == "gru":  # gates n, r, z of the state, and four biases: the state's share of n is apart
         R, b = R[[2, 0, 1]], torch.stack([b_hh[2], b_ih[0] + b_hh[0], b_ih[1] + b_hh[1], b_ih[2]])
     else:
         b = b_ih + b_hh
@@ -59,7 +57,7 @@ def flashrnn(data: Data, backend: str = "") -> tuple:
     def call(input: Tensor) -> Tensor:
         x = input.transpose(0, 1).chunk(N, -1)
         Wx = torch.stack([linear(part, W).unflatten(-1, (-1, H)) for part, W in zip(x, W_ih, strict=True)], 3)
-        states, _ = run(Wx, R, b, function=_FLASH_GATES[workload.cell], backend=backend, dtype=dtype)
+        states, _ = run(Wx, R, b, function=_OF_FLASHRNN[workload.cell], backend=backend, dtype=dtype)
         return states[0].transpose(0, 1).flatten(2)  # (B, T, N, H) of h
 
     def in_order(gradients: list[Tensor]) -> list[Tensor]:

@@ -77,7 +77,7 @@ class _Recurrent(torch.nn.RNNBase):
         cu_seqlens (N + 1,): sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1] of input, as in flash attention.
         reset (T, B), with batch_first (B, T), ragged (total,), bool: a segment begins here. Segments do not see each
         other: the state starts anew before this step and, in direction 1, after it.
-        reset_state, as hx: what it starts from instead of zeros, (num_layers * D, B or 1, H), or by step (T or 1,
+        reset_state, as hx: what it starts from instead of zeros, (num_layers * D, B or 1, H), or by step (T,
         num_layers * D, B or 1, H), ragged (total, num_layers * D, 1, H), given at the first step of the later segment.
         return_cell_states (LSTM): a third result, c_t of the last layer for all t, as output.
 
