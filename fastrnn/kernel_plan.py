@@ -78,7 +78,7 @@ def weight_place(spec: DeviceSpec) -> str:
 
 def runs_gluon(dtype: torch.dtype, precision: str, spec: DeviceSpec) -> bool:
     on_tensor_cores = spec.arch.startswith("sm_") and (dtype != torch.float32 or precision == "tf32")
-    return on_tensor_cores and compiler.triton_version() >= (3, 7)
+    return on_tensor_cores and compiler.triton_version() >= (3, 6)
 
 
 def register_limits(spec: DeviceSpec, warps: int) -> tuple[dict[str, Any], ...]:

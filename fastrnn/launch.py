@@ -205,7 +205,7 @@ def _launch(
     options: dict[str, Any] = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(y):
-        if kernel.dialect == "Gluon":  # imported only here: Triton before 3.7 lacks what it needs
+        if kernel.dialect == "Gluon":  # imported only here: Triton before 3.6 lacks what it needs
             from .kernels.gluon import cooperative, resident
 
             constants["D"] = D

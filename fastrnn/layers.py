@@ -56,7 +56,7 @@ def windows_of(options: Options, T: int, B: int, num_layers: int, D: int, dtype:
     """What checked options say to each layer."""
     lengths, cu_seqlens, reset, reset_state, cell_states = options
     sequences = Sequences.of(T, B, lengths=lengths, cu_seqlens=cu_seqlens, reset=reset)
-    by_step = bool(reset_state) and reset_state[0].dim() == 4
+    by_step = reset_state is not None and len(reset_state) > 0 and reset_state[0].dim() == 4
     windows = []
     for layer in range(num_layers):
         starts = []
@@ -99,6 +99,7 @@ def _step(
     window: Window = PLAIN,
 ) -> tuple[Tensor, State, Tensor | None]:
     W_ih, W_hh, *b = by_role(weights(), len(xs))
+    b = list(b)
     W_hr = b.pop() if len(b) in (1, 3) else None
     if W_hr is not None:
         xs, W_ih = projection.with_starts(xs, W_ih, W_hh, state, window)

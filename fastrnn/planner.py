@@ -13,6 +13,8 @@ from .reference import GATES, OF_TORCH
 from .tiers import TIERS
 from .validation import check_checkpoint_every
 
+# Asked on import: torch.compile cannot trace the question before torch 2.12.
+_HAS_TRITON = find_spec("triton") is not None
 BACKENDS = ("auto", "torch", "reference", *TIERS)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Steps, for each layer of a stack, of the shortest chunk that a wavefront runs. Python issues a layer's chunk in 0.25
@@ -128,7 +130,7 @@ def plan(
         kernel = "torch's own kernel" if fallback == "torch" else "the reference: torch has no kernel for this cell"
         return problem(where, fallback, f"CPU tensors take {kernel}")
     try:
-        if find_spec("triton") is None:
+        if not _HAS_TRITON:
             raise NotImplementedError("fastrnn's kernels are written in Triton, which is missing here")
         spec = _spec(device)
         if dtype not in KERNEL_DTYPES:

@@ -11,11 +11,16 @@ from torch import Tensor
 
 from .sequences import Sequences
 
+# Devices that autocast knows. Asked on import: torch.compile cannot trace the question before torch 2.12.
+_AUTOCAST_DEVICES = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)
+)
+
 
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype to compute in: autocast's where it is on, as torch.nn's on CUDA; float64 is never narrowed by it."""
     kind = input.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+    if kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return input.dtype
 

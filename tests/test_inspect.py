@@ -288,7 +288,7 @@ def test_doctor(capsys):
 
 
 @pytest.mark.parametrize(
-    ("version", "found"), (((3, 6), "needs Triton 3.7"), ((3, 7), "but for clusters"), ((3, 9), "usable"))
+    ("version", "found"), (((3, 5), "needs Triton 3.6"), ((3, 7), "but for clusters"), ((3, 9), "usable"))
 )
 def test_doctor_knows_what_a_triton_compiles(version, found, monkeypatch):
     monkeypatch.setattr(compiler, "triton_version", lambda: version)

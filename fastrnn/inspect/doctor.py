@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from .. import compiler, interpreter
+from .. import __version__, compiler, interpreter
 from ..device import DeviceSpec
 from ..planner import plan
 from ..tiers import TIERS
@@ -19,7 +19,7 @@ HELD = {"resident": 64, "cluster": 256, "cooperative": 256}
 
 def diagnosis() -> Iterator[tuple[str, str]]:
     """(what, what was found) of this machine, line by line."""
-    yield "fastrnn", version("fastrnn")
+    yield "fastrnn", __version__
     yield "python", platform.python_version()
     yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'})"
     yield "triton", _version("triton")
@@ -42,8 +42,8 @@ def gluon() -> str:
     """Which of the kernels in Triton's lower-level dialect the installed Triton compiles."""
     if importlib.util.find_spec("triton") is None:
         return "missing, as Triton"
-    if compiler.triton_version() < (3, 7):
-        return "needs Triton 3.7 or newer; kernels in tile Triton take its place"
+    if compiler.triton_version() < (3, 6):
+        return "needs Triton 3.6 or newer; kernels in tile Triton take its place"
     return (
         "usable" if compiler.triton_version() >= (3, 8) else "usable, but for clusters: they need Triton 3.8 or newer"
     )

@@ -1,1 +1,1 @@
-"""Kernels in Gluon, Triton's lower-level dialect: explicit layouts; NVIDIA, Triton 3.7 and later."""
+"""Kernels in Gluon, Triton's lower-level dialect: explicit layouts; NVIDIA, Triton 3.6 and later."""

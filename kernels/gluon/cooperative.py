@@ -43,6 +43,7 @@ from ..tile.tiles import (
     store_tiles,
     with_dh,
 )
+from .layouts import block_barrier
 from .operands import load_layout, load_piece, load_weights, product_layout, weight
 
 
@@ -82,7 +83,7 @@ def sum_over_warps(sums_tile, sums, N: gl.constexpr, WARPS: gl.constexpr):
     """N sums [BLOCK_B, BLOCK_N] of what the warps hold; the caller's barriers keep the steps apart."""
     for n in gl.static_range(N):
         sums_tile.index(n).store(sums[n].permute([0, 2, 1]))
-    gl.barrier()
+    block_barrier()
     totals = ()
     for n in gl.static_range(N):
         totals = totals + (gl.sum(sums_tile.index(n).load(cell_layout(WARPS)), 0),)

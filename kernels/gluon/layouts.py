@@ -7,6 +7,9 @@ shares of the sum lie side by side, and meet in `summed`.
 import triton
 from triton.experimental.gluon import language as gl
 
+# The barrier of a program's warps, which Triton 3.7 renamed.
+block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 
 @triton.constexpr_function
 def split(ctas, dim, rank):

@@ -43,6 +43,7 @@ from ..tile.tiles import (
     with_dh,
 )
 from . import layouts
+from .layouts import block_barrier
 
 
 @gluon.jit
@@ -147,7 +148,7 @@ def forward(
             gl.barrier(cluster=True)
             whole = own_h.index(step % 2).load(layouts.gathered(BITS, BLOCK_H, WARPS, CTAS))
             h_tile.index(0).store(in_shares(whole, SHARES))
-        gl.barrier()
+        block_barrier()
         h = h_tile.index(0 if CTAS > 1 else step % 2).load(A)
         # In flight while the products wait for h, and its registers are free before.
         x_next = load_inputs(x_gates_ptr, rows_ptr, where, gl.minimum(step + 1, T - 1), D, G, H, offs_h, mask)
@@ -165,7 +166,7 @@ def forward(
                 zeros = gl.zeros([SHARES, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
                 summands.index(g).store(mma_v2(h, operand(W_hh, g, IN_REGISTERS, W), zeros, input_precision=PRECISION))
         if SHARES > 1:
-            gl.barrier()
+            block_barrier()
             for g in gl.static_range(G):
                 rec = rec + (gl.sum(summands.index(g).load(SUMMED), 0) + b_hh[g],)
         live = within(mask, rows_ptr, where, step)
@@ -243,7 +244,7 @@ def backward(
         )
         for g in gl.static_range(G):
             d_tile.index(g).store(in_shares(d_rec[g].to(dtype), SUMMANDS))
-        gl.barrier()
+        block_barrier()
         acc = gl.zeros([SUMMANDS, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
         for g in gl.static_range(G):
             acc = mma_v2(d_tile.index(g).load(A), operand(W_hh, g, IN_REGISTERS, W), acc, input_precision=PRECISION)
@@ -252,7 +253,7 @@ def backward(
             if CTAS > 1:
                 gl.barrier(cluster=True)
             else:
-                gl.barrier()
+                block_barrier()
             acc = summands.index(back % 2).load(SUMMED)
         d_state = with_dh(d_state, d_state[0] + gl.sum(acc, 0), HAS_C)
         if reset_ptr is not None:
