@@ -1,7 +1,6 @@
 """Plans of kernels/gluon/resident.py: W_hh in the registers and shared memory of one program, or of a cluster's.
 
-Thresholds are what compiled without spilling in Triton 3.9.0; cycles are modelled for the LSTM in bf16 on sm_90, not
-measured: change a choice here and `python -m fastrnn inspect` says what it gave.
+Thresholds are what compiled without spilling in Triton 3.9.0; times were measured on an H100 (bench/measured/).
 """
 
 import functools
@@ -31,10 +30,11 @@ def held(
     gates = GATES[name]
     block_h = max(16, 1 << (H - 1).bit_length())  # Triton's ranges are powers of two
     units = block_h // ctas
-    # A warp has 8 columns of every gate's product; 16 warps, or more where units are few, share the sum as well.
-    warps = min(16, block_h // 8) if ctas == 1 else 16
     weight_bytes = gates * block_h * units * dtype.itemsize
     gate_bytes = weight_bytes // gates
+    # Measured (H100, bf16, B=16, us a step forward and backward): at the LSTM's H=128, 8 warps take 1.53 and 1.28, 16
+    # take 1.68 and 1.38. Only 16 keep a gate of 128 KiB in registers: RNN, H=256, 0.93 and 1.01 against 0.85 and 1.38.
+    warps = 16 if gate_bytes >= 128 * KIB else min(8, block_h // 8)
     if weight_bytes > (MOST_WEIGHTS if ctas == 1 else MOST_WEIGHTS_OF_CLUSTER):
         return None
     choices, shared_bytes = {}, 0
@@ -86,9 +86,8 @@ def _shares(
     sums = gates if which == "forward" else 1
     for shares in (1, 2, 4, 8, 16):
         if depth // shares >= 16 and 1 <= warps // shares <= columns // 8:
-            exchanged = shares > 1 or (which == "backward" and ctas > 1)
             operand = operands * BLOCK_B * depth * itemsize
-            summand = sums * shares * BLOCK_B * columns * 4 * exchanged
+            summand = sums * shares * BLOCK_B * columns * 4
             moved = operand * warps // shares + 2 * summand
             if which == "forward":  # h, double in the exchange between programs or for the only one
                 kept = (2 * operand if ctas == 1 else operand + 2 * operand // ctas) + summand
@@ -111,8 +110,9 @@ def cluster(
         raise NotImplementedError("a kernel for full-precision float32 products over clusters is missing; tf32 runs")
     fits = None
     for ctas in (2, 4, 8, 16):
-        # Eight programs take 848 cycles at H=256, four 1104, beside the cluster barrier; below 32 units nothing is won.
-        # Clusters of 16 are for what fits no smaller one: an H100 has few groups of 16 free multiprocessors.
+        # Measured (H100, bf16, B=16, us a step forward and backward): LSTM, H=256, eight programs take 1.31 and 1.33,
+        # four 1.55 and 1.53; H=128, four 1.02 and 0.75, two 1.13 and 0.95. Fewer than 32 units were not tried.
+        # Clusters of 16 are for what fits no smaller one: an H100 holds 7 of them at once.
         if ctas > spec.cluster_limit or (fits and (ctas == 16 or fits.units // 2 < 32)):
             break
         plan = held(name, H, B, T, D, dtype, precision, spec, ctas)

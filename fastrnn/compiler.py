@@ -4,21 +4,23 @@ Uses JITFunction.warmup and CompiledKernel.n_spills of Triton, read in 3.9.0 (th
 """
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
+
+import torch
 
 _chosen: dict[tuple, dict[str, Any]] = {}
 
 
 def first_without_spills(
-    function: Any, variant: Hashable, choices: list[dict], arguments: tuple, grid: tuple, options: dict
+    function: Any, device: Hashable, choices: Sequence[dict], arguments: tuple, grid: tuple, options: dict
 ) -> dict[str, Any]:
     """The first of the choices, further compile options, with which no register spills; else that with the fewest.
 
-    Asked once for each function and variant, which must tell apart what compiles differently; a thread's registers are
-    known to the compiler only at the end, and whether a choice spills follows no rule that was found.
+    Asked once for all that compiles alike: a thread's registers are known to the compiler only at the end, and whether
+    a choice spills follows no rule that was found.
     """
-    key = (function, variant)
+    key = (function, device, tuple(options.items()), tuple(map(_as_compiled, arguments)))
     if key not in _chosen:
         spills = []
         for choice in choices:
@@ -27,6 +29,13 @@ def first_without_spills(
                 break
         _chosen[key] = choices[spills.index(min(spills))]
     return _chosen[key]
+
+
+def _as_compiled(argument: Any) -> Hashable:
+    """What Triton compiles an argument for: a tensor's dtype, and whether it lies at a multiple of 16 bytes."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return type(argument)
 
 
 @functools.cache

@@ -190,6 +190,9 @@ def _launch(
     device = DeviceSpec.of(y.device)
     kernel = plan(cell, **sizes, dtype=y.dtype, device=device, backend=backend).kernel  # type: ignore[arg-type]
     assert kernel is not None
+    if which == "forward" and pointers[2] is None and kernel.dialect == "tile Triton":
+        # Without b_hh, LLVM aborts the process at the LSTM in full fp32 (Triton 3.9.0, an assertion of its vectorizer).
+        pointers = (*pointers[:2], y.new_zeros(D, GATES[cell] * H), *pointers[3:])
     constants = {
         "CELL": getattr(spec, which),
         "G": GATES[cell],
@@ -227,13 +230,8 @@ def _launch(
             options["launch_cooperative_grid"] = True
         choices = kernel.choices[which]
         if not interpreter.ENABLED:
-            variant = (
-                device,
-                *constants.values(),
-                *(None if pointer is None else pointer.dtype for pointer in pointers),
-            )
             options |= constants
-            options |= compiler.first_without_spills(function, variant, list(choices), arguments, kernel.grid, options)
+            options |= compiler.first_without_spills(function, device, choices, arguments, kernel.grid, options)
             function[kernel.grid](*arguments, **options)
         elif backend != "cooperative":
             function[kernel.grid](*arguments, **constants)

@@ -10,7 +10,7 @@ from . import tuning
 from .device import SPECS, DeviceSpec
 from .kernel_plan import GridTooLargeError, KernelPlan, as_text
 from .reference import GATES, OF_TORCH
-from .tiers import TIERS
+from .tiers import TIERS, in_order
 from .validation import check_checkpoint_every
 
 # Asked on import: torch.compile cannot trace the question before torch 2.12.
@@ -93,16 +93,17 @@ def plan(
 
     Raises ValueError for an unknown cell, backend, device or a size below 1, and if more programs would have to run at
     once than the device has room for; NotImplementedError, naming what is missing, if a named tier cannot run this.
-    "auto" takes the first tier that can, else torch's own kernel, and keeps the reasons; CPU tensors take torch's.
+    "auto" takes the fastest tier that can, as far as was measured, else torch's own kernel, and keeps the reasons; CPU
+    tensors take torch's.
     Cells that torch lacks take "reference" in its place.
 
     >>> import torch, fastrnn
-    >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_90"))
-    lstm, T=1000, B=64, H=128, bfloat16, on sm_90: backend resident
+    >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_80"))
+    lstm, T=1000, B=64, H=128, bfloat16, on sm_80: backend resident
       why       W_hh fits one program
-      kernel    Gluon, 16 warps a program
+      kernel    Gluon, 8 warps a program
       programs  4 = 4 batch tile(s) of 16 rows x 1 direction(s)
-      on chip   128 KiB of W_hh a program in registers and shared memory; shared memory: 208 KiB of 227 KiB
+      on chip   128 KiB of W_hh a program in registers and shared memory; shared memory: 160 KiB of 163 KiB
       math      products of bfloat16, summed in fp32; activations: tanh.approx
       saved     78.1 MiB for backward, nothing for inference
     """
@@ -137,10 +138,10 @@ def plan(
             raise NotImplementedError(f"a kernel for {dtype} is missing; there are float32, bfloat16 and float16")
         precision = precision or torch_precision()
         reasons = []
-        for tier in TIERS if backend == "auto" else (backend,):
+        request = (cell, hidden_size, batch_size, steps, directions, dtype, precision, spec)
+        for tier, why in (in_order(*request) if backend == "auto" else {backend: TIERS[backend].why}).items():
             try:
-                plan_tier, why = TIERS[tier]
-                kernel = plan_tier(cell, hidden_size, batch_size, steps, directions, dtype, precision, spec)
+                kernel = TIERS[tier].plan(*request)
             except (NotImplementedError, GridTooLargeError) as reason:
                 if backend != "auto":
                     raise

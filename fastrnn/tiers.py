@@ -5,6 +5,8 @@ Here: the resident tier in tile Triton, and the table of all. Thresholds are wha
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -63,9 +65,37 @@ def resident(
     )
 
 
-# Name: how to plan it, and why it is taken; in the order in which "auto" tries them.
+class Tier(NamedTuple):
+    """One way to hold W_hh on chip."""
+
+    plan: Callable[..., KernelPlan]
+    why: str  # it is taken
+
+
+# The fewest programs first.
 TIERS = {
-    "resident": (resident, "W_hh fits one program"),
-    "cluster": (clusters.cluster, "a cluster of programs holds W_hh"),
-    "cooperative": (grids.cooperative, "its slices fit programs that run at once"),
+    "resident": Tier(resident, "W_hh fits one program"),
+    "cluster": Tier(clusters.cluster, "a cluster of programs holds W_hh"),
+    "cooperative": Tier(grids.cooperative, "its slices fit programs that run at once"),
 }
+
+
+def in_order(
+    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
+) -> dict[str, str]:
+    """The tiers in the order in which "auto" tries them, and why each is taken.
+
+    One program is the slower one where a cluster has a multiprocessor for each of its own. Measured (H100, bf16, B=16,
+    us a step forward and backward): LSTM, H=128, 1.02 and 0.75 by clusters of four, 1.53 and 1.28 by one program; GRU
+    0.83 and 0.70, 1.21 and 1.05. Other architectures, and smaller sizes, were not measured.
+    """
+    order = {tier: TIERS[tier].why for tier in TIERS}
+    if spec.arch == "sm_90" and GATES[name] > 1 and 64 < H <= 128:
+        try:
+            together = clusters.cluster(name, H, B, T, D, dtype, precision, spec)
+        except NotImplementedError:
+            return order
+        if together.programs <= spec.multiprocessors:
+            del order["cluster"]
+            return {"cluster": "a cluster of programs takes less time than one that holds all of W_hh"} | order
+    return order

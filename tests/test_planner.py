@@ -40,7 +40,7 @@ def test_plans_stay_within_the_device(arch):
                     sizes = {"hidden_size": hidden_size, "batch_size": 33, "directions": 2, "seq_len": 10}
                     plan = fastrnn.plan(cell, **sizes, dtype=dtype, device=arch, precision=precision)
                     if plan.backend != "resident":
-                        assert "does not fit one program" in plan.why
+                        assert "does not fit one program" in plan.why or "less time than one" in plan.why
                     if plan.backend == "torch":
                         assert plan.kernel is None
                         continue
@@ -77,11 +77,14 @@ def test_what_fits_is_what_the_design_says():
         resident("lstm", 256, device="sm_120")
 
 
-def test_auto_takes_the_first_tier_that_fits():
+def test_auto_takes_what_was_measured_to_be_the_fastest():
     sizes = {"batch_size": 16, "dtype": BF16, "device": "sm_90"}
     tiers = {H: fastrnn.plan("lstm", hidden_size=H, **sizes).backend for H in (64, 128, 129, 512, 650, 2048, 2560)}
-    assert tiers == {64: "resident", 128: "resident", 129: "cluster", 512: "cluster", 650: "cooperative",
+    assert tiers == {64: "resident", 128: "cluster", 129: "cluster", 512: "cluster", 650: "cooperative",
                      2048: "cooperative", 2560: "torch"}  # fmt: skip
+    # Clusters that would not all run at once take turns: one program each is faster.
+    assert fastrnn.plan("lstm", hidden_size=128, **sizes | {"batch_size": 2048}).backend == "resident"
+    assert fastrnn.plan("lstm", hidden_size=128, **sizes | {"device": "sm_100"}).backend == "resident"
     why = fastrnn.plan("lstm", hidden_size=2560, **sizes).why
     assert "320 KiB for 16 units at H=2560, in registers and 227 KiB of shared memory on sm_90" in why
 

@@ -3,7 +3,8 @@ one of them a write and one a read, have a cluster barrier between them; so has 
 
 All thread blocks of a cluster run the same code from one cluster barrier to the next. So the rule holds if, from no
 barrier, two such accesses are reached without passing the next one. What a block does between arriving at a barrier and
-its wait belongs to both sides. A relaxed arrival orders nothing, and `bar.sync` only the warps of one block.
+its wait belongs to both sides. A relaxed arrival orders nothing without a fence (ptx.publishes), and `bar.sync` only
+the warps of one block.
 
 Addresses are compared by range (addresses.py). Where a buffer is chosen by a loop counter, the code is followed with
 the counter's low bits known: the states of the search are (basic block, what such registers hold).
@@ -160,7 +161,7 @@ class _Addresses:
         name = last.opcode if last else ""
         if name.startswith("barrier.cluster.wait"):
             state.barrier = "wait"
-        elif name.startswith("barrier.cluster.arrive") and ".relaxed" not in name:
+        elif name.startswith("barrier.cluster.arrive") and ptx.publishes(block):
             state.barrier = "arrive"
         after = [number + 1] if last is None or last.guard or last.parts[0] not in ("bra", "ret", "exit") else []
         if last and last.parts[0] == "bra":

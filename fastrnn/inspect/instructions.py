@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 
 from .operands import C_TYPES, FROM_FLOAT, TO_FLOAT, Operands, unsigned
-from .ptx import Instruction, Kernel, size_of
+from .ptx import FENCE, Instruction, Kernel, size_of
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">",
@@ -21,7 +21,8 @@ def instruction_in_c(kernel: Kernel, instruction: Instruction) -> str:
     """One instruction for all lanes in the mask m; NotImplementedError with its line if it is missing."""
     operands = Operands(kernel, instruction)
     family = FAMILIES.get(instruction.parts[0])
-    return (family and family(operands)) or operands.missing()
+    translated = family(operands) if family else None
+    return operands.missing() if translated is None else translated
 
 
 def move(t: Operands) -> str:
@@ -294,11 +295,16 @@ def map_shared(t: Operands) -> str:
     return t.result(f"({t.argument(2, 'u32')} + 1) << 24 | {t.argument(1, 'u32')}", "u32")
 
 
+def fence(o: Operands) -> str | None:
+    """Nothing of its own: the arrival that it stands before publishes (translate.py)."""
+    return "" if o.instruction.opcode == FENCE else None
+
+
 FAMILIES: dict[str, Callable[[Operands], str | None]] = {
     "mov": move, "cvta": move, "selp": select, "setp": compare, "cvt": convert, "bfe": extract_bits,
     "prmt": permute_bytes, "shl": shift, "shr": shift, "div": divide, "rem": divide, "not": unary,
     "ld": load, "st": store, "atom": atomic, "red": atomic, "cp": copy_async, "mapa": map_shared,
-    "ldmatrix": load_matrices, "stmatrix": store_matrices, "mma": multiply, "shfl": shuffle,
+    "ldmatrix": load_matrices, "stmatrix": store_matrices, "mma": multiply, "shfl": shuffle, "fence": fence,
 }  # fmt: skip
 FAMILIES |= dict.fromkeys(("add", "sub", "mul", "and", "or", "xor", "min", "max", "mad", "fma"), arithmetic)
 FAMILIES |= dict.fromkeys(UNARY, unary)

@@ -48,7 +48,7 @@ struct Warp {
   uint8_t *p;
   int32_t block[32];
   uint32_t alive, index;
-  int state, ordered;  // ordered: its last arrival at the cluster barrier was a release
+  int state, ordered;  // ordered: its last arrival at the cluster barrier published its shared memory (ptx.publishes)
   Program *program;
   uint32_t *known;  // of each program, how many barriers came before what this warp has acquired
   Copy *copies;

@@ -45,6 +45,23 @@ def size_of(type_: str) -> int:
     return int(bits[1]) // 8 * (2 if bits[2] else 1)
 
 
+FENCE = "fence.release.sync_restrict::shared::cta.cluster"  # of what this program wrote to its shared memory, alone
+_WRITES_SHARED = re.compile(r"(st|atom|red)\b.*\.shared\b|stmatrix|(st|red)\.async|cp\.async")
+
+
+def publishes(block: list[Instruction]) -> bool:
+    """Whether an arrival at the cluster barrier, which ends a block, publishes what is in shared memory.
+
+    A plain arrival is a release. A relaxed one orders nothing, unless a fence comes before it in the block, and no
+    write to shared memory after the fence.
+    """
+    *before, arrival = block
+    if "relaxed" not in arrival.parts:
+        return True
+    last = next((i for i in reversed(before) if i.opcode == FENCE or _WRITES_SHARED.match(i.opcode)), None)
+    return last is not None and last.opcode == FENCE
+
+
 def parse(ptx: str) -> Kernel:
     """The kernel of a PTX module with one entry."""
     files = dict(re.findall(r'\.file\s+(\d+)\s+"([^"]*)"', ptx))

@@ -5,7 +5,7 @@ Registers are arrays [register][lane] of their width in a Warp (machine.h); floa
 
 from .instructions import instruction_in_c
 from .operands import Operands
-from .ptx import Instruction, Kernel
+from .ptx import Instruction, Kernel, publishes
 
 CHUNK = 150  # instructions in one C function: gcc's time grows faster than a function's length
 
@@ -51,10 +51,9 @@ def _control(kernel: Kernel, number: int, block: list[Instruction]) -> str:
     """What follows a block: the next one, a branch, a barrier or the end."""
     onward = f"L w->block[l] = {number + 1};"
     before = ""
-    for instruction in block:
-        if instruction.opcode.startswith("barrier.cluster.arrive"):
-            before = f"w->ordered = {int('relaxed' not in instruction.parts)}; "
     last = block[-1] if block and _is_control(block[-1]) else None
+    if last is not None and last.opcode.startswith("barrier.cluster.arrive"):
+        before = f"w->ordered = {int(publishes(block))}; "
     if last is None or last.opcode.startswith("barrier.cluster.arrive"):
         return f"    {before}{onward} break;"
     if last.opcode in ("ret", "exit"):

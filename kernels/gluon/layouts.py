@@ -39,7 +39,8 @@ def operand(bits, depth, order, ctas, dim):
     """A tile in shared memory that becomes an operand of depth numbers a row: swizzled against conflicts of banks."""
     width = 128 // bits
     cluster = {"cga_layout": split(ctas, dim, len(order))} if ctas > 1 else {}
-    return gl.SwizzledSharedLayout(width, 1, max(1, min(8, depth // width)), order, **cluster)
+    rows = max(1, 8 * width // depth)  # in 128 bytes
+    return gl.SwizzledSharedLayout(width, rows, max(1, min(8 // rows, depth // width)), order, **cluster)
 
 
 @triton.constexpr_function

@@ -12,8 +12,10 @@ the bytes that gathering the LSTM's four gate gradients would take. One cluster 
 
 W_hh of the first gates, IN_REGISTERS of them, stays in registers as operands of the tensor cores, the others' in shared
 memory. Where columns are few for the warps, SHARES groups of warps share the sum over units, too: each product is
-[shares, rows, columns], and threads add the shares of their own columns. x_gates, saved tiles and outputs are loaded
-and stored in the layout of these sums: nothing is converted.
+[shares, rows, columns]. Products pass through shared memory, also where there is one share: there, threads add the
+shares of their own columns, a few neighbours of one row. x_gates, saved tiles and outputs are loaded and stored in that
+layout. In the layout of the products a warp has 8 columns of 16 rows, so that each access meets 8 lines of L1, a cycle
+each: 1.26 us a step instead of 0.65 (LSTM, H = 64, bf16, forward, measured on an H100).
 
 The layout of tensors is in ../tile/tiles.py, sequences of their own lengths and resets in ../tile/sequences.py: their
 helpers serve both dialects, since layouts come with the offsets.
@@ -26,6 +28,9 @@ the exchange; for 16 warps their issue slots come near. W_hh in registers costs 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+if hasattr(gl, "barrier"):  # Triton 3.7 and later
+    from triton.experimental.gluon.language.nvidia.hopper import cluster as hopper
 
 from ..metadata import of_launch
 from ..tile.sequences import cut, find_rows, keep, load_starts, slot, within
@@ -44,6 +49,18 @@ from ..tile.tiles import (
 )
 from . import layouts
 from .layouts import block_barrier
+
+
+@gluon.jit
+def cluster_barrier():
+    """All programs of the cluster have written what they exchange in shared memory, and see it.
+
+    gl.barrier(cluster=True) releases global memory too, and waits for every store that is on its way there: 1.88 us a
+    step instead of 1.48 (LSTM, H = 256, bf16, forward, measured on an H100). Here the fence is of shared memory alone.
+    """
+    fence: gl.constexpr = "fence.release.sync_restrict::shared::cta.cluster;\n\tmov.u32 $0, $1;"
+    gl.inline_asm_elementwise(fence, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+    hopper.barrier(relaxed=True)
 
 
 @gluon.jit
@@ -110,7 +127,7 @@ def forward(
     PRODUCT: gl.constexpr = layouts.product(WARPS, SHARES, CTAS, 2)
     A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
     W: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 32 // BITS)
-    SUMMED: gl.constexpr = PRODUCT if SHARES == 1 else layouts.summed(SHARES, BLOCK_B, BLOCK_H, WARPS, CTAS)
+    SUMMED: gl.constexpr = layouts.summed(SHARES, BLOCK_B, BLOCK_H, WARPS, CTAS)
     direction, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
     where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, offs_b, RAGGED)
     T, offs_b = where[1], where[4]
@@ -135,9 +152,9 @@ def forward(
         own_h.index(0).store(state[0].to(dtype))
     else:
         h_tile.index(0).store(in_shares(state[0].to(dtype), SHARES))
-    if SHARES > 1:
-        shape: gl.constexpr = [G, SHARES, BLOCK_B, BLOCK_H]
-        summands = gl.allocate_shared_memory(gl.float32, shape, layouts.partial(BLOCK_H, CTAS, 2))
+    shape: gl.constexpr = [G, SHARES, BLOCK_B, BLOCK_H]
+    summands = gl.allocate_shared_memory(gl.float32, shape, layouts.partial(BLOCK_H, CTAS, 2))
+    zeros = gl.zeros([SHARES, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
 
     x_next = load_inputs(x_gates_ptr, rows_ptr, where, 0, D, G, H, offs_h, mask)
     for step in range(T):
@@ -145,7 +162,7 @@ def forward(
         if not BIAS_KEPT:  # its registers are W_hh's: it comes from L1 every step
             b_hh = load_bias(b_hh_ptr, direction, G, H, offs_h, mask)
         if CTAS > 1:
-            gl.barrier(cluster=True)
+            cluster_barrier()
             whole = own_h.index(step % 2).load(layouts.gathered(BITS, BLOCK_H, WARPS, CTAS))
             h_tile.index(0).store(in_shares(whole, SHARES))
         block_barrier()
@@ -157,18 +174,12 @@ def forward(
                 reset_ptr, reset_h_ptr, reset_c_ptr, where, step + 1, D, own_row, offs_state, BY_STEP, HAS_C,
                 H, offs_h, mask,
             )  # fmt: skip
+        for g in gl.static_range(G):
+            summands.index(g).store(mma_v2(h, operand(W_hh, g, IN_REGISTERS, W), zeros, input_precision=PRECISION))
+        block_barrier()
         rec = ()
         for g in gl.static_range(G):
-            if SHARES == 1:
-                acc = mma_v2(h, operand(W_hh, g, IN_REGISTERS, W), b_hh[g][None, :, :], input_precision=PRECISION)
-                rec = rec + (gl.sum(acc, 0),)
-            else:
-                zeros = gl.zeros([SHARES, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
-                summands.index(g).store(mma_v2(h, operand(W_hh, g, IN_REGISTERS, W), zeros, input_precision=PRECISION))
-        if SHARES > 1:
-            block_barrier()
-            for g in gl.static_range(G):
-                rec = rec + (gl.sum(summands.index(g).load(SUMMED), 0) + b_hh[g],)
+            rec = rec + (gl.sum(summands.index(g).load(SUMMED), 0) + b_hh[g],)
         live = within(mask, rows_ptr, where, step)
         after, saved = step_forward(CELL, x, rec, state, live, rows_ptr, HAS_C, ACTIVATIONS)
         state = after
@@ -210,7 +221,7 @@ def backward(
     PRODUCT: gl.constexpr = layouts.product(WARPS, SHARES, CTAS, 0)
     A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
     W: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 32 // BITS)
-    SUMMED: gl.constexpr = PRODUCT if SUMMANDS == 1 else layouts.summed(SUMMANDS, BLOCK_B, BLOCK_H, WARPS, CTAS)
+    SUMMED: gl.constexpr = layouts.summed(SUMMANDS, BLOCK_B, BLOCK_H, WARPS, CTAS)
     direction, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
     where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, offs_b, RAGGED)
     T, offs_b = where[1], where[4]
@@ -223,9 +234,8 @@ def backward(
     d_tile = gl.allocate_shared_memory(
         dtype, [G, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
     )
-    if SUMMANDS > 1:
-        shape: gl.constexpr = [2, SUMMANDS, BLOCK_B, BLOCK_H]
-        summands = gl.allocate_shared_memory(gl.float32, shape, layouts.partial(BLOCK_H, CTAS, 0))
+    shape: gl.constexpr = [2, SUMMANDS, BLOCK_B, BLOCK_H]
+    summands = gl.allocate_shared_memory(gl.float32, shape, layouts.partial(BLOCK_H, CTAS, 0))
     end = kept_ptr + slot(where, T - 1, D) * H
     kept = as_fp32(load_tiles(end, D * H, 1, H, offs_b, offs_h, within(mask, rows_ptr, where, T - 1)), 1)[0]
     following = load_step(
@@ -248,14 +258,13 @@ def backward(
         acc = gl.zeros([SUMMANDS, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
         for g in gl.static_range(G):
             acc = mma_v2(d_tile.index(g).load(A), operand(W_hh, g, IN_REGISTERS, W), acc, input_precision=PRECISION)
-        if SUMMANDS > 1:
-            summands.index(back % 2).store(acc)
-            if CTAS > 1:
-                gl.barrier(cluster=True)
-            else:
-                block_barrier()
-            acc = summands.index(back % 2).load(SUMMED)
-        d_state = with_dh(d_state, d_state[0] + gl.sum(acc, 0), HAS_C)
+        summands.index(back % 2).store(acc)
+        if CTAS > 1:
+            cluster_barrier()
+        else:
+            block_barrier()
+        dh = gl.sum(summands.index(back % 2).load(SUMMED), 0)
+        d_state = with_dh(d_state, d_state[0] + dh, HAS_C)
         if reset_ptr is not None:
             restart = tiles[len(tiles) - 1]
             d_state = cut(d_state, restart, d_reset_h_ptr, d_reset_c_ptr, where, step, D, HAS_C, H, offs_h, mask)
