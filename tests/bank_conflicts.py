@@ -73,8 +73,7 @@ def forms() -> Iterator[Form]:
                 for which, dim in (("forward", 2), ("backward", 0)):
                     for shares in {form["SHARES"] for form in kernel.choices[which]}:
                         count = shares * (1 if dim == 2 else kernel.ctas)
-                        if count > 1:
-                            yield "summands", (kernel.units * kernel.ctas, shares, count, dim, False), options
+                        yield "summands", (kernel.units * kernel.ctas, shares, count, dim, False), options
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from fastrnn.inspect.addresses import ANY, WORD, Value, binary, constant, extent, result
 from fastrnn.inspect.cluster import unguarded
-from fastrnn.inspect.ptx import Instruction
+from fastrnn.inspect.ptx import FENCE, Instruction
 
 from .test_compiled import child
 
@@ -113,6 +113,27 @@ def test_right_code_is_silent(body):
 )
 def test_a_missing_cluster_barrier_is_reported(body, which, expected, barrier):
     assert found(body, (which, barrier)) == expected
+
+
+FENCED = f"{FENCE};\n\t" + BARRIER.replace("arrive", "arrive.relaxed")
+
+
+@pytest.mark.parametrize("body", (EXCHANGE, LOOP, FLIPPED), ids=("exchange", "loop", "flipped"))
+def test_a_fence_before_a_relaxed_arrival_publishes(body):
+    assert found(body, ("BARRIER_1", FENCED)) == []
+
+
+@pytest.mark.parametrize(
+    "barrier",
+    (
+        FENCED.replace(f"{FENCE};", f"{FENCE};\n\tst.shared.b32 [%r8+4096], %r1;"),  # written behind the fence
+        FENCED.replace(".release", ".acquire"),
+        FENCED.replace(f"{FENCE};\n", f"{FENCE};\n$AGAIN:\n\t@%p1 bra $AGAIN;\n"),  # another block: not followed
+    ),
+    ids=("store behind it", "acquire", "another block"),
+)
+def test_a_fence_that_does_not_publish_is_reported(barrier):
+    assert found(EXCHANGE, ("BARRIER_1", barrier)) == [("ld", "st")]
 
 
 @pytest.mark.parametrize(
