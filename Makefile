@@ -3,6 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
+# The torch to install, and with which Triton: without one, that which this torch requires, or the newest if it requires
+# none (a CPU build). `make test TORCH=2.14.1` installs another pair into the same .venv.
+TORCH ?= 2.13.0
+TRITON ?=
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PAIR := torch$(addprefix ==,$(TORCH)) $(addprefix triton==,$(TRITON))
+INSTALLED := .venv/installed-torch-$(TORCH)-triton-$(TRITON)
+
 EXAMPLES := classify forecast memory rollout
 
 .PHONY: demo $(EXAMPLES) test lint inspect snapshots bench bench-gpu clean .venv
@@ -44,15 +52,16 @@ bench-gpu: .venv
 	$(BIN)/python -m bench.gpu
 
 # Made anew when what it holds changes; a failed or interrupted install leaves no stamp, so the next make repeats it.
-.venv: .venv/installed
-.venv/installed: pyproject.toml constraints.txt
+.venv: $(INSTALLED)
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench,examples]'
+	rm -f .venv/installed* .venv/models
+	$(PIP) $(PAIR) -e '.[dev,bench,examples]'
 	touch $@
 
 # Packages whose models the tests convert: nothing else needs them.
-.venv/models: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[models]'
+.venv/models: $(INSTALLED)
+	$(PIP) $(PAIR) -e '.[models]'
 	touch $@
 
 clean:

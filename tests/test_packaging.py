@@ -1,11 +1,13 @@
 """What is shipped and installed: fastrnn.kernels from the symlink, and never a top-level `kernels`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,40 @@ def built(tmp_path_factory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out
+
+
+def commands(target: str, *variables: str) -> str:
+    """What make would run for a target in a fresh clone, with nothing set but these variables."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "PYTHON", "TORCH", "TRITON")}
+    done = subprocess.run(["make", "-n", "-B", target, *variables], cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_constraints_leave_torch_its_requirements():
+    """A pin of what torch requires (Triton, CUDA's packages) would resolve beside one torch only."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {line.split("==")[0].lower() for line in lines}
+    assert {"numpy", "pytest"} <= pinned
+    required = {re.match(r"[\w.-]+", text)[0].lower() for text in requires("torch") or ()}
+    assert pinned.isdisjoint({"torch", "triton"} | required)
+
+
+@pytest.mark.parametrize(
+    ("variables", "pair"),
+    [
+        ((), "torch==2.13.0  -e"),
+        (("TORCH=2.14.1",), "torch==2.14.1  -e"),
+        (("TORCH=2.14.1+cpu", "TRITON=3.9.0"), "torch==2.14.1+cpu triton==3.9.0 -e"),
+        (("TORCH=",), "torch  -e"),
+    ],
+)
+def test_make_installs_the_torch_that_it_is_given(variables, pair):
+    """Everywhere that it installs anything, so that no later step takes another torch."""
+    installs = [line for line in commands("test", *variables).splitlines() if " pip install " in line]
+    assert len(installs) == 2
+    for line in installs:
+        assert f"-c constraints.txt {pair} '.[" in line
 
 
 def test_the_symlink_is_one():
