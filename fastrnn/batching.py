@@ -30,7 +30,9 @@ def function(op: Any, setup_context: Callable, backward: Callable) -> type[torch
 
     >>> import torch
     >>> from fastrnn.ops import recurrence
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU with TRITON_INTERPRET=1
     >>> x_gates, W_hh, h_0 = torch.zeros(6, 5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
+    >>> x_gates, W_hh, h_0 = (t.to(device) for t in (x_gates, W_hh, h_0))
     >>> torch.vmap(lambda x_gates: recurrence("gru", x_gates, W_hh, None, h_0, None)[0])(x_gates).shape
     torch.Size([6, 5, 2, 1, 4])
     """

@@ -256,7 +256,9 @@ def recurrence(
 
     >>> import torch, fastrnn
     >>> from fastrnn.ops import recurrence
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU with TRITON_INTERPRET=1
     >>> x_gates, W_hh, h_0 = torch.zeros(5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
+    >>> x_gates, W_hh, h_0 = (t.to(device) for t in (x_gates, W_hh, h_0))
     >>> y, h_n, _ = recurrence("gru", x_gates, W_hh, None, h_0, None)  # z is 1/2, n is 0: the state halves
     >>> h_n[0, 0, 0].item()
     0.03125

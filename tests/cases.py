@@ -129,10 +129,22 @@ def make_sequences(cell: str, case: Case, dtype: torch.dtype, device: str, kind:
     )
 
 
+# How many times the error of the reference in the same dtype a kernel may make. In float32 compiled kernels need more
+# than interpreted ones: a GPU's exp is exp2 of a rounded product. The worst that was executed from PTX needed less than
+# 3; on a GPU division is approximate too, and the worst needed 4.8 (H100, Triton 3.9.0: d_h_0 of a GRU on ragged
+# sequences).
+TIMES, TIMES_EXECUTED, TIMES_NATIVE = 2, 3, 6
+
+
+def times_allowed(dtype: torch.dtype, device: torch.device) -> float:
+    return TIMES_NATIVE if dtype == torch.float32 and device.type == "cuda" else TIMES
+
+
 def require_kernel(cell: str, case: Case, dtype: torch.dtype, device: str, backend: str = "resident") -> None:
     """Skip, with the plan's reason, what a tier does not hold on this GPU; the interpreter holds everything."""
+    sizes = {"hidden_size": case.H, "batch_size": case.B, "seq_len": case.T, "directions": case.D}
     try:
-        plan(cell, hidden_size=case.H, batch_size=case.B, dtype=dtype, device=device, backend=backend)
+        plan(cell, **sizes, dtype=dtype, device=device, backend=backend)
     except (NotImplementedError, GridTooLargeError) as missing:
         pytest.skip(str(missing))
 
@@ -142,13 +154,15 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
     return {name: (found[name].double() - truth[name]).abs().max().item() for name in truth}
 
 
-def over_budget(problem: Problem, run=recurrence, times: float = 2) -> dict[str, str]:
+def over_budget(problem: Problem, run=recurrence, times: float | None = None) -> dict[str, str]:
     return beyond_budget(problem, problem.run(run), times)
 
 
-def beyond_budget(problem: Problem, found: dict[str, Tensor], times: float = 2) -> dict[str, str]:
-    """What errs more than twice the same-dtype reference does and one unit in the last place of the largest element."""
-    dtype = problem.inputs[0].dtype  # type: ignore[union-attr]
+def beyond_budget(problem: Problem, found: dict[str, Tensor], times: float | None = None) -> dict[str, str]:
+    """What errs more times than allowed what the same-dtype reference does, and one ulp of the largest element."""
+    x_gates = problem.inputs[0]
+    assert x_gates is not None
+    dtype, times = x_gates.dtype, times or times_allowed(x_gates.dtype, x_gates.device)
     truth = problem.to(torch.float64).run(reference.recurrence)
     allowed = errors(problem.run(reference.recurrence), truth)
     assert all(t.dtype == dtype for t in found.values())

@@ -85,12 +85,13 @@ def test_state_of_another_dtype():
             fastrnn.GRU(3, 4, backend=backend)(ZEROS(5, 2, 3), ZEROS(1, 2, 4, dtype=torch.float64))
 
 
-def test_float64_has_no_kernel():
-    module = fastrnn.GRU(3, 4, backend="resident", dtype=torch.float64)
+def test_float64_has_no_kernel(device):
+    module = fastrnn.GRU(3, 4, backend="resident", dtype=torch.float64, device=device)
+    x = ZEROS(5, 2, 3, dtype=torch.float64, device=device)
     with pytest.raises(NotImplementedError, match="a kernel for torch.float64 is missing"):
-        module(ZEROS(5, 2, 3, dtype=torch.float64))
+        module(x)
     module.backend = "reference"
-    assert module(ZEROS(5, 2, 3, dtype=torch.float64))[0].dtype == torch.float64
+    assert module(x)[0].dtype == torch.float64
 
 
 @pytest.mark.parametrize("backend", ("torch", "reference", "resident"))

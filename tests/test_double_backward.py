@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import fastrnn
 from fastrnn import double_backward, ops
 
-from .cases import CELLS, Case, make_problem
+from .cases import CELLS, Case, make_problem, times_allowed
 
 NAMES = ("RNN", "GRU", "LSTM")
 KERNELS = ("resident", "cooperative")
@@ -38,20 +38,20 @@ def worst(found, truth) -> float:
     [*itertools.product(NAMES, KERNELS, (2,)), ("LSTM", "resident", 3)],  # a kernel's slow path is every kernel's
 )
 def test_equals_torch_nn(name, backend, order, device):
-    """Inside twice the largest error of the reference backend in float32, over three draws, and one ulp."""
+    """As far from the truth as the budget allows of the reference's largest error, over three draws, and one ulp."""
     kwargs = {"num_layers": 2, "bidirectional": True}
     errors = {backend: 0.0, "reference": 0.0}
     for _ in range(3):
-        theirs = getattr(torch.nn, name)(
-            3, 5, dtype=torch.float64, **kwargs
-        )  # on the CPU: cuDNN is differentiable once
+        # On the CPU: torch's kernels for GPUs are differentiable once.
+        theirs = getattr(torch.nn, name)(3, 5, dtype=torch.float64, **kwargs)
         x = torch.randn(4, 2, 3, device=device, requires_grad=True)
         truth = penalty(theirs, x.detach().cpu().double().requires_grad_(), order)
         for which in errors:
             ours = getattr(fastrnn, name)(3, 5, backend=which, device=device, **kwargs)
             ours.load_state_dict(theirs.state_dict())
             errors[which] = max(errors[which], worst(penalty(ours, x, order), truth))
-    assert errors[backend] <= 2 * errors["reference"] + torch.finfo(torch.float32).eps, errors
+    times = times_allowed(torch.float32, torch.device(device))
+    assert errors[backend] <= times * errors["reference"] + torch.finfo(torch.float32).eps, errors
 
 
 @pytest.mark.parametrize("bias", (True, False))
