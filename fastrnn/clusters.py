@@ -3,11 +3,10 @@
 Thresholds are what compiled without spilling in Triton 3.9.0; times were measured on an H100 (bench/measured/).
 """
 
-import functools
-
 import torch
 
 from . import compiler, tuning
+from .cached import cached
 from .device import DeviceSpec
 from .kernel_plan import KIB, KernelPlan, as_text, common, registers, runs_gluon, tiles
 from .reference import GATES
@@ -97,7 +96,7 @@ def _shares(
     return [(shares, kept) for _, shares, kept in sorted(found)]
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def cluster(
     name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
 ) -> KernelPlan:

@@ -3,11 +3,12 @@
 Uses JITFunction.warmup and CompiledKernel.n_spills of Triton, read in 3.9.0 (the same in 3.6 to 3.8).
 """
 
-import functools
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+
+from .cached import cached
 
 _chosen: dict[tuple, dict[str, Any]] = {}
 
@@ -38,7 +39,7 @@ def _as_compiled(argument: Any) -> Hashable:
     return type(argument)
 
 
-@functools.cache
+@cached
 def triton_version() -> tuple[int, int]:
     """(3, 9) of Triton 3.9.0."""
     import triton

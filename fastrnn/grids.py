@@ -4,7 +4,6 @@ Every threshold is what compiled without spilling in Triton 3.9.0; tests/test_co
 Cycles are modelled, not measured: change a choice here and `python -m fastrnn inspect` says what it gave.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .cached import cached
 from .device import DeviceSpec
 from .kernel_plan import (
     KIB,
@@ -33,7 +33,7 @@ PIECE_BYTES = (128, 64)
 WEIGHT_REGISTERS = (176, 144, 128, 112, 96, 80, 72, 56, 48, 32, 16, 0)
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def cooperative(
     name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
 ) -> KernelPlan:

@@ -4,13 +4,13 @@ Here: the resident tier in tile Triton, and the table of all. Thresholds are wha
 3.9.0. Cycles are modelled, not measured: change a choice here and `python -m fastrnn inspect` says what it gave.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from . import clusters, grids
+from .cached import cached
 from .device import DeviceSpec
 from .kernel_plan import KIB, KernelPlan, as_text, common, register_limits, tiles, weight_place
 from .reference import GATES
@@ -24,7 +24,7 @@ def _resident_limit(spec: DeviceSpec, dtype: torch.dtype, precision: str) -> int
     return spec.shared_bytes
 
 
-@functools.lru_cache(maxsize=1024)
+@cached
 def resident(
     name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
 ) -> KernelPlan:
