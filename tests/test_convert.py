@@ -33,9 +33,10 @@ class Tagger(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.parametrize("subclass", (True, False))
 @pytest.mark.parametrize("backend", SWAPPED)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_alone(name, backend, device):
+def test_a_layer_alone(name, backend, subclass, device):
     """The model may be the layer: the same object comes back, which computes the same with the kernel asked for."""
     kwargs = {"num_layers": 2, "bidirectional": True, "batch_first": True, "device": device}
     layer = LAYERS[name](3, 5, **kwargs)
@@ -45,9 +46,9 @@ def test_a_layer_alone(name, backend, device):
     gradients = [p.grad.clone() for p in layer.parameters()]
     shown = repr(layer)
     layer.zero_grad()
-    assert fastrnn.convert(layer, backend=backend) is layer
-    assert type(layer) is getattr(fastrnn, name) and layer.backend == backend
-    assert not isinstance(layer, LAYERS[name])
+    assert fastrnn.convert(layer, backend=backend, subclass=subclass) is layer
+    assert isinstance(layer, getattr(fastrnn, name)) and layer.backend == backend
+    assert isinstance(layer, LAYERS[name]) == subclass and type(layer).__name__ == name
     after, _ = layer(x)
     after.square().sum().backward()
     torch.testing.assert_close(after, before)
@@ -118,13 +119,14 @@ def test_hooks_are_kept(device):
     assert sorted(called) == ["backward", "forward", "gradient", "load", "pre", "state_dict"]
 
 
+@pytest.mark.parametrize("subclass", (True, False))
 @pytest.mark.parametrize("backend", ("resident", "auto"))
-def test_parametrizations_are_kept(backend, device):
+def test_parametrizations_are_kept(backend, subclass, device):
     layer = parametrizations.weight_norm(nn.GRU(3, 5, device=device), "weight_hh_l0")
     theirs = copy.deepcopy(layer)
     names = list(layer.state_dict())
-    fastrnn.convert(layer, backend=backend)
-    assert isinstance(layer, fastrnn.GRU) and not isinstance(layer, nn.GRU)
+    fastrnn.convert(layer, backend=backend, subclass=subclass)
+    assert isinstance(layer, fastrnn.GRU) and isinstance(layer, nn.GRU) == subclass
     assert parametrize.is_parametrized(layer, "weight_hh_l0") and list(layer.state_dict()) == names
     assert list(fastrnn.report(layer).converted) == [""]
     x = torch.randn(4, 2, 3, device=device)
@@ -137,9 +139,10 @@ def test_parametrizations_are_kept(backend, device):
     assert torch.equal(layer(x)[0], theirs(x)[0])
     parametrize.remove_parametrizations(layer, "weight_hh_l0")
     assert type(layer) is nn.GRU
-    fastrnn.convert(parametrizations.weight_norm(layer, "weight_hh_l0"), backend=backend)
+    fastrnn.convert(parametrizations.weight_norm(layer, "weight_hh_l0"), backend=backend, subclass=subclass)
     parametrize.remove_parametrizations(layer, "weight_hh_l0")
-    assert type(layer) is fastrnn.GRU
+    assert isinstance(layer, fastrnn.GRU) and type(fastrnn.revert(layer)) is nn.GRU
+    fastrnn.convert(layer, backend=backend, subclass=subclass)
     torch.testing.assert_close(layer(x)[0], theirs(x)[0])
 
 
@@ -182,6 +185,69 @@ def test_what_has_code_of_its_own_is_left_and_named():
     assert model["own"].calls == 1
 
 
+class Named(nn.LSTM):
+    """Has code of its own, of which none has a part in what it computes."""
+
+    gates = 4
+
+    def __init__(self, features):
+        super().__init__(features, 2 * features, batch_first=True)
+
+    def reset_parameters(self):
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, 0.1)
+
+    def forget_gate(self):
+        return self.weight_hh_l0.chunk(self.gates)[1]
+
+
+class Twice(Named):
+    pass
+
+
+@pytest.mark.parametrize("backend", ("resident", "auto"))
+@pytest.mark.parametrize("cls", (Named, Twice))
+def test_subclasses_that_compute_what_torch_nn_does_are_converted(cls, backend, device):
+    """What they add goes on working; code that would be lost or run in vain keeps a layer from being converted."""
+    layer, x = cls(3).to(device), torch.randn(2, 4, 3, device=device)
+    before = layer(x)[0]
+    fastrnn.convert(layer, backend=backend)
+    assert isinstance(layer, fastrnn.LSTM) and isinstance(layer, cls) and layer.backend == backend
+    torch.testing.assert_close(layer(x)[0], before)
+    assert layer.forget_gate().shape == (6, 6)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin) is type(layer)
+        torch.testing.assert_close(twin(x)[0], before)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    assert type(fastrnn.revert(layer)).__bases__ == (cls,)
+    parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    assert type(layer) is cls
+    with pytest.warns(fastrnn.FallbackWarning, match=f"{cls.__name__} is a subclass of LSTM, which it stays with"):
+        fastrnn.convert(layer, subclass=False)
+    assert type(layer) is cls
+
+
+@pytest.mark.parametrize("name", ("forward", "__call__", "flatten_parameters", "permute_hidden", "step", "plan"))
+def test_a_subclass_with_code_that_would_be_lost_is_left(name):
+    cls = type("Own", (nn.LSTM,), {name: lambda self, *args: None})
+    with pytest.warns(fastrnn.FallbackWarning, match=f"Own is a subclass of LSTM, with code of its own: {name}"):
+        fastrnn.convert(nn.Sequential(cls(3, 4)))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_who_asks_for_torch_nns_class_is_answered(name):
+    """As people's functions that initialize do, and TorchRL's modules."""
+
+    def init(module):
+        if isinstance(module, LAYERS[name]):
+            nn.init.constant_(module.weight_hh_l0, 0.5)
+
+    model = fastrnn.convert(nn.Sequential(LAYERS[name](3, 4)), backend="reference")
+    assert (model.apply(init)[0].weight_hh_l0 == 0.5).all()
+    model = fastrnn.convert(nn.Sequential(LAYERS[name](3, 4)), backend="reference", subclass=False)
+    assert not (model.apply(init)[0].weight_hh_l0 == 0.5).any()
+
+
 def test_revert_leaves_subclasses_of_ours():
     class Mine(fastrnn.LSTM):
         pass
@@ -210,12 +276,14 @@ def test_nothing_is_changed_where_convert_refuses():
             call([model])
 
 
+@pytest.mark.parametrize("subclass", (True, False))
 @pytest.mark.parametrize("backend", ("resident", "auto"))
-def test_converted_models_are_copied_and_pickled(backend, device):
-    model = fastrnn.convert(Tagger().to(device), backend=backend)
+def test_converted_models_are_copied_and_pickled(backend, subclass, device):
+    model = fastrnn.convert(Tagger().to(device), backend=backend, subclass=subclass)
     x = torch.randn(4, 2, 4, device=device)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(x), model(x))
         assert twin.shared is twin.also_shared and twin.shared.backend == backend
+        assert type(twin.shared) is type(model.shared)
         assert type(fastrnn.revert(twin).shared) is nn.LSTM
         torch.testing.assert_close(twin(x), model(x))
