@@ -2,33 +2,59 @@
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import layers, projection, segments, wavefront
+from . import driver, layers, projection, segments, wavefront
 from .dropout import drop, drop_mask, dropping
+from .options import PLAIN, Options, check_options
 from .planner import Plan, plan
 from .reference import GATES
-from .validation import PLAIN, Options, check_call, check_options, check_params, compute_dtype
+from .tiers import TIERS
+from .validation import as_int, check_call, check_params, check_state, compute_dtype
 
 
 class FallbackWarning(UserWarning):
-    """backend="auto" runs torch's own kernel on a GPU; the message says why."""
+    """backend="auto" runs torch's own kernel on a GPU, or not the planned one of ours; the message says why."""
 
 
 @functools.cache
-def _warn_fallback(why: str) -> None:
-    warnings.warn(f"backend='auto' runs torch's own kernel: {why}", FallbackWarning, stacklevel=4)
+def _warn_fallback(what: str, why: str) -> None:
+    warnings.warn(f"backend='auto' runs {what}: {why}", FallbackWarning, stacklevel=4)
 
 
 def backend_of(chosen: Plan) -> str:
-    """The plan's backend; warns, once a reason, where a GPU gets no kernel of ours."""
+    """The plan's backend; warns, once a reason, where a GPU gets no kernel of ours or refused the one it should get."""
     if chosen.backend == "torch" and chosen.why != "asked for" and chosen.device.startswith("cuda"):
-        _warn_fallback(chosen.why)
+        _warn_fallback("torch's own kernel", chosen.why)
+    elif driver.refused:
+        for why in driver.refused.values():
+            if why in chosen.why:
+                _warn_fallback(f"the {chosen.backend} kernel", why)
     return chosen.backend
+
+
+def _again_where_refused(run: Callable) -> Callable:
+    """Plan and run again where the driver refuses a kernel that backend="auto" chose; the planner leaves it out then.
+
+    Inside torch.compile a launch is too late for that: the error passes, and the next call plans anew.
+    """
+
+    @functools.wraps(run)
+    def wrapped(cell: str, *args: Any) -> tuple[Tensor, ...]:
+        backend = args[9]
+        for _ in TIERS:
+            try:
+                return run(cell, *args)
+            except driver.LaunchRefusedError:
+                if backend != "auto":
+                    raise
+        return run(cell, *args)
+
+    return wrapped
 
 
 def lstm(
@@ -45,8 +71,8 @@ def lstm(
     backend: str = "auto",
     checkpoint_every: int | None = None,
     lengths: Tensor | Sequence[int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    reset: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    reset: Tensor | Sequence | None = None,
     reset_state: tuple[Tensor, Tensor] | None = None,
     return_cell_states: bool = False,
 ) -> tuple[Any, ...]:
@@ -96,8 +122,8 @@ def gru(
     backend: str = "auto",
     checkpoint_every: int | None = None,
     lengths: Tensor | Sequence[int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    reset: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    reset: Tensor | Sequence | None = None,
     reset_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a GRU over a batch of sequences.
@@ -137,8 +163,8 @@ def rnn(
     backend: str = "auto",
     checkpoint_every: int | None = None,
     lengths: Tensor | Sequence[int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    reset: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    reset: Tensor | Sequence | None = None,
     reset_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a simple recurrent network over a batch of sequences.
@@ -166,6 +192,7 @@ def rnn(
     return output, h_n
 
 
+@_again_where_refused
 def run(
     cell: str,
     input: Tensor,
@@ -183,6 +210,7 @@ def run(
 ) -> tuple[Tensor, ...]:
     """output and the final states, (h_n,) or (h_n, c_n), and c of every step where it is asked for."""
     D = 2 if bidirectional else 1
+    num_layers, checkpoint_every = as_int(num_layers), as_int(checkpoint_every)
     check_params(GATES[cell], params, num_layers, D, bias)
     H, of_h = params[0].shape[0] // GATES[cell], params[1].shape[-1]  # h has another size where it is projected
     T, B, options = check_options(options, input, batch_first, cell, num_layers * D, (of_h, H))
@@ -193,12 +221,25 @@ def run(
         state: tuple[Tensor, ...] = (zeros[0], zeros[-1])[:states]
     else:
         state = tuple(hx) if states == 2 else (hx,)  # type: ignore[arg-type]
-    check_call(input, state, params, num_layers, D, T, B)
+        check_state(state, states)
+    check_call(input, state, params, num_layers, D, T, B, ragged or options.lengths is not None)
     plain = options.plain
+    if T == 0:  # all sequences are empty: run one step, which is padding of all, and leave it out
+        x = input.unsqueeze(1).expand(-1, B, -1) if ragged else input.transpose(0, 1) if batch_first else input
+        none = torch.zeros(B, dtype=torch.int64, device=input.device)
+        found = run(
+            cell, torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)), hx, params, num_layers, bias, False, dropout,
+            training, bidirectional, backend, checkpoint_every, Options(none, cell_states=options.cell_states),
+        )  # fmt: skip
+
+        def nothing(y: Tensor) -> Tensor:
+            return y[:0].flatten(0, 1) if ragged else y[:0].transpose(0, int(batch_first))
+
+        return nothing(found[0]), *found[1 : 1 + states], *map(nothing, found[1 + states :])
 
     dtype = compute_dtype(input)
     # torch.export's sizes are symbols where they may change: the plan is that of its example.
-    planned_T, planned_B = (size if isinstance(size, int) else size.node.hint for size in (T, B))
+    planned_T, planned_B = (size.node.hint if isinstance(size, torch.SymInt) else size for size in (T, B))
     planned_T = max(1, planned_T // max(planned_B, 1)) if ragged else planned_T
     chosen = plan(
         cell,
@@ -281,7 +322,9 @@ def run(
             x, states[layer], c = layers.in_chunks(step, x, states[layer], K or x.shape[0], window)
     if projected:
         W_hr = [torch.stack(tuple(layers.by_role(of_layer(), D)[-1])) for of_layer in weights]
-        states = [projection.after(*of_layer) for of_layer in zip(states, W_hr, strict=True)]
+        lengths = options.cu_seqlens.diff() if ragged else options.lengths
+        of_layers = zip(states, W_hr, state[0].split(D), strict=True)
+        states = [projection.after(*of_layer, None if hx is None else lengths) for of_layer in of_layers]
     outputs = (x,) if c is None else (x, c)
     output, *c = (y.transpose(0, 1) if batch_first and not ragged else y for y in outputs)
     finals = (torch.cat(of_layers) for of_layers in zip(*states, strict=True))

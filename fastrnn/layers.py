@@ -19,9 +19,9 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from . import ops, projection, ranges, reference
+from .options import Options
 from .reference import GATES
 from .sequences import PLAIN, Sequences, Window
-from .validation import Options
 
 State = tuple[Tensor, ...]  # (h,) or (h, c), each (D, B, H); of a projected layer see projection.py
 Inputs = tuple[Tensor, ...]  # x of each direction, (K, B, I): the same times over all of time, other times in a chunk

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, streaming
+from .options import Options
 from .planner import BACKENDS, Plan, plan
 from .sequences import Packing, untraced
-from .validation import Options, check_checkpoint_every, check_rank, compute_dtype
+from .validation import as_int, check_checkpoint_every, check_rank, compute_dtype
 
 
 class _Recurrent(torch.nn.RNNBase):
@@ -28,8 +29,9 @@ class _Recurrent(torch.nn.RNNBase):
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
+        checkpoint_every = as_int(checkpoint_every)
         check_checkpoint_every(checkpoint_every)
-        super().__init__(mode, *args, **kwargs)
+        super().__init__(mode, *map(as_int, args), **{name: as_int(value) for name, value in kwargs.items()})
         self.backend = backend
         self.checkpoint_every = checkpoint_every
 
@@ -59,8 +61,8 @@ class _Recurrent(torch.nn.RNNBase):
         hx: Any = None,
         *,
         lengths: "Tensor | Sequence[int] | None" = None,
-        cu_seqlens: Tensor | None = None,
-        reset: Tensor | None = None,
+        cu_seqlens: "Tensor | Sequence[int] | None" = None,
+        reset: "Tensor | Sequence | None" = None,
         reset_state: Any = None,
         return_cell_states: bool = False,
     ) -> Any:
@@ -71,19 +73,22 @@ class _Recurrent(torch.nn.RNNBase):
         input (T, B, I), (B, T, I) with batch_first, unbatched (T, I), ragged (total, I) with cu_seqlens, or a
         PackedSequence, which makes output one; hx and what is returned as torch.nn's.
 
-        lengths (B,) int64 or int32, or a list: output is zero past a sequence's end, h_n is the state at its end, where
-        direction 1 begins: what pack_padded_sequence does, unsorted, and with no need for lengths on the CPU. Padding
-        is not read, it may hold NaN.
+        lengths (B,) int64 or int32, each 0 to T: output is zero past a sequence's end, h_n is the state at its end,
+        where direction 1 begins: what pack_padded_sequence does, unsorted, and with no need for lengths on the CPU.
+        Padding is not read, it may hold NaN. Of a sequence without steps h_n is hx.
         cu_seqlens (N + 1,): sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1] of input, as in flash attention.
         reset (T, B), with batch_first (B, T), ragged (total,), bool: a segment begins here. Segments do not see each
         other: the state starts anew before this step and, in direction 1, after it.
         reset_state, as hx: what it starts from instead of zeros, (num_layers * D, B or 1, H), or by step (T,
         num_layers * D, B or 1, H), ragged (total, num_layers * D, 1, H), given at the first step of the later segment.
         return_cell_states (LSTM): a third result, c_t of the last layer for all t, as output.
+        lengths, cu_seqlens and reset may be lists or NumPy arrays, too.
 
-        Raises ValueError, with expected and got, where these do not fit; for values of lengths and cu_seqlens on a GPU
-        an assertion fails there, since nothing here waits for it. NotImplementedError where checkpoint_every meets
-        ragged or packed input or, for lengths and resets, a bidirectional layer or backend="torch".
+        Raises ValueError, with expected and got, where these do not fit. Values of lengths and cu_seqlens that are on a
+        GPU are checked there, since nothing here waits for it: torch says "device-side assert
+        triggered" at a later call. Give them on the CPU, or set CUDA_LAUNCH_BLOCKING=1, to see the call that was wrong.
+        NotImplementedError where checkpoint_every meets ragged or packed input or, for lengths and resets, a
+        bidirectional layer or backend="torch".
 
         >>> import torch, fastrnn
         >>> gru, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)

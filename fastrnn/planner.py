@@ -6,12 +6,12 @@ from importlib.util import find_spec
 
 import torch
 
-from . import tuning
+from . import clusters, driver, tuning
 from .device import SPECS, DeviceSpec
 from .kernel_plan import GridTooLargeError, KernelPlan, as_text
 from .reference import GATES, OF_TORCH
 from .tiers import TIERS, in_order
-from .validation import check_checkpoint_every
+from .validation import as_int, check_checkpoint_every
 
 # Asked on import: torch.compile cannot trace the question before torch 2.12.
 _HAS_TRITON = find_spec("triton") is not None
@@ -111,6 +111,9 @@ def plan(
     expect("backend", backend, BACKENDS)
     expect("precision", precision, ("ieee", "tf32", None))
     expect("directions", directions, (1, 2))
+    hidden_size, batch_size, seq_len, num_layers, directions, checkpoint_every = map(
+        as_int, (hidden_size, batch_size, seq_len, num_layers, directions, checkpoint_every)
+    )
     sizes = {"hidden_size": hidden_size, "batch_size": batch_size, "seq_len": seq_len, "num_layers": num_layers}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
@@ -142,6 +145,10 @@ def plan(
         for tier, why in (in_order(*request) if backend == "auto" else {backend: TIERS[backend].why}).items():
             try:
                 kernel = TIERS[tier].plan(*request)
+                if backend == "auto" and driver.refused:
+                    why_not = driver.refused.get(driver.key(cell, hidden_size, dtype, kernel, spec))
+                    if why_not is not None:
+                        raise NotImplementedError(why_not)
             except (NotImplementedError, GridTooLargeError) as reason:
                 if backend != "auto":
                     raise
@@ -169,8 +176,10 @@ def _wavefront(found: Plan, spec: DeviceSpec) -> tuple[int | None, str]:
     if spec.arch == "interpreter":
         return None, "the interpreter has no streams"
     # A program has a multiprocessor to itself; a cooperative launch must, since its programs wait for each other.
-    if L * kernel.programs > spec.multiprocessors:
-        return None, f"{L} x {kernel.programs} programs do not fit {spec.multiprocessors} multiprocessors at once"
+    if not clusters.run_at_once(kernel, spec, L):
+        clustered = f" in clusters of {kernel.ctas}" if kernel.ctas > 1 else ""
+        many = f"{L} x {kernel.programs} programs{clustered}"
+        return None, f"{many} do not fit {spec.multiprocessors} multiprocessors at once"
     shortest = CHUNK_STEPS_PER_LAYER * L
     # Filling and draining takes L - 1 chunks: an eighth of the time, unless chunks would be too short.
     chunks = max(1, min(8 * (L - 1), T // shortest))

@@ -30,10 +30,11 @@ def before(h_0: Tensor | None, c_0: Tensor) -> State:
     return (m, c_0) if h_0 is None else (m, c_0, h_0)
 
 
-def after(state: State, W_hr: Tensor) -> State:
-    """h_n and c_n of the State after the last step; W_hr (D, P, H)."""
+def after(state: State, W_hr: Tensor, h_0: Tensor, lengths: Tensor | None) -> State:
+    """h_n and c_n of the State after the last step; W_hr (D, P, H). Where lengths (B,) are 0, h_0 stays."""
     m, c = state
-    return project(m.to(W_hr.dtype), W_hr), c
+    h = project(m.to(W_hr.dtype), W_hr)
+    return (h if lengths is None else torch.where((lengths == 0)[:, None], h_0.to(h.dtype), h)), c
 
 
 def with_starts(

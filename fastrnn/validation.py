@@ -4,8 +4,9 @@ Source of those texts: torch/nn/modules/rnn.py and aten/src/ATen/native/RNN.cpp 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,26 @@ _AUTOCAST_DEVICES = frozenset(
 
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype to compute in: autocast's where it is on, as torch.nn's on CUDA; float64 is never narrowed by it."""
+    return torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype
+
+
+def _autocasts(input: Tensor) -> bool:
+    """Whether input, parameters and states are cast to autocast's dtype, which any of them may have already."""
     kind = input.device.type
-    if kind in _AUTOCAST_DEVICES and torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return input.dtype
+    if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
+        return False
+    return input.is_floating_point() and input.dtype != torch.float64
+
+
+def as_int(size: Any) -> Any:
+    """An int of NumPy's as Python's own, which torch and the planner want; anything else as it is.
+
+    >>> import numpy as np
+    >>> from fastrnn.validation import as_int
+    >>> type(as_int(np.int64(4))), as_int(None)
+    (<class 'int'>, None)
+    """
+    return int(size) if isinstance(size, np.integer) else size
 
 
 def check_checkpoint_every(K: int | None) -> None:
@@ -75,113 +92,13 @@ def check_params(gates: int, params: Sequence[Tensor], num_layers: int, directio
             raise ValueError(f"params[{i}] ({names[role]}_l{layer}): expected {expected}, got {tuple(tensor.shape)}")
 
 
-class Options(NamedTuple):
-    """What a call says of its sequences, beside input and state; checked, tensors are on the input's device."""
-
-    lengths: Any = None  # (B,), a tensor, or a list; checked, a tensor
-    cu_seqlens: Tensor | None = None  # (N + 1,)
-    reset: Tensor | None = None  # (T, B) or (total,)
-    reset_state: Any = None  # a tensor, or a pair; checked, a tuple or None
-    cell_states: bool = False
-
-    @property
-    def plain(self) -> bool:
-        return not self.cell_states and all(given is None for given in self[:-1])
-
-
-PLAIN = Options()
-
-
-def check_options(
-    options: Options, input: Tensor, batch_first: bool, cell: str, states: int, sizes: tuple[int, int]
-) -> tuple[int, int, Options]:
-    """T, or total of a ragged input, and B; options with time first, each tensor on the input's device.
-
-    Values are checked on the CPU; on a GPU, where that would have to wait, by an assertion on the device.
-    """
-    lengths, cu_seqlens, reset, reset_state, cell_states = options
-    if cu_seqlens is not None:
-        if lengths is not None:
-            raise ValueError("lengths: expected None beside cu_seqlens, got both")
-        if input.dim() != 2:
-            raise ValueError(f"input: expected (total, input_size) beside cu_seqlens, got {tuple(input.shape)}")
-        _check_integers("cu_seqlens", cu_seqlens, input)
-        if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-            raise ValueError(f"cu_seqlens: expected (N + 1,) with N at least 1, got {tuple(cu_seqlens.shape)}")
-        T, B = len(input), len(cu_seqlens) - 1
-        increases = (cu_seqlens.diff() > 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
-        _check_values(increases, f"cu_seqlens: expected increasing from 0 to total={T}", cu_seqlens)
-        options = options._replace(cu_seqlens=cu_seqlens.to(input.device, non_blocking=True))
-        slots: tuple[int, ...] = (T,)
-    else:
-        if input.dim() != 3:
-            raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
-        T, B = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
-        slots = (B, T) if batch_first else (T, B)
-    if lengths is not None:
-        lengths = torch.as_tensor(lengths)
-        _check_integers("lengths", lengths, input)
-        if lengths.shape != (B,):
-            raise ValueError(f"lengths: expected ({B},), one for each sequence; got {tuple(lengths.shape)}")
-        _check_values(((lengths > 0) & (lengths <= T)).all(), f"lengths: expected 1 to T={T}", lengths)
-        options = options._replace(lengths=lengths.to(input.device, non_blocking=True))
-    if reset is not None:
-        if reset.dtype != torch.bool or reset.device != input.device or reset.shape != slots:
-            raise ValueError(
-                f"reset: expected {slots} of torch.bool on {input.device}; "
-                f"got {tuple(reset.shape)} of {reset.dtype} on {reset.device}"
-            )
-        options = options._replace(reset=reset.T if batch_first and cu_seqlens is None else reset)
-    if reset_state is not None:
-        if reset is None:
-            raise ValueError("reset_state: expected None without reset, which says where it is taken")
-        options = options._replace(
-            reset_state=_check_reset_state(reset_state, input, cell, states, T, B, sizes, len(slots))
-        )
-    if cell_states and cell != "lstm":
-        raise ValueError(f"return_cell_states: expected False for {cell!r}, which has no cell state; got True")
-    return T, B, options
-
-
-def _check_integers(name: str, tensor: Tensor, input: Tensor) -> None:
-    if tensor.dtype not in (torch.int32, torch.int64) or tensor.device.type not in ("cpu", input.device.type):
-        raise ValueError(
-            f"{name}: expected torch.int64 or torch.int32 on {input.device} or the CPU; "
-            f"got {tensor.dtype} on {tensor.device}"
-        )
-
-
-def _check_values(right: Tensor, expected: str, got: Tensor) -> None:
-    if torch.compiler.is_compiling() or got.device.type != "cpu":
-        torch._assert_async(right, expected)
-    elif not right:
-        raise ValueError(f"{expected}; got {got.tolist()}")
-
-
-def _check_reset_state(
-    reset_state: Any, input: Tensor, cell: str, states: int, T: int, B: int, sizes: tuple[int, int], slot_dims: int
-) -> tuple[Tensor, ...]:
-    """A tuple of (states, B or 1, H), or by step of (T, states, B or 1, H), (total, states, 1, H) if ragged."""
-    count = 2 if cell == "lstm" else 1
-    given = tuple(reset_state) if count == 2 and isinstance(reset_state, tuple | list) else (reset_state,)
-    if len(given) != count or not all(isinstance(state, Tensor) for state in given):
-        raise ValueError(f"reset_state: expected {'a pair of tensors' if count == 2 else 'a tensor'}, as hx")
-    rows = (B,) if slot_dims == 2 else (1,)
-    for state, H in zip(given, sizes, strict=False):  # h, and c, of another size where h is projected
-        by_row, by_step = (states, B, H), (T, states, *rows, H)
-        expected = by_step if state.dim() == 4 else by_row
-        fits = state.dim() in (3, 4) and state.shape[-1] == H and state.shape[-3] == states
-        fits = fits and state.shape[-2] in (1, expected[-2]) and (state.dim() == 3 or state.shape[0] == T)
-        if not fits or state.dim() != given[0].dim():
-            raise ValueError(
-                f"reset_state: expected {by_row}, or by step {by_step}, with 1 for {B} where all sequences share it; "
-                f"got {tuple(state.shape)}"
-            )
-        if state.device != input.device or not state.is_floating_point():
-            raise ValueError(
-                f"reset_state: expected floating point on {input.device}; got {state.dtype} on {state.device}"
-            )
-    return given
+def check_state(state: Sequence[Any], states: int) -> None:
+    """One tensor, or the LSTM's two."""
+    if len(state) != states:
+        raise RuntimeError("lstm expects two hidden states")
+    if not all(isinstance(s, Tensor) for s in state):
+        expected, got = "a pair of tensors" if states == 2 else "a tensor", [type(s).__name__ for s in state]
+        raise ValueError(f"hx: expected {expected}, got {', '.join(got)}")
 
 
 def check_call(
@@ -192,10 +109,11 @@ def check_call(
     directions: int,
     T: int,
     B: int,
+    may_be_empty: bool,
 ) -> None:
     """Input of check_options' T and B, and state, against the weights, and dtypes and devices of all."""
     W_ih, W_hh = params[0], params[1]
-    cast = compute_dtype(input) != input.dtype
+    cast = _autocasts(input)
     if input.dtype != W_ih.dtype and not cast:
         raise ValueError(
             f"RNN input dtype ({input.dtype}) does not match weight dtype ({W_ih.dtype}). "
@@ -210,7 +128,7 @@ def check_call(
         if hidden.shape != expected:
             which = f"hidden[{i}]" if len(state) == 2 else "hidden"
             raise RuntimeError(f"Expected {which} size {expected}, got {list(hidden.shape)}")
-    if T == 0:
+    if T == 0 and not may_be_empty:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     for kind, tensors in (("hidden", state), ("parameter", params)):
         for tensor in tensors:
