@@ -1,4 +1,4 @@
-"""Activations in fp32, and their derivatives from the outputs; they saturate and are never NaN.
+"""Activations in fp32, and their derivatives from the outputs; they saturate, and are NaN only where x is.
 
 HOW                 sigmoid(x)                      tanh(x)
 "exact"             1 / (1 + exp(-x))               sign(x) (1 - 2 / (1 + exp(2|x|))), x + x^3 p(x^2) for |x| < 0.625
@@ -63,7 +63,8 @@ def _approximate(INSTRUCTION: tl.constexpr, x):
 
 @triton.jit
 def relu(x):
-    return tl.maximum(x, 0.0)
+    """max(x, 0), and NaN of NaN, which tl.maximum would make 0."""
+    return tl.where(x <= 0, 0.0, x)
 
 
 @triton.jit
@@ -80,8 +81,8 @@ def d_tanh(t):
 
 @triton.jit
 def d_relu(y):
-    """dy/dx of y = relu(x), 0 at 0 as in torch."""
-    return tl.where(y > 0, 1.0, 0.0)
+    """dy/dx of y = relu(x), 0 at 0 and 1 at NaN as in torch."""
+    return tl.where(y <= 0, 0.0, 1.0)
 
 
 @triton.jit
