@@ -129,15 +129,15 @@ def make_sequences(cell: str, case: Case, dtype: torch.dtype, device: str, kind:
     )
 
 
-# How many times the error of the reference in the same dtype a kernel may make. In float32 compiled kernels need more
-# than interpreted ones: a GPU's exp is exp2 of a rounded product. The worst that was executed from PTX needed less than
-# 3; on a GPU division is approximate too, and the worst needed 4.8 (H100, Triton 3.9.0: d_h_0 of a GRU on ragged
-# sequences).
-TIMES, TIMES_EXECUTED, TIMES_NATIVE = 2, 3, 6
+# How many times the error of the reference in the same dtype a kernel may make. Of 16 bits one rounding hides the rest.
+# In float32 a CPU's one product of d_W_hh needed 2.3 (AMD EPYC, MKL: other sums than the loop's), and kernels executed
+# from PTX less than 3: a GPU's exp is exp2 of a rounded product. On a GPU division is approximate too: the worst needed
+# 4.8 (H100, Triton 3.9.0: d_h_0 of a GRU on ragged sequences).
+TIMES, TIMES_FLOAT32, TIMES_NATIVE = 2, 3, 6
 
 
 def times_allowed(dtype: torch.dtype, device: torch.device) -> float:
-    return TIMES_NATIVE if dtype == torch.float32 and device.type == "cuda" else TIMES
+    return TIMES if dtype != torch.float32 else TIMES_NATIVE if device.type == "cuda" else TIMES_FLOAT32
 
 
 def require_kernel(cell: str, case: Case, dtype: torch.dtype, device: str, backend: str = "resident") -> None:

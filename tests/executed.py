@@ -34,7 +34,7 @@ from .cases import (
     CELLS,
     SEQUENCES,
     TIMES,
-    TIMES_EXECUTED,
+    TIMES_FLOAT32,
     Case,
     Problem,
     make_problem,
@@ -111,7 +111,7 @@ def faults_of(problem: Problem, arch: str, backend: str, precision: str, run: Ca
         return tuple(None if t is None else t.to(problem.inputs[0].dtype) for t in results)
 
     with launches(DeviceSpec.named(arch), run=run, precision=precision):
-        return over_budget(problem, recurrence, times=TIMES_EXECUTED if dtype == "float32" else TIMES)
+        return over_budget(problem, recurrence, times=TIMES_FLOAT32 if dtype == "float32" else TIMES)
 
 
 def windows(arch: str, backend: str) -> Iterator[dict]:

@@ -27,7 +27,7 @@ def flat(output, final):
     return [output, *(final if isinstance(final, tuple) else (final,))]
 
 
-def compare(ours, theirs, input, hx=None):
+def compare(ours, theirs, input, hx=None, tolerance: float = 1e-5):
     """Outputs, states and gradients of all parameters and of the input, fp32 against fp64."""
 
     def run(module, dtype):
@@ -41,7 +41,7 @@ def compare(ours, theirs, input, hx=None):
     found, truth = run(ours, torch.float32), run(theirs, torch.float64)
     for a, b in zip((*found[0], *found[1]), (*truth[0], *truth[1]), strict=True):
         assert a.shape == b.shape
-        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
 
 
 def functional_map(f, hx):
