@@ -3,7 +3,8 @@
 Two faults of triton/runtime/interpreter.py, read in 3.9.0 (the same in 3.5 to 3.8): `create_dot` multiplies the
 uint16 that bfloat16 is stored in as integers, and the cast from float32 truncates where hardware rounds to nearest
 even. And each call of a function in a kernel patches all of triton.language again, a third of the time (`_patch_lang`):
-here the launch does it once. All use of the interpreter's internals is in this file and in together.py.
+here the launch does it once. Triton 3.5 and 3.6 moreover make a loop's bound of an array of one element by `int`, which
+numpy 2.4 and later refuse. All use of the interpreter's internals is in this file and in together.py.
 """
 
 import os
@@ -35,6 +36,12 @@ def corrected() -> Iterator[None]:
         if any(tl.core.is_builtin(lang.load) for lang in langs):  # not patched yet: fn is what is launched
             return plain_patch(fn)
 
+    plain_patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, *scope):
+        plain_patch_tensor(tensor, *scope)  # and what the scope puts back later is what was there before
+        tensor.__index__ = lambda self: self.handle.data.item()
+
     plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self, a, b, d, *args):
@@ -55,7 +62,7 @@ def corrected() -> Iterator[None]:
     # exp overflows to inf on purpose (kernels/activations.py); a GPU says nothing, numpy would warn.
     with (
         np.errstate(over="ignore"),
-        mock.patch.object(interpreter, "_patch_lang", patch_lang),
+        mock.patch.multiple(interpreter, _patch_lang=patch_lang, _patch_lang_tensor=patch_lang_tensor),
         mock.patch.multiple(InterpreterBuilder, create_dot=create_dot, cast_impl=cast_impl),
     ):
         yield

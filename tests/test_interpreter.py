@@ -45,6 +45,33 @@ def test_triton_language_is_patched_once_a_launch(corrected, monkeypatch):
     assert tl.core.is_builtin(tl.load), "the launch puts back what it patched"
 
 
+@triton.jit
+def count_to(n_ptr, total_ptr):
+    n = tl.load(n_ptr + tl.arange(0, 1)).sum(0)
+    for i in range(tl.program_id(0) * 0, n):
+        tl.store(total_ptr, tl.load(total_ptr) + i)
+
+
+def test_a_loops_bound_may_be_an_array_of_one_element(monkeypatch):
+    """As numpy 2.4 and later see the bounds that Triton 3.5 and 3.6 hold, whichever are installed here."""
+    plain = triton.runtime.interpreter._patch_lang_tensor
+
+    def refusing(tensor, *scope):
+        plain(tensor, *scope)
+        tensor.__index__ = refuse
+
+    def refuse(self):
+        raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+
+    monkeypatch.setattr(triton.runtime.interpreter, "_patch_lang_tensor", refusing)
+    before, total = vars(tl.tensor).get("__index__"), torch.tensor([0])
+    with interpreter.corrected():
+        count_to[(1,)](torch.tensor([4], dtype=torch.int32), total)
+    assert total.item() == 0 + 1 + 2 + 3
+    assert vars(tl.tensor).get("__index__") is before, "the launch puts back what it patched"
+    )
+
+
 @pytest.mark.parametrize("corrected", (True, False))
 def test_bfloat16(corrected):
     a, b = torch.randn(2, 16, 16).bfloat16()
