@@ -13,6 +13,7 @@ from .dropout import drop, drop_mask, dropping
 from .options import PLAIN, Options, check_options
 from .planner import Plan, plan
 from .reference import GATES
+from .sequences import stops_at_torchs_kernels, untraced
 from .tiers import TIERS
 from .validation import as_int, check_call, check_params, check_state, compute_dtype
 
@@ -254,6 +255,11 @@ def run(
         checkpoint_every=checkpoint_every,
     )
     backend = backend_of(chosen)
+    if backend == "torch" and stops_at_torchs_kernels():
+        return _untraced(
+            cell, input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend,
+            checkpoint_every, options,
+        )  # fmt: skip
     if checkpoint_every and not plain and (ragged or D == 2 or backend == "torch"):
         what = (
             "packed or ragged sequences"
@@ -329,3 +335,6 @@ def run(
     output, *c = (y.transpose(0, 1) if batch_first and not ragged else y for y in outputs)
     finals = (torch.cat(of_layers) for of_layers in zip(*states, strict=True))
     return output, *(final if between == dtype else final.to(dtype) for final in finals), *c
+
+
+_untraced = untraced(run)

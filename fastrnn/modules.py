@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import functional, streaming
 from .options import Options
 from .planner import BACKENDS, Plan, plan
-from .sequences import Packing, untraced
+from .sequences import Packing, stops_at_torchs_kernels, untraced
 from .validation import as_int, check_checkpoint_every, check_rank, compute_dtype
 
 
@@ -103,7 +103,7 @@ class _Recurrent(torch.nn.RNNBase):
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
         whole = plain and not return_cell_states and self.checkpoint_every is None
         if whole and (self.backend == "torch" or (self.backend == "auto" and not input.is_cuda)):
-            return (_untraced if isinstance(input, PackedSequence) else self._torch.forward)(self, input, hx)
+            return self._run_torchs(input, hx)
         options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         packed, packing = isinstance(input, PackedSequence), None
         if packed and not plain:
@@ -111,7 +111,7 @@ class _Recurrent(torch.nn.RNNBase):
         if not packed and cu_seqlens is None:
             check_rank(self._torch.__name__, input, hx)
         if whole and self.backend == "auto" and functional.backend_of(self.plan(input)) == "torch":
-            return (_untraced if packed else self._torch.forward)(self, input, hx)
+            return self._run_torchs(input, hx)
         if packed:
             packing = Packing.of(input)
             options = options._replace(cu_seqlens=packing.cu_seqlens)
@@ -152,6 +152,11 @@ class _Recurrent(torch.nn.RNNBase):
         output, *cell_states = outputs
         return output, tuple(finals) if len(finals) == 2 else finals[0], *cell_states
 
+    def _run_torchs(self, input: Any, hx: Any) -> Any:
+        """torch.nn's forward; what torch.compile cannot trace, or not in time, breaks its graph."""
+        untraced = isinstance(input, PackedSequence) or stops_at_torchs_kernels()
+        return (_untraced if untraced else self._torch.forward)(self, input, hx)
+
     def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
         """Run one time step, for input that arrives step by step; a sequence's steps are equal to its forward.
 
@@ -183,7 +188,7 @@ class _Recurrent(torch.nn.RNNBase):
 
 
 @untraced  # torch.compile fails where it traces torch.nn's forward of packed input, instead of stopping before it
-def _untraced(module: "_Recurrent", input: PackedSequence, hx: Any) -> Any:
+def _untraced(module: "_Recurrent", input: Any, hx: Any) -> Any:
     return module._torch.forward(module, input, hx)
 
 

@@ -20,6 +20,15 @@ def untraced(function: F) -> F:
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
+def stops_at_torchs_kernels() -> bool:
+    """Whether torch.compile is tracing and should break the graph before a kernel of torch's, as at torch.nn's layers.
+
+    Where torch traces these it walks time in Python, for minutes, and in float32 on CPU tensors cannot train the LSTM.
+    torch's own setting for torch.nn's layers holds for ours; torch.export sets it.
+    """
+    return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
+
+
 class Sequences(NamedTuple):
     """rows (3, B) int64: sequences, their first slots and lengths, longest first. reset: bool by slot, or None."""
 
