@@ -4,10 +4,12 @@ fastrnn::recurrence             forward over all of time
 fastrnn::recurrence_backward    its gradients; theirs in turn by a slow path in torch (double_backward.py)
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import batching, double_backward, launch
 from .reference import GATES, HAS_C
@@ -198,6 +200,18 @@ def _double_backward(ctx, *second):
     of_upstream, of_source, (dW_hh, db_hh, *of_states) = found
     dh_0, dc_0, d_reset_h, d_reset_c = of_states
     return (*of_upstream, dW_hh, dh_0, dc_0, *[None] * 7, db_hh, *of_source, None, None, d_reset_h, d_reset_c, None)
+
+
+@register_flop_formula(torch.ops.fastrnn.recurrence)
+def _flops(x_gates, W_hh, *args, out_shape=None, **kwargs) -> int:
+    """Of W_hh h at every step, for torch.utils.flop_counter, which has shapes; of padded steps too."""
+    return 2 * math.prod(x_gates) * W_hh[-1]
+
+
+@register_flop_formula(torch.ops.fastrnn.recurrence_backward)
+def _backward_flops(dy, dh_n, dc_n, dc, W_hh, h_0, c_0, y, saved, c, cell, needs_dW, *args, out_shape=None, **kwargs):
+    """Of the gradient of h at every step and, where it is wanted, of W_hh's."""
+    return 2 * math.prod(y) * W_hh[1] * (2 if needs_dW else 1)
 
 
 torch.library.register_autograd(_recurrence, _backward, setup_context=_save)
