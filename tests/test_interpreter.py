@@ -69,7 +69,6 @@ def test_a_loops_bound_may_be_an_array_of_one_element(monkeypatch):
         count_to[(1,)](torch.tensor([4], dtype=torch.int32), total)
     assert total.item() == 0 + 1 + 2 + 3
     assert vars(tl.tensor).get("__index__") is before, "the launch puts back what it patched"
-    )
 
 
 @pytest.mark.parametrize("corrected", (True, False))
