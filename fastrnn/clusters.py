@@ -3,11 +3,13 @@
 Thresholds are what compiled without spilling in Triton 3.9.0; times were measured on an H100 (bench/measured/).
 """
 
+import math
+
 import torch
 
 from . import compiler, tuning
 from .cached import cached
-from .device import DeviceSpec
+from .device import CLUSTERS, DeviceSpec
 from .kernel_plan import KIB, KernelPlan, as_text, common, registers, runs_gluon, tiles
 from .reference import GATES
 
@@ -100,7 +102,7 @@ def _shares(
 def cluster(
     name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
 ) -> KernelPlan:
-    """W_hh over the programs of a cluster: of as many as shorten a step while the batch leaves multiprocessors idle."""
+    """W_hh over the programs of a cluster: of as many as shorten a step while all of the batch's run at once."""
     if spec.cluster_limit == 1:
         raise NotImplementedError(f"{spec.arch} has no thread-block clusters")
     if compiler.triton_version() < (3, 8):
@@ -108,23 +110,29 @@ def cluster(
     if dtype == torch.float32 and precision == "ieee":
         raise NotImplementedError("a kernel for full-precision float32 products over clusters is missing; tf32 runs")
     fits = None
-    for ctas in (2, 4, 8, 16):
+    for ctas in CLUSTERS:
         # Measured (H100, bf16, B=16, us a step forward and backward): LSTM, H=256, eight programs take 1.31 and 1.33,
         # four 1.55 and 1.53; H=128, four 1.02 and 0.75, two 1.13 and 0.95. Fewer than 32 units were not tried.
-        # Clusters of 16 are for what fits no smaller one: an H100 holds 7 of them at once.
+        # Clusters of 16 are for what fits no smaller one: an H100 runs 7 of them at once.
         if ctas > spec.cluster_limit or (fits and (ctas == 16 or fits.units // 2 < 32)):
             break
-        plan = held(name, H, B, T, D, dtype, precision, spec, ctas)
-        if plan and (fits is None or plan.programs <= spec.multiprocessors):
+        plan = held(name, H, B, T, D, dtype, precision, spec, ctas) if spec.at_once(ctas) else None
+        if plan and (fits is None or run_at_once(plan, spec)):
             fits = plan
     key = tuning.cluster_key(name, H, dtype, precision, tiles(B, BLOCK_B) * D)
     ctas = tuning.of(spec.arch).ctas.get(key, 0)
-    if 0 < ctas <= spec.cluster_limit:
+    if 0 < ctas <= spec.cluster_limit and spec.at_once(ctas):
         fits = held(name, H, B, T, D, dtype, precision, spec, ctas) or fits
     if fits is None:
         block_h = 1 << (H - 1).bit_length()
+        largest = max((size for size in CLUSTERS if size <= spec.cluster_limit and spec.at_once(size)), default=1)
         raise NotImplementedError(
-            f"W_hh does not fit a cluster of {spec.cluster_limit} programs: "
+            f"W_hh does not fit a cluster of {largest} programs: "
             f"{as_text(GATES[name] * block_h**2 * dtype.itemsize)} at H={H} (padded to {block_h}) on {spec.arch}"
         )
     return fits
+
+
+def run_at_once(kernel: KernelPlan, spec: DeviceSpec, launches: int = 1) -> bool:
+    """Whether no program of so many launches must wait for a multiprocessor."""
+    return launches * math.prod(kernel.grid) <= spec.at_once(kernel.ctas)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import interpreter
+from . import driver, interpreter
+
+CLUSTERS = (2, 4, 8, 16)  # programs of a cluster
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,16 @@ class DeviceSpec:
     warp_size: int
     cluster_limit: int  # the most programs in one thread-block cluster; 1 where there are none
     has_tf32: bool
+    clusters: tuple[tuple[int, int], ...] = ()  # (size, how many run at once), as far as it is known
+
+    def at_once(self, ctas: int) -> int:
+        """How many clusters of a size run at once, each program on a multiprocessor of its own.
+
+        >>> from fastrnn.device import DeviceSpec
+        >>> DeviceSpec.named("sm_90").at_once(8)
+        15
+        """
+        return dict(self.clusters).get(ctas, self.multiprocessors // ctas)
 
     @property
     def is_amd(self) -> bool:
@@ -60,13 +72,28 @@ class DeviceSpec:
                 arch = f"sm_{found.major}0"
         if arch not in SPECS:
             raise NotImplementedError(f"fastrnn has no figures for {arch} ({found.name}); known are {', '.join(SPECS)}")
-        shared = getattr(found, "shared_memory_per_block_optin", SPECS[arch].shared_bytes)
         spec = replace(SPECS[arch], board=found.name, multiprocessors=found.multi_processor_count)
-        return spec if spec.is_amd else replace(spec, shared_bytes=shared)
+        if spec.is_amd:
+            return spec
+        shared = getattr(found, "shared_memory_per_block_optin", spec.shared_bytes)
+        sizes = tuple(size for size in CLUSTERS if size <= spec.cluster_limit)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        clusters = driver.clusters_at_once(index, shared, sizes) if sizes else ()
+        if not clusters and spec.multiprocessors == SPECS[arch].multiprocessors:  # the board of the table
+            clusters = spec.clusters
+        return replace(spec, shared_bytes=shared, clusters=clusters)
 
 
-def _nvidia(arch: str, board: str, multiprocessors: int, shared_kib: int, cluster_limit: int = 1) -> DeviceSpec:
-    return DeviceSpec(arch, board, multiprocessors, shared_kib * 1024, 256 * 1024, 32, cluster_limit, has_tf32=True)
+def _nvidia(
+    arch: str,
+    board: str,
+    multiprocessors: int,
+    shared_kib: int,
+    cluster_limit: int = 1,
+    clusters: tuple[tuple[int, int], ...] = (),
+) -> DeviceSpec:
+    limits = (multiprocessors, shared_kib * 1024, 256 * 1024, 32, cluster_limit)
+    return DeviceSpec(arch, board, *limits, has_tf32=True, clusters=clusters)
 
 
 def _amd(arch: str, board: str, multiprocessors: int, shared_kib: int) -> DeviceSpec:
@@ -79,7 +106,8 @@ SPECS = {
         _nvidia("sm_80", "A100", 108, 163),
         _nvidia("sm_86", "RTX 3090", 82, 99),
         _nvidia("sm_89", "RTX 4090", 128, 99),
-        _nvidia("sm_90", "H100 SXM", 132, 227, cluster_limit=16),
+        # Clusters as an H100's driver counts them (bench/measured/): they lie in groups of multiprocessors.
+        _nvidia("sm_90", "H100 SXM", 132, 227, cluster_limit=16, clusters=((8, 15), (16, 7))),
         _nvidia("sm_100", "B200", 148, 227, cluster_limit=16),
         _nvidia("sm_120", "RTX 5090", 170, 99, cluster_limit=8),
         _amd("gfx90a", "MI250X, one die", 110, 64),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiler, interpreter, ranges
+from . import compiler, driver, interpreter, ranges
 from .device import DeviceSpec
 from .planner import plan
 from .reference import GATES
@@ -231,8 +231,12 @@ def _launch(
         choices = kernel.choices[which]
         if not interpreter.ENABLED:
             options |= constants
-            options |= compiler.first_without_spills(function, device, choices, arguments, kernel.grid, options)
-            function[kernel.grid](*arguments, **options)
+            try:
+                options |= compiler.first_without_spills(function, device, choices, arguments, kernel.grid, options)
+                function[kernel.grid](*arguments, **options)
+            except Exception as error:
+                driver.refuse(error, backend, cell, H, y.dtype, kernel, device)
+                raise
         elif backend != "cooperative":
             function[kernel.grid](*arguments, **constants)
         else:

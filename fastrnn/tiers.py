@@ -95,7 +95,7 @@ def in_order(
             together = clusters.cluster(name, H, B, T, D, dtype, precision, spec)
         except NotImplementedError:
             return order
-        if together.programs <= spec.multiprocessors:
+        if clusters.run_at_once(together, spec):
             del order["cluster"]
             return {"cluster": "a cluster of programs takes less time than one that holds all of W_hh"} | order
     return order

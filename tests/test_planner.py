@@ -126,7 +126,7 @@ def test_clusters_take_more_programs_while_multiprocessors_are_idle(monkeypatch)
         sizes = {"hidden_size": H, "batch_size": B, "dtype": BF16, "device": "sm_90"} | kwargs
         return fastrnn.plan(cell, **sizes, backend="cluster").kernel.ctas
 
-    assert [ctas(B=B) for B in (16, 256, 528, 4096)] == [8, 8, 4, 4]
+    assert [ctas(B=B) for B in (16, 240, 256, 528, 4096)] == [8, 8, 4, 4, 4]
     assert (ctas(H=128), ctas(H=512), ctas("gru", 512)) == (4, 16, 16)
     for message, kwargs in (
         ("sm_80 has no thread-block clusters", {"device": "sm_80"}),

@@ -1,5 +1,6 @@
 """A process whose NVIDIA driver is libcuda.c: Triton's launcher and fastrnn run as on an H100, up to the launch."""
 
+import contextlib
 import ctypes
 import json
 import subprocess
@@ -61,6 +62,7 @@ def pretend(driver: Driver) -> None:
         "current_device": lambda: 0,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": properties,
+        "device": lambda device: contextlib.nullcontext(),
     }
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
