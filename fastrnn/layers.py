@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from . import ops, projection, ranges, reference
+from . import ops, packed, projection, ranges, reference
 from .options import Options
 from .reference import GATES
 from .sequences import PLAIN, Sequences, Window
@@ -137,7 +137,7 @@ def _torch_step(
     per_direction = len(params) // len(xs)
     for d, x in enumerate(xs):
         hidden = tuple(s[d : d + 1] for s in state)
-        of_direction = params[d * per_direction : (d + 1) * per_direction]
+        of_direction = packed.on_its_own(params[d * per_direction : (d + 1) * per_direction], bias)
         y, *final = getattr(torch._VF, cell)(
             x.flip(0) if d else x,
             hidden if len(hidden) == 2 else hidden[0],

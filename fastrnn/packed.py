@@ -83,6 +83,18 @@ def run(
     return data, tuple(torch.cat(of_all) for of_all in zip(*finals, strict=True))
 
 
+def on_its_own(params: Sequence[Tensor], bias: bool) -> list[Tensor]:
+    """Parameters of some of a module's layers or directions, as torch's kernels for GPUs may take them.
+
+    Where the first one begins the memory that all of a module's share, and the others follow as cuDNN wants, torch
+    gives cuDNN that memory. It does not look at what stands where biases would be: without biases, the next layer's
+    weights, which are added as if they were biases. A copy of the first parameter has memory of its own.
+
+    Source: try_get_weight_buf in aten/src/ATen/native/cudnn/RNN.cpp.
+    """
+    return list(params) if bias or params[0].device.type == "cpu" else [params[0].clone(), *params[1:]]
+
+
 def in_blocks(cell: str, data: Tensor, state: State, params: Sequence[Tensor], steps: float) -> bool:
     """Whether dense blocks are faster, of so many steps on the average, than torch's packed form."""
     projected = state[0].shape[-1] != state[-1].shape[-1]

@@ -92,12 +92,13 @@ def run(
     per_layer = len(params) // num_layers
 
     def layers(source: Tensor, first: int, last: int) -> tuple[Tensor, State]:
+        of_these = params[first * per_layer : last * per_layer]
         return packed.run(
             cell,
             source,
             segments.batch_sizes,
             tuple(s[first * D : last * D] for s in initial),
-            params[first * per_layer : last * per_layer],
+            packed.on_its_own(of_these, bias) if apart else of_these,
             last - first,
             bias,
             dropout,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import ops
+from fastrnn import ops, packed
 from fastrnn.tiers import TIERS
 
 from .cases import (
@@ -164,6 +164,15 @@ def test_backend_torch_by_cudnn(name, kwargs, bias, checkpoint_every, device):
     ours, theirs = pair(name, device, "torch", 5, 8, **kwargs)
     ours.checkpoint_every = checkpoint_every
     compare(ours, theirs, torch.randn(5, 4, 5, device=device), tolerance=CUDNN)
+
+
+def test_cudnn_is_given_no_other_weights_for_biases():
+    """No GPU is needed to see that the first parameter's memory ends before the next layer's weights."""
+    memory = torch.empty(100, device="meta")
+    params = [memory[:12].view(4, 3), memory[12:28].view(4, 4)]
+    assert packed.on_its_own(params, True)[0] is params[0]
+    first, second = packed.on_its_own(params, False)
+    assert first.untyped_storage().nbytes() == first.nbytes and second is params[1]
 
 
 @on_a_gpu
