@@ -1,6 +1,7 @@
 """Plots of what was measured: time a step over H, B and T, how many times as fast as torch.nn, memory over T."""
 
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ SWEEPS = {"over H": "H", "over B": "B", "over T": "T"}
 
 
 def draw(results: Sequence[Any], folder: Path) -> Iterator[tuple[str, Path]]:
-    """(caption, file) of each plot that the results have points for."""
+    """(caption, file) of each plot that the results have points for; none without matplotlib."""
+    if find_spec("matplotlib") is None:
+        return
     for group, axis in SWEEPS.items():
         yield from _by_dtype(results, folder, group, axis, "time", "us a step", lambda r, _: r.us_per_step)
         yield from _by_dtype(results, folder, group, axis, "speed-up", "times as fast as torch.nn", _speed_up)

@@ -2,6 +2,8 @@
 
     python -m bench.report bench/results/DIR      report.md, *.png and report.html beside the JSON files there
 
+A folder that bench.gpu packed is unpacked with `python -m bench.packing` first.
+
 Medians of pytest-benchmark's rounds; times a step are a call's time over T. Published numbers are others'.
 """
 
@@ -14,6 +16,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +66,8 @@ def load(folder: Path) -> tuple[list[Result], dict[str, Any], dict[str, Any]]:
             fields = extra["workload"] | {"shape": Case(*extra["workload"]["shape"])}
             what = (extra["implementation"], extra["pass"], one["stats"]["median"], extra.get("peak_bytes"))
             results.append(Result(Workload(**fields), *what))
+    for file in sorted(folder.glob("machine-*.json")):  # of a visit: each run's
+        machine = machine or json.loads(file.read_text())
     for file in sorted(folder.rglob("notes*.json")):
         for key, values in json.loads(file.read_text()).items():
             if key in notes:
@@ -89,6 +94,8 @@ def blocks(folder: Path) -> list[Block]:
     for group, workloads in by_group.items():
         found += [_times(group, which, workloads, measured) for which in PASSES]
     found += [Block(name, figure=file) for name, file in plots.draw(results, folder)]
+    if results and find_spec("matplotlib") is None:
+        found.append(Block("Plots", "Left out: matplotlib is not installed."))
     found += [_memory(by_group, measured), _published(measured)]
     if ratios := notes["auto_over_torch"]:
         found.append(_overhead(ratios))

@@ -7,10 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import packing
+
 # A stage may use what is left of the time up to this share of all: what comes later keeps its part.
-UNTIL = {"correctness": 0.2, "model": 0.4, "tuning": 0.6, "suite": 1.0}
+UNTIL = {
+    "machine": 0.1, "correctness": 0.2, "tests": 0.4, "steps": 0.55, "layers": 0.7, "host": 0.78, "forms": 0.9,
+    "tools": 0.95, "suite": 1.0,
+}  # fmt: skip
 
 Record = dict[str, Any]
+
+
+class Unfinished(Exception):  # noqa: N818 - not an error
+    """An item's time was over; what it has is kept, and it goes on the next time."""
+
+    def __init__(self, records: list[Record]) -> None:
+        super().__init__("unfinished")
+        self.records = records
 
 
 @dataclass(frozen=True)
@@ -18,50 +31,67 @@ class Item:
     """A piece of a stage's work: done once, by key."""
 
     key: str
-    work: Callable[[float], list[Record]]  # of the seconds left
+    work: Callable[[float], list[Record]]  # of the seconds that it may take
+    limit: float = 0.0  # seconds that it may need: with fewer left of the visit, it is not begun
 
 
 @dataclass(frozen=True)
 class Setup:
     """Where it runs, and how much."""
 
-    folder: Path
+    folder: Path  # where stages write
     arch: str
     dry: bool
     seconds: float
     started: float
+    out: Path | None = None  # where what the folder holds is packed to
 
-    def left(self, stage: str) -> float:
-        return self.started + UNTIL[stage] * self.seconds - time.monotonic()
+    def left(self, stage: str | None = None) -> float:
+        """Seconds of a stage's share, or of the whole visit."""
+        return self.started + (UNTIL[stage] if stage else 1.0) * self.seconds - time.monotonic()
 
 
 def run_stage(setup: Setup, stage: str, text: str, items: Iterable[Item]) -> list[Record]:
     """Do the items that are not done yet while there is time; the records of all that are."""
     file = setup.folder / f"stage-{stage}.json"
-    found = {"stage": stage, "text": text, "complete": False, "done": [], "records": []}
+    found: dict[str, Any] = {"stage": stage, "text": text, "complete": False, "done": [], "by_item": {}, "records": []}
     if file.exists():
         found = json.loads(file.read_text())
     if found["complete"]:
         print(f"{stage}: done before")
         return found["records"]
+    waiting = []
     for item in items:
         if item.key in found["done"]:
             continue
-        if (left := setup.left(stage)) <= 0:
-            print(f"{stage}: no time left; run again for the rest")
-            write_json(file, found)
-            return found["records"]
+        if setup.left(stage) <= 0 or setup.left() < item.limit:
+            waiting.append(item.key)
+            continue
         print(f"{stage}: {item.key}", flush=True)
+        seconds = min(setup.left(), max(item.limit, setup.left(stage)))
         try:
-            records = item.work(left)
+            records, ended = item.work(seconds), True
+        except Unfinished as unfinished:
+            records, ended = unfinished.records, False
+            waiting.append(item.key)
         except Exception as error:  # one failure must not cost the visit: it is a result
-            records = [{"item": item.key, "error": f"{type(error).__name__}: {error}"}]
-        found["records"] += records
-        found["done"].append(item.key)
-        write_json(file, found)
-    found["complete"] = True
-    write_json(file, found)
+            records, ended = [{"item": item.key, "error": f"{type(error).__name__}: {error}"}], True
+        found["by_item"][item.key] = records
+        found["records"] = [record for of_item in found["by_item"].values() for record in of_item]
+        found["done"] += [item.key] * ended
+        save(setup, file, found)
+    if waiting:
+        print(f"{stage}: no time left for {', '.join(waiting)}; run again for the rest")
+    found["complete"] = not waiting
+    save(setup, file, found)
     return found["records"]
+
+
+def save(setup: Setup, file: Path, content: Any) -> None:
+    """Write a stage's file, and pack all that there is."""
+    write_json(file, content)
+    if setup.out:
+        packing.pack(setup.folder, setup.out)
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -1,4 +1,4 @@
-"""The stage of bench/gpu.py that measures the planner's open choices: forms of a kernel, programs of a cluster."""
+"""The planner's open choices measured: forms of a kernel, programs of a cluster; run by bench/forms.py."""
 
 import contextlib
 import json
@@ -16,19 +16,22 @@ from fastrnn.inspect.measure import us_per_step
 from fastrnn.kernel_plan import KernelPlan
 
 from . import clock
-from .stages import Item, Setup
+from .processes import read
+from .stages import Setup
 
 SIZES = {"lstm": (64, 128, 256, 512, 1024), "gru": (128, 256, 512, 1024), "rnn_tanh": (256, 1024)}
 WORTH = 0.98  # of the time of the planner's own choice: less of a gain is noise
 
 
-def items(setup: Setup) -> list[Item]:
-    """An item a problem, large and small sizes in turn."""
-    if setup.dry:
-        problems = [Problem("gru", 8, 2, 2, dtype=torch.float32, arch=setup.arch, backend="resident")]
-    else:
-        problems = [Problem(cell, H, arch=setup.arch) for cell, sizes in SIZES.items() for H in sizes]
-    return [Item(f"{p.cell} H={p.hidden_size}", lambda _, p=p: tune(p, setup)) for p in problems]
+def problems(arch: str, dry: bool) -> list[Problem]:
+    """What is tuned, large and small sizes in turn."""
+    if dry:
+        return [Problem("gru", 8, 2, 2, dtype=torch.float32, arch=arch, backend="resident")]
+    return [Problem(cell, H, arch=arch) for cell, sizes in SIZES.items() for H in sizes]
+
+
+def name(problem: Problem) -> str:
+    return f"{problem.cell} H={problem.hidden_size}"
 
 
 @contextlib.contextmanager
@@ -74,6 +77,20 @@ def tune(problem: Problem, setup: Setup) -> list[dict[str, Any]]:
                 record |= {"pass": which, "form": json.dumps(form), "us": None if spills else us, "spills": spills}
                 records.append(record | {"planner's own": ctas == own.ctas and number == 0})
     return records
+
+
+def choices(problem: Problem, spec: DeviceSpec) -> Iterator[tuning.Tuned]:
+    """What `tune` plans by, one after the other: to compile it before."""
+    with trying(problem.arch, tuning.Tuned()):
+        own = _kernel(problem, spec)
+    for ctas in [1] if own.ctas == 1 else [ctas for ctas in tuning.CTAS if ctas <= spec.cluster_limit]:
+        wanted = {} if ctas == 1 else {_cluster_key(problem): ctas}
+        with trying(problem.arch, tuning.Tuned(ctas=wanted)):
+            kernel = _kernel(problem, spec)
+        key = tuning.kernel_key(problem.cell, problem.hidden_size, problem.dtype, kernel)
+        if kernel.ctas == ctas:
+            for which in PASSES:
+                yield from (tuning.Tuned({key: {which: form}}, wanted) for form in kernel.choices[which])
 
 
 def _kernel(problem: Problem, spec: DeviceSpec) -> KernelPlan:
@@ -137,11 +154,9 @@ def choose(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write(setup: Setup) -> None:
-    """The planner's file, from the stage's records, checked as it will be read; a dry run's beside its results."""
-    records = json.loads((setup.folder / "stage-tuning.json").read_text())["records"]
+    """The planner's file, from the records of all problems, checked as it will be read; beside the other results."""
+    records = read(setup.folder / "tuning.jsonl")
     made = {key: value for key, value in clock.machine().items() if key != "clocks"}
-    folder = setup.folder if setup.dry else tuning.FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / (f"tuned-{setup.arch}.json" if setup.dry else f"{setup.arch}.json")
+    file = setup.folder / f"tuned-{setup.arch}.json"
     file.write_text(json.dumps({"made": made, **choose(records)}, indent=1) + "\n")
     tuning.read(file)

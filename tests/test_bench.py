@@ -1,16 +1,21 @@
 """The benchmarks: implementations agree before they are timed, reports say what was found, a visit can be resumed."""
 
+import contextlib
 import json
 import os
+import random
+import re
+import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import adapters, agreement, cases, clock, gpu, published, report, stages, tune
+from bench import adapters, agreement, cases, clock, gpu, packing, processes, published, report, stages, tune, visit
 from bench.adapters import IMPLEMENTATIONS, Built, Missing
 from bench.workload import Data, Workload
 from fastrnn import reference
@@ -143,8 +148,8 @@ def test_published_units():
     assert shown("forward", "times") == "3.00 times" and shown("backward", "times") == "5.00 times"
 
 
-def setup(folder: Path, seconds: float = 1e6) -> stages.Setup:
-    return stages.Setup(folder, "interpreter", dry=True, seconds=seconds, started=time.monotonic())
+def setup(folder: Path, seconds: float = 1e6, out: Path | None = None) -> stages.Setup:
+    return stages.Setup(folder, "interpreter", dry=True, seconds=seconds, started=time.monotonic(), out=out)
 
 
 def test_a_stage_goes_on_where_it_stopped(tmp_path):
@@ -155,43 +160,195 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path):
             ran.append(key)
             if key == "bad":
                 raise RuntimeError("no")
+            if key == "long" and ran.count(key) == 1:
+                raise stages.Unfinished([{"key": "half"}])
             return [{"key": key}]
 
         return stages.Item(key, work)
 
-    items = [item("a"), item("bad"), item("b")]
-    assert stages.run_stage(setup(tmp_path, 0), "model", "", items) == [] and ran == []  # no time
-    stages.run_stage(setup(tmp_path), "model", "", items[:2])
-    left = json.loads((tmp_path / "stage-model.json").read_text())
-    (tmp_path / "stage-model.json").write_text(json.dumps(left | {"complete": False}))  # as if it had been killed
-    found = stages.run_stage(setup(tmp_path), "model", "", items)
-    assert ran == ["a", "bad", "b"]
-    assert found == [{"key": "a"}, {"item": "bad", "error": "RuntimeError: no"}, {"key": "b"}]
-    stages.run_stage(setup(tmp_path), "model", "", [item("c")])
-    assert ran == ["a", "bad", "b"], "a complete stage is not run again"
+    items = [item("a"), item("bad"), item("long"), item("b")]
+    assert stages.run_stage(setup(tmp_path, 0), "steps", "", items) == [] and ran == []  # no time
+    failed = {"item": "bad", "error": "RuntimeError: no"}
+    found = stages.run_stage(setup(tmp_path), "steps", "", items[:3])
+    assert ran == ["a", "bad", "long"] and found == [{"key": "a"}, failed, {"key": "half"}]
+    found = stages.run_stage(setup(tmp_path), "steps", "", items)
+    assert ran == ["a", "bad", "long", "long", "b"]
+    assert found == [{"key": "a"}, failed, {"key": "long"}, {"key": "b"}]
+    stages.run_stage(setup(tmp_path), "steps", "", [item("c")])
+    assert ran[-1] == "b", "a complete stage is not run again"
+
+
+def test_an_item_that_cannot_end_in_what_is_left_is_not_begun(tmp_path, capsys):
+    ran = []
+
+    def item(key: str, limit: float) -> stages.Item:
+        return stages.Item(key, lambda seconds: ran.append((key, round(seconds))) or [], limit)
+
+    stages.run_stage(setup(tmp_path, 50), "suite", "", [item("long", 60), item("short", 40)])
+    assert ran == [("short", 50)] and "no time left for long" in capsys.readouterr().out
+    stages.run_stage(setup(tmp_path, 100), "suite", "", [item("long", 60), item("short", 40)])
+    assert [key for key, _ in ran] == ["short", "long"]
+
+
+def child(tmp_path: Path, monkeypatch, body: str) -> stages.Item:
+    """An item of a process that measures 1, 2 and 3; body is what it does of each number n."""
+    lines = ["import os, sys, time", "from bench.processes import Log, options"]
+    lines += ["args = options('').parse_args()", "log = Log(args.out, args.seconds)"]
+    lines += ["for n in log.each([1, 2, 3], lambda n: {'n': n}):", f"    {body}", "    log.add({'n': n, 'us': n})"]
+    (tmp_path / "measuring.py").write_text("\n".join(lines))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(processes, "GRACE", 1)
+    return processes.lines_item(setup(tmp_path), "x", "measuring", least=0)
+
+
+def test_a_process_that_ends_early_keeps_what_it_has(tmp_path, monkeypatch):
+    item = child(tmp_path, monkeypatch, "time.sleep(30 * (n == 2 and not os.path.exists(str(args.out) + '.again')))")
+    with pytest.raises(stages.Unfinished) as unfinished:
+        item.work(12)
+    assert unfinished.value.records == [{"n": 1, "us": 1}]
+    (tmp_path / "x.jsonl.again").touch()
+    assert item.work(60) == [{"n": n, "us": n} for n in (1, 2, 3)]
+
+
+def test_what_crashes_a_process_is_not_tried_again(tmp_path, monkeypatch):
+    item = child(tmp_path, monkeypatch, "os._exit(9) if n == 2 else None")
+    crashed = {"n": 2, "error": "its process crashed, or did not end"}
+    assert item.work(60) == [{"n": 1, "us": 1}, crashed, {"n": 3, "us": 3}]
+
+
+def test_nothing_that_a_process_started_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "GRACE", 1)
+    file = tmp_path / "pid"
+    code = f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(file)!r}, 'w').write(str(p.pid)); "
+    done = processes.run([sys.executable, "-c", code + "p.wait()"], 4)
+    assert done.timed_out and done.seconds < 10
+    state = Path(f"/proc/{file.read_text()}/stat")
+    for _ in range(50):
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("it still runs")
+
+
+def test_results_are_packed_into_few_bounded_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "MOST_BYTES", 20_000)
+    folder, out, again = (tmp_path / name for name in ("work", "out", "again"))
+    (folder / "logs").mkdir(parents=True)
+    noise = random.Random(0)
+    for number in range(12):
+        (folder / "logs" / f"{number}.txt").write_bytes(noise.randbytes(8_000))
+    for name, size in (("large.csv", 30_000), ("report.html", 100), ("tuned-sm_90.json", 10)):
+        (folder / name).write_bytes(noise.randbytes(size))
+    packing.pack(folder, out)
+    assert len(list(out.iterdir())) <= 8 and all(file.stat().st_size < 21_000 for file in out.iterdir())
+    assert packing.unpack(out, again)
+    kept = [file.relative_to(again) for file in again.rglob("*") if file.is_file() and file.name != packing.LEFT_OUT]
+    assert all((again / file).read_bytes() == (folder / file).read_bytes() for file in kept)
+    left_out = (again / packing.LEFT_OUT).read_text().splitlines()
+    assert "large.csv: 30000 bytes" in left_out and len(left_out) + len(kept) == 15
+    for file in (folder / "logs").iterdir():
+        file.unlink()
+    packing.pack(folder, out)
+    assert len(list(out.glob("results-*"))) == 1, "archives of before are gone"
 
 
 def test_a_visit_without_time_says_so_and_can_be_gone_on_with(tmp_path, capsys):
-    assert gpu.visit(setup(tmp_path, 0)) == 0
-    assert capsys.readouterr().out.count("no time left") == 4
+    assert gpu.everything(setup(tmp_path, 0)) == 0
+    assert capsys.readouterr().out.count("no time left") == len(visit.STAGES)
     assert not any(json.loads(file.read_text())["complete"] for file in tmp_path.glob("stage-*.json"))
     assert "Stage correctness" in (tmp_path / "report.md").read_text()
 
 
+def test_stages_share_the_time():
+    assert list(stages.UNTIL) == list(visit.STAGES) and list(stages.UNTIL.values())[-1] == 1.0
+    real = stages.Setup(Path("."), "sm_90", dry=False, seconds=gpu.SECONDS, started=time.monotonic())
+    limits = {stage: [item.limit for item in items(real)] for stage, (_, items) in visit.STAGES.items()}
+    assert all(0 < limit < gpu.SECONDS / 2 for of_stage in limits.values() for limit in of_stage)
+    named = {path for path in (*visit.KERNELS, *visit.LAYERS, *visit.ELSEWHERE)}
+    assert all((gpu.ROOT / "tests" / f"test_{name}.py").exists() for name in named)
+
+
+def test_the_sanitizers_summary_is_read(tmp_path, monkeypatch):
+    """By programs in their place: one that finds an error, and none."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\necho '========= ERROR SUMMARY: 2 errors'\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    items = {item.key: item for item in visit.tools(setup(tmp_path))}
+    (record,) = items["memcheck resident"].work(20)
+    assert record["summary"] == "2 errors" and gpu.failed(record)
+    (record,) = items["ncu resident"].work(20)
+    assert record["missing"] == "ncu is not installed" and not gpu.failed(record)
+
+
+def bare(folder: Path, packages: Path) -> Path:
+    """Copy the checkout as it would be carried to a machine, and link the few packages that are there."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (source := gpu.ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, folder / name, follow_symlinks=False)
+    packages.mkdir()
+    wanted, known = ["torch", "triton", "numpy", "pytest", "setuptools"], set()
+    while wanted:
+        if (name := wanted.pop()) in known:
+            continue
+        known.add(name)
+        with contextlib.suppress(PackageNotFoundError):
+            found = distribution(name)
+            tops = {Path(file).parts[0] for file in found.files or () if ".." not in Path(file).parts}
+            for top in tops - {"__pycache__"}:
+                link = packages / top
+                if not link.exists():
+                    link.symlink_to(Path(str(found.locate_file(top))).resolve())
+            wanted += [re.match(r"[\w.-]+", r)[0] for r in found.requires or () if "extra ==" not in r]
+    return folder
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_dry_run_goes_through_all_stages(tmp_path):
-    """As `make bench-gpu` does on a GPU, and a second run finds everything done."""
-    command = [sys.executable, "-m", "bench.gpu", "--dry-run", "--out", str(tmp_path)]
+def test_a_dry_visit(tmp_path):
+    """From a bare checkout, with torch, Triton, numpy and pytest alone; a second run finds everything done."""
+    checkout, out, results = bare(tmp_path / "checkout", tmp_path / "packages"), tmp_path / "out", tmp_path / "results"
+    # The interpreter that a venv is made of, where it is one: without what is installed there, this project too.
+    python = getattr(sys, "_base_executable", sys.executable)
+    command = [python, "-S", "-m", "bench.gpu", "--dry-run", "--out", str(out)]
     # As from a shell: a session inside one of xdist's workers would be one of them, which measure nothing.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(tmp_path / "packages")
     for again in (False, True):
-        done = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert (done.stdout.count("done before") == 4) == again
-    found = {f.stem: json.loads(f.read_text()) for f in tmp_path.glob("stage-*.json")}
-    assert len(found) == 4 and all(stage["complete"] and stage["records"] for stage in found.values())
-    assert all(r.get("disagreement", "none") == "none" for r in found["stage-correctness"]["records"])
-    assert (tmp_path / "report.html").exists()
+        assert (done.stdout.count("done before") == len(visit.STAGES)) == again
+    files = list(out.iterdir())
+    assert len(files) <= 8 and all(file.stat().st_size < 2**24 for file in files)
+    assert {"report.html", "tuned-interpreter.json"} <= {file.name for file in files}
+    assert packing.unpack(out, results)
+    found = {f.stem.removeprefix("stage-"): json.loads(f.read_text()) for f in results.glob("stage-*.json")}
+    assert found.keys() == visit.STAGES.keys()
+    assert all(stage["complete"] and stage["records"] for stage in found.values())
+    assert {r["disagreement"] for r in found["correctness"]["records"]} == {"none"}
+    assert found["tests"]["records"][0]["passed"] > 0 and (results / "junit-kernels.xml").exists()
+    missing = {r["missing"] for r in found["tools"]["records"] if "missing" in r}
+    assert missing <= {"compute-sanitizer is not installed", "ncu is not installed"}
+    assert found["suite"]["records"] == [{"group": "tests", "missing": "pytest-benchmark is not installed"}]
+    doctor = {r["what"]: r.get("found") for r in found["machine"]["records"]}
+    assert doctor["torch"].startswith(torch.__version__) and "rich" in doctor["inspect"]
+    for file in ("steps", "compare", "host", "tuning", "forms"):
+        assert processes.read(results / f"{file}.jsonl"), file
+    report.write(results)
+    assert "Stage steps" in (results / "report.md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_group_of_the_suite(tmp_path):
+    """The dry visit lacks what it runs on."""
+    (item,) = visit.suite(setup(tmp_path))
+    (record,) = item.work(100)
+    assert record["exit status"] == 0 and list(tmp_path.glob("benchmark-*.json")), record
 
 
 def row(kernel: str, ctas: int, which: str, form: dict, us: float | None, own: bool = False) -> dict:
@@ -215,10 +372,10 @@ def test_only_what_is_clearly_faster_is_written_down():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tuning_writes_a_file_that_the_planner_reads(tmp_path):
-    (item,) = tune.items(setup(tmp_path))
-    records = item.work(60.0)
+    (problem,) = tune.problems("interpreter", dry=True)
+    records = tune.tune(problem, setup(tmp_path))
     assert {r["pass"] for r in records} == {"forward", "backward"} and sum(r["planner's own"] for r in records) == 2
-    (tmp_path / "stage-tuning.json").write_text(json.dumps({"records": records}))
+    (tmp_path / "tuning.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     tune.write(setup(tmp_path))  # reads it too
     assert set(json.loads((tmp_path / "tuned-interpreter.json").read_text())) == {"made", "forms", "ctas"}
 

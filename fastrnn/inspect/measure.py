@@ -35,11 +35,11 @@ def us_per_step(problem: Problem, passes: Sequence[str]) -> dict[str, float]:
                 "backward": lambda: call_backward(problem.cell, tensors, outputs, backend, needs_sums=False),  # noqa: B023
             }
             for which in passes:
-                medians[which].append(_median_us(calls[which]))
+                medians[which].append(median_us(calls[which]))
     return {which: (longer - shorter) / (STEPS[1] - STEPS[0]) for which, (shorter, longer) in medians.items()}
 
 
-def _median_us(call: Callable[[], object]) -> float:
+def median_us(call: Callable[[], object]) -> float:
     times = []
     for run in range(WARM_UPS + RUNS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
