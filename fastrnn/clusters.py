@@ -125,7 +125,7 @@ def cluster(
         fits = held(name, H, B, T, D, dtype, precision, spec, ctas) or fits
     if fits is None:
         block_h = 1 << (H - 1).bit_length()
-        largest = max((size for size in CLUSTERS if size <= spec.cluster_limit and spec.at_once(size)), default=1)
+        largest = max([1, *(size for size in CLUSTERS if size <= spec.cluster_limit and spec.at_once(size))])
         raise NotImplementedError(
             f"W_hh does not fit a cluster of {largest} programs: "
             f"{as_text(GATES[name] * block_h**2 * dtype.itemsize)} at H={H} (padded to {block_h}) on {spec.arch}"

@@ -31,7 +31,7 @@ def backend_of(chosen: Plan) -> str:
     """The plan's backend; warns, once a reason, where a GPU gets no kernel of ours or refused the one it should get."""
     if chosen.backend == "torch" and chosen.why != "asked for" and chosen.device.startswith("cuda"):
         _warn_fallback("torch's own kernel", chosen.why)
-    elif driver.refused:
+    elif driver.refused and not torch.compiler.is_compiling():  # which would break its graph to warn
         for why in driver.refused.values():
             if why in chosen.why:
                 _warn_fallback(f"the {chosen.backend} kernel", why)

@@ -152,7 +152,7 @@ def plan(
             except (NotImplementedError, GridTooLargeError) as reason:
                 if backend != "auto":
                     raise
-                reasons.append(f"{tier}: {reason}")
+                reasons.append(f"{tier}: {reason.args[0]}")  # torch.compile joins no text of an exception itself
             else:
                 kernel = tuning.ordered(kernel, cell, hidden_size, dtype, spec)
                 found = problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)

@@ -178,6 +178,38 @@ def test_gluon_where_it_runs_and_fits_in_registers(monkeypatch):
     tiers.resident.cache_clear()
 
 
+@pytest.mark.parametrize(("hidden_size", "tier"), ((64, "resident"), (256, "cluster"), (650, "cooperative")))
+def test_torch_compile_traces_plans_of_every_tier(hidden_size, tier):
+    """With the reasons against other tiers, which come as exceptions."""
+
+    def graph(x):
+        chosen = fastrnn.plan("lstm", hidden_size=hidden_size, batch_size=16, dtype=BF16, device="sm_90")
+        return x + (chosen.backend == tier)
+
+    torch._dynamo.reset()  # or another size than the last is a symbol
+    assert torch.compile(graph, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+
+
+def test_clusters_at_once_are_counted_in_groups_of_multiprocessors():
+    """As measured on an H100, not as 132 multiprocessors would give; a board that has no cluster of 16 takes slices."""
+    h100 = DeviceSpec.named("sm_90")
+    assert [h100.at_once(ctas) for ctas in (1, 2, 4, 8, 16)] == [132, 66, 33, 15, 7]
+    sizes = {"hidden_size": 512, "batch_size": 16, "dtype": BF16}
+    for clusters_of_16, tier in ((1, "cluster"), (0, "cooperative")):
+        board = dataclasses.replace(h100, clusters=((8, 1), (16, clusters_of_16)))
+        assert fastrnn.plan("lstm", **sizes, device=board).backend == tier
+    with pytest.raises(NotImplementedError, match="W_hh does not fit a cluster of 8 programs"):
+        fastrnn.plan("lstm", **sizes, device=board, backend="cluster")
+    # What takes less time than one program does so only if all of the batch runs at once; a stack's layers too.
+    for clusters_of_4, tier in ((2, "cluster"), (1, "resident")):
+        board = dataclasses.replace(h100, clusters=((2, 1), (4, clusters_of_4), (8, 1)))
+        assert fastrnn.plan("lstm", **sizes | {"hidden_size": 128, "batch_size": 32}, device=board).backend == tier
+    stack = {"hidden_size": 256, "batch_size": 16, "seq_len": 10**5, "dtype": BF16, "num_layers": 3}
+    for clusters_of_8, chunked in ((3, True), (2, False)):
+        board = dataclasses.replace(h100, clusters=((8, clusters_of_8),))
+        assert (fastrnn.plan("lstm", **stack, device=board).wavefront is not None) == chunked
+
+
 def test_plans_are_frozen_equal_and_hashable():
     plan = resident()
     assert plan == resident() and hash(plan) == hash(resident())

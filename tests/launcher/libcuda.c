@@ -16,6 +16,8 @@
    H100 was measured to hold (bench/measured/); how its groups really are is not known. */
 int stand_in_groups[8] = {18, 18, 18, 18, 18, 18, 16, 8};
 int stand_in_records = 1;             /* 0: count time, not launches */
+int stand_in_error = 0;               /* of every launch */
+int stand_in_shared = 227 << 10;      /* bytes that a program may have */
 int stand_in_ignores_non_portable = 0; /* as if a launcher had never asked for clusters of more than 8 */
 
 #define MOST_PARAMETERS 64
@@ -154,7 +156,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
     else if (config->attrs[i].id == CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION)
       cluster = config->attrs[i].value.clusterDim.x;
   }
-  CUresult found = verdict(config, kernel, cluster, cooperative);
+  CUresult found = stand_in_error ? stand_in_error : verdict(config, kernel, cluster, cooperative);
   if (!stand_in_records)
     return found;
   record("%s{\"grid\": [%u, %u, %u], \"threads\": [%u, %u, %u], \"shared\": %u, \"stream\": %lu, ", used ? ", " : "",
@@ -202,7 +204,7 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN:
-    *value = 227 << 10;
+    *value = stand_in_shared;
     break;
   case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR:
     *value = 228 << 10;

@@ -20,9 +20,9 @@ GRIDS = {
 }
 
 
-def child(*arguments: str) -> list[dict]:
+def child(*arguments: str, module: str = "tests.launcher.run") -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tests.launcher.run", *arguments]
+    command = [sys.executable, "-W", "error", "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
