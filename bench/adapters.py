@@ -164,7 +164,7 @@ def ours(backend: str) -> Builder:
         name, options = workload.nn()
         module = loaded(getattr(fastrnn, name)(**options, backend=backend), data)
         segments: dict[str, Any] = {"lengths": data.lengths, "reset": data.reset}
-        segments = {key: value for key, value in segments.items() if value is not None}
+        segments = {key: value.to(data.device) for key, value in segments.items() if value is not None}
         try:
             if backend in TIERS:
                 module.plan(data.input)

@@ -110,9 +110,8 @@ def only(form: Form, arch: str) -> Iterator[None]:
             tiers.resident.cache_clear()
 
 
-def call_of(form: Form, problem: Problem, device: str) -> Callable[[], object]:
+def call_of(form: Form, problem: Problem, tensors: Any) -> Callable[[], object]:
     """The form's pass alone; backward after a forward that was not run, on values between 0.1 and 0.9."""
-    tensors: Any = problem.tensors(device)
     if form.which == "forward":
         return lambda: call_forward(problem.cell, tensors, problem.backend)
     made = launch.allocate_forward(problem.cell, tensors["x_gates"], tensors["h_0"], tensors["c_0"], True)
@@ -127,7 +126,7 @@ def compiled(form: Form, arch: str) -> str | None:
     problem = replace(form.problem(arch), seq_len=4)
     try:
         with only(form, arch), launches(problem.spec) as found:
-            call_of(form, problem, "cpu")()
+            call_of(form, problem, problem.tensors())()
             chosen = next(iter(compiler._chosen.values()))
         spilled = spill_bytes(found[0].asm)
     except Exception as error:
@@ -137,16 +136,16 @@ def compiled(form: Form, arch: str) -> str | None:
 
 def timed(form: Form, arch: str) -> Record:
     """Microseconds a step of one form."""
+    times = []
     try:
         with only(form, arch):
-            short, long = (
-                measure.median_us(call_of(form, replace(form.problem(arch), seq_len=steps), "cuda"))
-                for steps in measure.STEPS
-            )
+            for steps in measure.STEPS:
+                problem = replace(form.problem(arch), seq_len=steps)
+                times.append(measure.median_us(call_of(form, problem, measure.tensors_of(problem))))
             chosen = next(iter(compiler._chosen.values()))
     except Exception as error:
         return {"missing": f"{type(error).__name__}: {str(error)[:120]}"}
-    return {"us": round((long - short) / (measure.STEPS[1] - measure.STEPS[0]), 4), "form": str(chosen)}
+    return {"us": round((times[1] - times[0]) / (measure.STEPS[1] - measure.STEPS[0]), 4), "form": str(chosen)}
 
 
 def sweep(log: Log, arch: str, dry: bool) -> None:

@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -33,7 +34,7 @@ def failed(record: Record) -> bool:
 
 def everything(setup: Setup) -> int:
     """All stages, and the report; 1 if something disagrees or failed."""
-    from . import clock, packing, report, tune, visit
+    from . import clock, report, tune, visit
 
     setup.folder.mkdir(parents=True, exist_ok=True)
     machine = setup.folder / f"machine-{len(list(setup.folder.glob('machine-*.json'))) + 1}.json"  # of each run
@@ -45,7 +46,6 @@ def everything(setup: Setup) -> int:
             tune.write(setup)
     report.write(setup.folder)
     if setup.out:
-        packing.pack(setup.folder, setup.out)
         print(setup.out / "report.html")
     bad = [record for record in records if failed(record)]
     for record in bad:
@@ -76,7 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
     out = (args.out or ROOT / "bench" / "results" / f"{name}-{datetime.date.today()}").resolve()
     with tempfile.TemporaryDirectory(prefix="fastrnn-visit-") as folder:
         packing.unpack(out, Path(folder))
-        return everything(Setup(Path(folder), spec.arch, args.dry_run, args.seconds, started, out))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what it started ends with it
+        try:
+            return everything(Setup(Path(folder), spec.arch, args.dry_run, args.seconds, started, out))
+        finally:
+            packing.pack(Path(folder), out)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from .processes import Log, options
 from .stages import Record
 
 CALLS, WARM_UPS = 60, 8
+STEPS = 10  # that are profiled
 GRAPHS: list[tuple[str, int, dict[str, Any]]] = [
     ("LSTM", 64, {}), ("GRU", 256, {}), ("LSTM", 1024, {}), ("LSTM", 64, {"num_layers": 2, "bidirectional": True}),
 ]  # fmt: skip
@@ -97,19 +98,18 @@ def graphed_callables() -> Record:
 
 
 def by_operator() -> Record:
-    """Host time of ten training steps by operator, from torch's profiler: the largest."""
+    """Host time of training steps by operator, from torch's profiler: the largest."""
     from torch.profiler import ProfilerActivity, profile
 
     module, x = fastrnn.LSTM(64, 64).to("cuda"), torch.randn(16, 4, 64, device="cuda")
-    for run in range(2):
+    for _ in range(2):  # the first warms up
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
-            for _ in range(10):
+            for _ in range(STEPS):
                 y, _ = module(x)
                 y.sum().backward()
             torch.cuda.synchronize()
-        del run
     largest = sorted(profiled.key_averages(), key=lambda e: -e.self_cpu_time_total)[:25]
-    return {"host us in ten steps": {event.key: round(event.self_cpu_time_total, 1) for event in largest}}
+    return {f"host us in {STEPS} steps": {event.key: round(event.self_cpu_time_total, 1) for event in largest}}
 
 
 def pieces(dry: bool) -> Iterator[tuple[Record, Callable[[], Record]]]:

@@ -10,13 +10,13 @@ import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
 from fastrnn import clusters, tuning
 from fastrnn.device import DeviceSpec
+from fastrnn.inspect import measure
 from fastrnn.inspect.compile import PASSES, Problem, call_backward, call_forward, compile_problem
 from fastrnn.kernel_plan import GridTooLargeError
 from fastrnn.planner import Plan
@@ -25,8 +25,6 @@ from . import clock
 from .processes import jobs
 from .stages import Record
 from .tune import trying
-
-WARM_UP_S = 1.5  # an idle H100 stands at 345 MHz
 
 
 class Job(NamedTuple):
@@ -103,15 +101,9 @@ def spec(dry: bool) -> DeviceSpec:
 
 
 def warm_up(dry: bool) -> None:
-    """Multiply until the GPU's clocks are up."""
-    if dry:
-        return
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    timer = clock.WallClock()
-    start = timer()
-    while timer() - start < WARM_UP_S:
-        a @ a
-        torch.cuda.synchronize()
+    """Bring the GPU's clocks up."""
+    if not dry:
+        measure.warm_up()
 
 
 def median_ms(call: Callable[[], object], runs: int = 11, warm_ups: int = 3) -> float:
@@ -122,7 +114,7 @@ def median_ms(call: Callable[[], object], runs: int = 11, warm_ups: int = 3) -> 
 
 def one_launch(problem: Problem, backend: str, device: str, passes: Sequence[str] = PASSES) -> Record:
     """Run passes once; the outputs by name."""
-    tensors = replace(problem).tensors(device)
+    tensors: Any = problem.tensors(device)
     outputs = call_forward(problem.cell, tensors, backend)
     if "backward" in passes:
         outputs |= call_backward(problem.cell, tensors, outputs, backend, needs_sums=False)

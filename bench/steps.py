@@ -24,7 +24,7 @@ from .stages import Record
 BESIDE = [
     (256, "cooperative", 0), (256, "cluster", 8), (512, "cooperative", 0), (512, "cluster", 16), (64, "cluster", 2),
     (64, "resident", 0), (128, "cluster", 4), (128, "resident", 0), (128, "cluster", 2), (256, "cluster", 4),
-    (128, "cooperative", 0), (512, "cluster", 8),
+    (128, "cooperative", 0),
 ]  # fmt: skip
 JOBS = {
     "planned": [Job(c, H) for H, c in itertools.product((64, 128, 256, 512, 1024), ("lstm", "gru", "rnn_tanh"))],

@@ -11,16 +11,37 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import adapters, agreement, cases, clock, gpu, packing, processes, published, report, stages, tune, visit
+from bench import (
+    adapters,
+    agreement,
+    cases,
+    clock,
+    forms,
+    gpu,
+    packing,
+    prepare,
+    processes,
+    published,
+    report,
+    resident,
+    stages,
+    steps,
+    tune,
+    visit,
+)
 from bench.adapters import IMPLEMENTATIONS, Built, Missing
 from bench.workload import Data, Workload
-from fastrnn import reference
+from fastrnn import compiler, plan, reference
+from fastrnn.device import DeviceSpec
+from fastrnn.kernel_plan import KernelPlan
 from tests.cases import CASES, Case
 
+needs_clusters = pytest.mark.skipif(compiler.triton_version() < (3, 8), reason="clusters need Triton 3.8 or newer")
 SMALL = (
     Workload("t", "lstm", Case(5, 3, 4, 2), layers=2, input_size=3),
     Workload("t", "gru", Case(5, 3, 4, 1), heads=2),
@@ -378,6 +399,75 @@ def test_tuning_writes_a_file_that_the_planner_reads(tmp_path):
     (tmp_path / "tuning.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     tune.write(setup(tmp_path))  # reads it too
     assert set(json.loads((tmp_path / "tuned-interpreter.json").read_text())) == {"made", "forms", "ctas"}
+
+
+@needs_clusters
+def test_what_is_tuned_is_compiled_before(monkeypatch):
+    """For each of the planner's forms, on sm_90."""
+    monkeypatch.setattr(tune, "_us_per_step", lambda *_: 1.0)
+    monkeypatch.setattr(DeviceSpec, "of", lambda _: DeviceSpec.named("sm_90"))
+    planned, trying = [], tune.trying
+    monkeypatch.setattr(tune, "trying", lambda arch, tuned: planned.append(tuned) or trying(arch, tuned))
+    for problem in tune.problems("sm_90", dry=False)[1:3]:
+        before = list(tune.choices(problem, DeviceSpec.named("sm_90")))
+        planned.clear()
+        tune.tune(problem, stages.Setup(Path("."), "sm_90", False, 1e6, 0))
+        assert len(before) > 20 and [tuned for tuned in planned if tuned.forms] == before
+
+
+@needs_clusters
+def test_jobs_get_the_kernel_that_they_ask_for(monkeypatch):
+    """A record of each, of sm_90, but for the time."""
+    monkeypatch.setattr(steps.measure, "us_per_step", lambda *_: {"forward": 2.0, "backward": 3.0})
+    for job in steps.JOBS["tiers"]:
+        found = steps.timed(job, "sm_90", dry=False)
+        assert found["backend"] == job.backend and found["ctas"] == max(1, job.ctas), job
+        assert (found["forward"], found["backward"]) == (2.0, 3.0)
+    assert "do not hold" in steps.timed(prepare.Job("lstm", 512, "cluster", 2), "sm_90", dry=False)["missing"]
+
+
+@needs_clusters
+def test_forms_beside_the_planners(monkeypatch):
+    """Each is planned as it says, and nothing of it stays."""
+    before, times = plan_of(256), iter([64.0, 64.0 + 1024 * 1.5])
+    monkeypatch.setattr(forms.measure, "tensors_of", lambda problem: {"steps": problem.seq_len})
+    monkeypatch.setattr(forms, "call_of", lambda form, problem, tensors: (form, problem, tensors))
+
+    def median_us(called):
+        form, problem, tensors = called
+        kernel = problem.plan().kernel
+        assert (kernel.ctas, kernel.warps) == (form.ctas, form.warps) and tensors["steps"] == problem.seq_len
+        compiler._chosen["key"] = kernel.choices[form.which][0]
+        return next(times)
+
+    monkeypatch.setattr(forms.measure, "median_us", median_us)
+    found = forms.timed(forms.Form("lstm", 256, 4, 16, 2, "forward"), "sm_90")
+    assert found["us"] == 1.5 and "'SHARES': 2" in found["form"]
+    assert plan_of(256) == before
+    everything = [form for form in forms.forms() if form.possible]
+    assert len(set(everything)) == len(everything) > 150
+
+
+def plan_of(hidden: int) -> KernelPlan:
+    return plan("lstm", hidden_size=hidden, batch_size=16, dtype=torch.bfloat16, device="sm_90").kernel
+
+
+def test_the_driver_is_asked_how_many_clusters_are_resident():
+    kernel = SimpleNamespace(function=77, metadata=SimpleNamespace(num_ctas=8, num_warps=16, shared=4096))
+    asked = []
+
+    def answer(count, function, config):
+        given = config._obj
+        attribute = given.attributes.contents
+        asked.append((function.value, given.grid_x, given.block_x, given.shared, attribute.id, attribute.value[0]))
+        count._obj.value = 15
+        return 0
+
+    driver = SimpleNamespace(
+        cuFuncSetAttribute=lambda *of: asked.append(of[1:]) or 0, cuOccupancyMaxActiveClusters=answer
+    )
+    assert resident.of_kernel(driver, kernel) == {"rc": 0, "resident": 15, "shared": 4096}
+    assert asked == [(13, 1), (77, 8, 512, 4096, 4, 8)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
