@@ -1,55 +1,79 @@
-# Every target works alone on a fresh clone: it makes .venv first.
+# Every target works alone on a fresh clone: it makes .venv first, or with VENV=no runs what PYTHON has, and says in one
+# line what is missing there and what that leaves out.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= yes
 JOBS ?= 2
+# What `make test` hands on to pytest: TESTS="tests/test_recurrence.py -k gru" runs a part.
+TESTS ?=
 
 # The torch to install, and with which Triton: without one, that which this torch requires, or the newest if it requires
 # none (a CPU build). `make test TORCH=2.14.1` installs another pair into the same .venv.
 TORCH ?= 2.13.0
 TRITON ?=
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PAIR := torch$(addprefix ==,$(TORCH)) $(addprefix triton==,$(TRITON))
 INSTALLED := .venv/installed-torch-$(TORCH)-triton-$(TRITON)
+
+ifeq ($(VENV),no)
+RUN := $(PYTHON)
+READY = @$(RUN) -m tests.needed $@
+PARALLEL = $(if $(shell $(RUN) -c 'import xdist; print(1)' 2>/dev/null),-n $(JOBS) --dist worksteal)
+export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
+else
+RUN := .venv/bin/python
+READY :=
+PARALLEL = -n $(JOBS) --dist worksteal
+HERE := .venv
+MODELS := .venv/models
+endif
 
 EXAMPLES := classify forecast memory rollout
 
 .PHONY: demo $(EXAMPLES) test lint inspect snapshots bench bench-gpu clean .venv
 
-demo: .venv
-	$(BIN)/python examples/char_lm.py --out runs/char_lm
+demo: $(HERE)
+	$(READY)
+	$(RUN) examples/char_lm.py --out runs/char_lm
 
 # The other examples, each in two minutes or less on a CPU core: metrics and a figure in runs/NAME.
-$(EXAMPLES): .venv
-	$(BIN)/python examples/$@.py --out runs/$@
+$(EXAMPLES): $(HERE)
+	$(READY)
+	$(RUN) examples/$@.py --out runs/$@
 
-test: .venv .venv/models
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+test: $(HERE) $(MODELS)
+	$(READY)
+	$(RUN) -m pytest $(PARALLEL) $(TESTS)
 
-lint: .venv
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+lint: $(HERE)
+	$(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
 
 # All kernels that the planner may pick, for every architecture (most of an hour on 2 cores), checked and written down.
-inspect: .venv
-	$(BIN)/python -m tests.inspect_table --full runs/inspect.jsonl --jobs $(JOBS)
+inspect: $(HERE)
+	$(READY)
+	$(RUN) -m tests.inspect_table --full runs/inspect.jsonl --jobs $(JOBS)
 
 # The committed part of that table, which the tests compare with: after a change to kernels or planner.
-snapshots: .venv
-	$(BIN)/python -m tests.inspect_table --jobs $(JOBS)
+snapshots: $(HERE)
+	$(READY)
+	$(RUN) -m tests.inspect_table --jobs $(JOBS)
 
 # Every implementation on the part of the table that a CPU can run, side by side, and a report; under 10 minutes.
 RESULTS := bench/results/cpu-$(shell date +%F)
-bench: .venv
+bench: $(HERE)
+	$(READY)
 	mkdir -p $(RESULTS)
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest bench/test_speed.py -q --benchmark-quiet --limit=540 \
+	CUDA_VISIBLE_DEVICES= $(RUN) -m pytest bench/test_speed.py -q --benchmark-quiet --limit=540 \
 		--out=$(RESULTS) --benchmark-json=$(RESULTS)/benchmark.json; \
-	status=$$?; $(BIN)/python -m bench.report $(RESULTS) && exit $$status
+	status=$$?; $(RUN) -m bench.report $(RESULTS) && exit $$status
 
 # Correctness, modelled beside measured times, tuning and the whole table on the GPU at hand, under 9 minutes; again to
 # go on where it stopped.
-bench-gpu: .venv
-	$(BIN)/python -m bench.gpu
+bench-gpu: $(HERE)
+	$(READY)
+	$(RUN) -m bench.gpu
 
 # Made anew when what it holds changes; a failed or interrupted install leaves no stamp, so the next make repeats it.
 .venv: $(INSTALLED)

@@ -1,6 +1,7 @@
 """The same tests run in Triton's interpreter where there is no GPU, and natively where there is one."""
 
 import importlib
+import importlib.metadata
 import itertools
 import os
 import shutil
@@ -10,12 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 
+from . import needed
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fastrnn and triton are imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the tests that compare runs bit by bit
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a worker a core: more threads wait for each other
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
+
+
+try:
+    importlib.metadata.version("fastrnn")
+except importlib.metadata.PackageNotFoundError:  # a bare checkout: child processes import fastrnn from it too
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.getenv("PYTHONPATH"))))
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a package that is missing here, with its name."""
+    for item in items:
+        if missing := needed.missing_for(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
 
 
 def pytest_addoption(parser):

@@ -26,9 +26,12 @@ def built(tmp_path_factory) -> Path:
     return out
 
 
+SET_BY_MAKE = ("MAKEFLAGS", "MFLAGS", "PYTHON", "PYTHONPATH", "TESTS", "TORCH", "TRITON", "VENV")
+
+
 def commands(target: str, *variables: str) -> str:
     """What make would run for a target in a fresh clone, with nothing set but these variables."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "PYTHON", "TORCH", "TRITON")}
+    clean = {k: v for k, v in os.environ.items() if k not in SET_BY_MAKE}
     done = subprocess.run(["make", "-n", "-B", target, *variables], cwd=ROOT, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -109,11 +112,12 @@ def test_editable_install_sees_new_files(tmp_path):
     (next((tmp_path / "venv/lib").glob("python*")) / "site-packages/outer.pth").write_text(
         str(Path(pytest.__file__).parents[1]) + "\n"
     )
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(copy)]
-    done = subprocess.run(install, capture_output=True, text=True)
+    done = subprocess.run(install, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (copy / "kernels/added.py").write_text("ANSWER = 42\n")
     code = "import fastrnn, fastrnn.kernels.added as a; print(fastrnn.__file__, a.ANSWER)"
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(copy / "fastrnn/__init__.py"), "42"]

@@ -5,11 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import fastrnn
 
 from .test_modules import BACKENDS, NAMES, flat
+
+pytest.importorskip("expecttest")  # torch's own tests import it
+common_modules = pytest.importorskip("torch.testing._internal.common_modules")
+ModuleErrorEnum, module_db = common_modules.ModuleErrorEnum, common_modules.module_db
 
 INFOS = {
     info.module_cls.__name__: info
