@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import driver, layers, projection, segments, wavefront
 from .dropout import drop, drop_mask, dropping
+from .older_tools import leaf
 from .options import PLAIN, Options, check_options
 from .planner import Plan, plan
 from .reference import GATES
@@ -58,6 +59,7 @@ def _again_where_refused(run: Callable) -> Callable:
     return wrapped
 
 
+@leaf
 def lstm(
     input: Tensor,
     hx: tuple[Tensor, Tensor] | None,
@@ -109,6 +111,7 @@ def lstm(
     return output, (h_n, c_n), *cell_states
 
 
+@leaf
 def gru(
     input: Tensor,
     hx: Tensor | None,
@@ -149,6 +152,7 @@ def gru(
     return output, h_n
 
 
+@leaf
 def rnn(
     input: Tensor,
     hx: Tensor | None,

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, streaming
+from .older_tools import OlderTools, leaf_module
 from .options import Options
 from .planner import BACKENDS, Plan, plan
 from .sequences import Packing, stops_at_torchs_kernels, untraced
 from .validation import as_int, check_checkpoint_every, check_rank, compute_dtype
 
 
-class _Recurrent(torch.nn.RNNBase):
+class _Recurrent(OlderTools, torch.nn.RNNBase):
     """What the three share: choose a backend, and run it on batched or unbatched input."""
 
     # torch.nn's own forward of the same layer (and the checks that it calls), for backend "torch".
@@ -31,7 +32,9 @@ class _Recurrent(torch.nn.RNNBase):
             raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
         checkpoint_every = as_int(checkpoint_every)
         check_checkpoint_every(checkpoint_every)
-        super().__init__(mode, *map(as_int, args), **{name: as_int(value) for name, value in kwargs.items()})
+        torch.nn.RNNBase.__init__(
+            self, mode, *map(as_int, args), **{name: as_int(value) for name, value in kwargs.items()}
+        )
         self.backend = backend
         self.checkpoint_every = checkpoint_every
 
@@ -55,11 +58,11 @@ class _Recurrent(torch.nn.RNNBase):
             checkpoint_every=self.checkpoint_every,
         )
 
+    @leaf_module
     def forward(
         self,
         input: Any,
         hx: Any = None,
-        *,
         lengths: "Tensor | Sequence[int] | None" = None,
         cu_seqlens: "Tensor | Sequence[int] | None" = None,
         reset: "Tensor | Sequence | None" = None,

@@ -221,7 +221,7 @@ def _cell_states(
         i, f, g = (gates.float() if gates.dtype.itemsize == 2 else gates).chunk(3, -1)
         i, f, g = i.sigmoid(), f.sigmoid(), g.tanh()
         added = (i * g).index_add(0, walk.starts, f.index_select(0, walk.starts) * c_0.to(f.dtype))
-        restarts = torch.zeros_like(walk.packed, dtype=torch.bool).index_fill(0, walk.starts, True)
+        restarts = torch.zeros_like(walk.packed, dtype=torch.bool).index_fill(0, walk.starts, 1)
         states.append(_Scan.apply(f, added, restarts[:, None]).to(y.dtype))
     return states
 

@@ -32,14 +32,15 @@ def _autocasts(input: Tensor) -> bool:
 
 
 def as_int(size: Any) -> Any:
-    """An int of NumPy's as Python's own, which torch and the planner want; anything else as it is.
+    """An int of NumPy's, or of torch.jit.trace's, as Python's own, which torch and the planner want; else as it is.
 
     >>> import numpy as np
     >>> from fastrnn.validation import as_int
     >>> type(as_int(np.int64(4))), as_int(None)
     (<class 'int'>, None)
     """
-    return int(size) if isinstance(size, np.integer) else size
+    traced = isinstance(size, Tensor) and torch.jit.is_tracing()
+    return int(size) if traced or isinstance(size, np.integer) else size
 
 
 def check_checkpoint_every(K: int | None) -> None:
