@@ -11,7 +11,7 @@ from . import packing
 
 # A stage may use what is left of the time up to this share of all: what comes later keeps its part.
 UNTIL = {
-    "machine": 0.1, "correctness": 0.2, "tests": 0.4, "steps": 0.55, "layers": 0.7, "host": 0.78, "forms": 0.9,
+    "machine": 0.04, "correctness": 0.2, "tests": 0.38, "steps": 0.58, "layers": 0.72, "host": 0.78, "forms": 0.92,
     "tools": 0.95, "suite": 1.0,
 }  # fmt: skip
 
@@ -32,7 +32,7 @@ class Item:
 
     key: str
     work: Callable[[float], list[Record]]  # of the seconds that it may take
-    limit: float = 0.0  # seconds that it may need: with fewer left of the visit, it is not begun
+    limit: float = 0.0  # seconds that it may need: with fewer left, it is not begun
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Setup:
     seconds: float
     started: float
     out: Path | None = None  # where what the folder holds is packed to
+
+    def allows(self, stage: str, item: "Item", first: bool) -> bool:
+        """Whether an item can end in what is left; the first of a stage may take of what comes later."""
+        of_stage = self.left(stage)
+        return self.left() >= item.limit and of_stage > 0 and (first or of_stage >= item.limit)
 
     def left(self, stage: str | None = None) -> float:
         """Seconds of a stage's share, or of the whole visit."""
@@ -60,14 +65,15 @@ def run_stage(setup: Setup, stage: str, text: str, items: Iterable[Item]) -> lis
     if found["complete"]:
         print(f"{stage}: done before")
         return found["records"]
-    waiting = []
+    waiting, first = [], True
     for item in items:
         if item.key in found["done"]:
             continue
-        if setup.left(stage) <= 0 or setup.left() < item.limit:
+        if not setup.allows(stage, item, first):
             waiting.append(item.key)
             continue
         print(f"{stage}: {item.key}", flush=True)
+        first = False
         seconds = min(setup.left(), max(item.limit, setup.left(stage)))
         try:
             records, ended = item.work(seconds), True

@@ -111,12 +111,12 @@ def tests(setup: Setup) -> list[Item]:
 
 
 def steps(setup: Setup) -> list[Item]:
-    """Microseconds a step beside the model's: what is planned; tiers and clusters beside one another."""
+    """Microseconds a step beside the model's: tiers and clusters beside one another; what is planned."""
     planned = lines_item(setup, "steps", "bench.steps", "planned")
     if setup.dry:
         return [planned]
     beside = lines_item(setup, "tiers", "bench.steps", "tiers")
-    return [planned, beside, lines_item(setup, "clusters", "bench.steps", "clusters", least=20)]
+    return [beside, planned, lines_item(setup, "clusters", "bench.steps", "clusters", least=20)]
 
 
 def layers(setup: Setup) -> list[Item]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import Queue
 from typing import NamedTuple
 
 import numpy
@@ -179,18 +180,24 @@ def checks(triton: Triton, quick: bool) -> Iterator[Row]:
 
 
 def matrix(versions: list[str], quick: bool, jobs: int) -> Iterator[Row]:
-    """Every version's rows; so many versions at once."""
+    """Every version's rows as they come; so many versions at once."""
+    found: Queue[Row | None] = Queue()
 
-    def rows(wanted: str) -> list[Row]:
+    def run(wanted: str) -> None:
         try:
-            triton = installed(wanted)
-        except RuntimeError as error:
-            return [Row(wanted, "install", f"failed: {error}")]
-        return list(checks(triton, quick))
+            for row in checks(installed(wanted), quick):
+                found.put(row)
+        except Exception as error:
+            found.put(Row(wanted, "everything else", f"failed: {type(error).__name__}: {error}"))
+        finally:
+            found.put(None)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for found in pool.map(rows, versions):
-            yield from found
+        for wanted in versions:
+            pool.submit(run, wanted)
+        for _ in versions:
+            while row := found.get():
+                yield row
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The benchmarks: implementations agree before they are timed, reports say what was found, a visit can be resumed."""
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -39,7 +41,8 @@ from bench.workload import Data, Workload
 from fastrnn import compiler, plan, reference
 from fastrnn.device import DeviceSpec
 from fastrnn.kernel_plan import KernelPlan
-from tests.cases import CASES, Case
+from fastrnn.tiers import TIERS
+from tests.cases import CASES, SEQUENCES, Case
 
 needs_clusters = pytest.mark.skipif(compiler.triton_version() < (3, 8), reason="clusters need Triton 3.8 or newer")
 SMALL = (
@@ -209,6 +212,9 @@ def test_an_item_that_cannot_end_in_what_is_left_is_not_begun(tmp_path, capsys):
     assert ran == [("short", 50)] and "no time left for long" in capsys.readouterr().out
     stages.run_stage(setup(tmp_path, 100), "suite", "", [item("long", 60), item("short", 40)])
     assert [key for key, _ in ran] == ["short", "long"]
+    # A stage that is not the last one: its first item may take of what comes later, the others may not.
+    stages.run_stage(setup(tmp_path, 100), "steps", "", [item("first", 60), item("second", 60)])
+    assert ran[2:] == [("first", 60)] and "no time left for second" in capsys.readouterr().out
 
 
 def child(tmp_path: Path, monkeypatch, body: str) -> stages.Item:
@@ -288,6 +294,37 @@ def test_stages_share_the_time():
     assert all(0 < limit < gpu.SECONDS / 2 for of_stage in limits.values() for limit in of_stage)
     named = {path for path in (*visit.KERNELS, *visit.LAYERS, *visit.ELSEWHERE)}
     assert all((gpu.ROOT / "tests" / f"test_{name}.py").exists() for name in named)
+
+
+def test_every_item_runs_what_there_is(tmp_path, monkeypatch):
+    """The commands of a visit that is not dry: modules take their arguments, test files exist."""
+    commands = []
+
+    def run(command, seconds, interpret=False):
+        assert not interpret and seconds > 0
+        commands.append(command)
+        return processes.Done(0, "{}", "", 1.0)
+
+    for module in (processes, visit):
+        monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(shutil, "which", lambda program: program)
+    real = stages.Setup(tmp_path, "sm_90", dry=False, seconds=520, started=time.monotonic())
+    for _, items in visit.STAGES.values():
+        for item in items(real):
+            item.work(100.0)
+    assert len(commands) > 40
+    for command in commands:
+        assert all((gpu.ROOT / word).exists() for word in command if word.startswith("tests/"))
+        if command[1:3] == ["-m", "bench.launches"]:
+            check, tier, cell, hidden, dtype, kind = command[3:]
+            assert check == "check" and tier in TIERS and cell in reference.GATES and hidden.isdecimal()
+            assert dtype in ("float16", "bfloat16", "float32", "tf32") and kind in ("plain", *SEQUENCES)
+        elif command[1:2] == ["-m"] and command[2].startswith("bench."):
+            module = importlib.import_module(command[2])
+            monkeypatch.setattr(sys, "argv", [module.__file__, *command[3:]])
+            monkeypatch.setattr(module, "Log", mock.Mock(side_effect=ZeroDivisionError))
+            with pytest.raises(ZeroDivisionError):  # its arguments were parsed
+                module.main()
 
 
 def test_the_sanitizers_summary_is_read(tmp_path, monkeypatch):

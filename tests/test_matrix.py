@@ -71,6 +71,19 @@ def test_an_interpreter_that_numpy_has_outgrown_is_skipped(monkeypatch):
     assert matrix.interpreted(HERE, "") == "failed: FAILED tests/x.py"
 
 
+def test_what_cannot_be_installed_fails_and_the_others_go_on(monkeypatch):
+    def installed(wanted):
+        if wanted == "0.0.1":
+            raise RuntimeError("no such version")
+        return HERE
+
+    monkeypatch.setattr(matrix, "installed", installed)
+    monkeypatch.setattr(matrix, "checks", lambda triton, quick: [matrix.Row(triton.version, "import", "passed")])
+    rows = set(matrix.matrix(["0.0.1", HERE.version], quick=True, jobs=2))
+    failed = matrix.Row("0.0.1", "everything else", "failed: RuntimeError: no such version")
+    assert rows == {failed, matrix.Row(HERE.version, "import", "passed")}
+
+
 @pytest.mark.parametrize(("result", "status"), (("passed", 0), ("skipped: no", 0), ("failed: no", 1)))
 def test_the_exit_status(monkeypatch, capsys, result, status):
     monkeypatch.setattr(matrix, "matrix", lambda *_: [matrix.Row("3.9.0", "import", result)])
