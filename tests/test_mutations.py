@@ -11,8 +11,8 @@ from .cases import Case, make_problem, over_budget
 from .test_recurrence import carried_state_error
 
 CELLS, LAUNCH = "kernels/cells.py", "fastrnn/launch.py"
-TILES, SEQUENCES, RESIDENT, COOPERATIVE = (
-    f"kernels/tile/{name}.py" for name in ("tiles", "sequences", "resident", "cooperative")
+LOOP, ROWS, EXCHANGE, RESIDENT, COOPERATIVE = (
+    f"kernels/{name}.py" for name in ("loop", "rows", "exchange", "tile/resident", "tile/cooperative")
 )
 
 # What is broken: where, which text, by what, and the cell that shows it.
@@ -25,22 +25,22 @@ MUTATIONS = {
     "c for c_prev": (CELLS, "dc * c_prev * d_sigmoid(f)", "dc * c * d_sigmoid(f)", "lstm"),
     "relu not derived": (CELLS, "dh * d_relu(h)", "dh", "rnn_relu"),
     "dc not carried": (CELLS, "dc * f)", "dc)", "lstm"),
-    "state before the first taken from y": (TILES, "(step == 0, kept_0_ptr", "(step < 0, kept_0_ptr", "gru"),
-    "both directions forward": (SEQUENCES, "direction == 0, step, T - 1 - step", "direction < 9, step, T", "rnn_tanh"),
-    "another gate's bias": (TILES, "(direction * G + g) * H + offs_h", "direction * G * H + offs_h", "gru"),
-    "prefetched a step too far": (RESIDENT, "tl.minimum(step + 1, T - 1)", "tl.minimum(step + 2, T - 1)", "rnn_tanh"),
-    "W_hh transposed": (RESIDENT, "offs_h[None, :] * H + offs_h[:, None]", "offs_h[:, None] * H + offs_h[None]", "gru"),
-    "gradient of h_n dropped": (RESIDENT, "load_state(dh_n_ptr", "load_state(None", "rnn_tanh"),
-    "h_n not written": (RESIDENT, "store_state(h_n_ptr", "store_state(y_ptr", "lstm"),
+    "state before the first taken from y": (LOOP, "(step == 0, read.kept_0", "(step < 0, read.kept_0", "gru"),
+    "both directions forward": (ROWS, "== 0, step, rows.T - 1 - step", "< 9, step, rows.T", "rnn_tanh"),
+    "another gate's bias": (LOOP, "(direction * K.gates + g) * K.H", "direction * K.gates * K.H", "gru"),
+    "prefetched a step too far": (LOOP, "minimum(step + 1, rows.T - 1)", "minimum(step + 2, rows.T - 1)", "rnn_tanh"),
+    "W_hh transposed": (RESIDENT, "offs[None, :] * K.H + offs[:, None]", "offs[:, None] * K.H + offs[None]", "gru"),
+    "gradient of h_n dropped": (RESIDENT, "(dh_n_ptr, dc_n_ptr)", "(None, dc_n_ptr)", "rnn_tanh"),
+    "h_n not written": (RESIDENT, "(h_n_ptr, c_n_ptr)", "(y_ptr, c_n_ptr)", "lstm"),
     "h_0 dropped from dW_hh": (LAUNCH, "first.T @ h_0[d]", "0 * first.T @ h_0[d]", "lstm"),
     "dW_hh by y of the same step": (LAUNCH, "d_gates[1:], y[:-1])", "d_gates[1:], y[1:])", "rnn_tanh"),
     "own columns for own rows": (COOPERATIVE, "K_TILES, WARPS, True", "K_TILES, WARPS, False", "lstm"),
     "own rows for own columns": (COOPERATIVE, "K_TILES, WARPS, False", "K_TILES, WARPS, True", "lstm"),
-    "a piece of the state left out": (COOPERATIVE, "(len(K_TILES)):\n        h =", "(1):\n        h =", "gru"),
+    "a piece of the state left out": (COOPERATIVE, "(len(F.K_TILES)):\n        h =", "(1):\n        h =", "gru"),
     "the first warp's share for all": (COOPERATIVE, "[:, None] * share", "[:, None] * 0", "lstm"),
-    "a gate not exchanged": (COOPERATIVE, "(now * G + g) * H", "(now * G) * H", "lstm"),
-    "d_x for d_rec": (COOPERATIVE, "d_rec_last_ptr is not None and g == G - 1", "False", "gru"),
-    "state of two steps before": (COOPERATIVE, "(step % 2) * buffer", "((step + 1) % 2) * buffer", "rnn_tanh"),
+    "a gate not exchanged": (COOPERATIVE, "(now * K.gates + g) * K.H", "(now * K.gates) * K.H", "lstm"),
+    "d_x for d_rec": (COOPERATIVE, "group.last is not None and g == K.gates - 1", "False", "gru"),
+    "state of two steps before": (EXCHANGE, "(step % 2) * group.buffer\n", "0 * group.buffer\n", "rnn_tanh"),
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_error_budget_catches(name, mutate, device):
     path, old, new, cell = MUTATIONS[name]
-    backend = "cooperative" if path == COOPERATIVE else "resident"
+    backend = "cooperative" if path in (COOPERATIVE, EXCHANGE) else "resident"
     run = functools.partial(recurrence, backend=backend)
     H = 72 if backend == "cooperative" else 12  # several programs, and several pieces of the state
     problem = make_problem(cell, Case(T=4, B=3, H=H, D=2), torch.float32, device)
@@ -70,11 +70,8 @@ def test_the_unchanged_source_passes_as_a_mutant(backend, mutate, device):
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
 def test_rounding_the_carried_state_is_caught(cell, mutate, device):
     rounded = {
-        "lstm": "(state[0], state[1].to(tl.float16).to(tl.float32))",
-        "gru": "(state[0].to(tl.float16).to(tl.float32),)",
+        "lstm": "(after[0], after[1].to(tl.float16).to(tl.float32))",
+        "gru": "(after[0].to(tl.float16).to(tl.float32),)",
     }
-    mutate(
-        RESIDENT,
-        {"HAS_C, ACTIVATIONS)\n\n        now": f"HAS_C, ACTIVATIONS)\n        state = {rounded[cell]}\n\n        now"},
-    )
+    mutate(LOOP, {"        state = after\n": f"        state = {rounded[cell]}\n"})
     assert carried_state_error(cell, device) > 10

@@ -80,7 +80,7 @@ def test_a_tile_stops_at_its_longest_row(backend, broken, mutate, device, monkey
     from triton.runtime.interpreter import InterpreterBuilder
 
     if broken:
-        mutate(STARTS, {"longest = tl.maximum(": "longest = T + 0 * tl.maximum("})
+        mutate(ROWS, {"longest = tl.maximum(": "longest = T + 0 * tl.maximum("})
     products, dot = [], InterpreterBuilder.create_dot
     monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: [products.append(1), dot(*args)][1])
     counts = []
@@ -95,33 +95,33 @@ def test_a_tile_stops_at_its_longest_row(backend, broken, mutate, device, monkey
     assert (counts[0] == counts[1] > 0) != broken
 
 
-TILES, STARTS, LAUNCH = "kernels/tile/tiles.py", "kernels/tile/sequences.py", "fastrnn/launch.py"
+LOOP, ROWS, LAUNCH = "kernels/loop.py", "kernels/rows.py", "fastrnn/launch.py"
 # What is broken: where, which text, by what, and the cell and kind of sequences that show it.
 MUTATIONS = {
     "frozen rows go on": (
-        TILES, "keep(live, after, state", "keep(live == live, after, state", "lstm", "lengths"),
+        LOOP, "keep(live(units.mask, rows, step), after", "keep(units.mask | True, after", "lstm", "lengths"),
     "frozen rows have gradients": (
-        TILES, "keep(live, d_rec,", "keep(live == live, d_rec,", "rnn_tanh", "lengths"),
+        LOOP, "keep(alive, d_rec,", "keep(alive | True, d_rec,", "rnn_tanh", "lengths"),
     "gradients stop at an end": (
-        TILES, "keep(live, d_before,", "keep(live == live, d_before,", "lstm", "lengths"),
+        LOOP, "keep(alive, d_before,", "keep(alive | True, d_before,", "lstm", "lengths"),
     "a row kept that is past its end": (
-        TILES, "(t >= 0) & (t < length)", "(t >= 0) & (t < t + length)", "gru", "lengths"),
+        LOOP, "(t < rows.lengths)", "(t < t + rows.lengths)", "gru", "lengths"),
     "another row's states": (
-        STARTS, "direction * rows, sequence", "direction * rows, offs_b", "rnn_tanh", "ragged"),
+        ROWS, "direction * rows, sequence", "direction * rows, offs_b", "rnn_tanh", "ragged"),
     "the tile's last row for its longest": (
-        STARTS, "tl.load(rows_ptr + 2 * rows + first_row)", "tl.load(rows_ptr + 3 * rows - 1)", "gru", "lengths"),
+        ROWS, "tl.load(table_ptr + 2 * rows + first_row)", "tl.load(table_ptr + 3 * rows - 1)", "gru", "lengths"),
     "segments of direction 1 a step late": (
-        STARTS, "step, T - step)", "step, T - 1 - step)", "lstm", "resets"),
+        ROWS, "step, rows.T - step)", "step, rows.T - 1 - step)", "lstm", "resets"),
     "resets past an end": (
-        STARTS, "mask=edge < length", "mask=edge < where[1] + 0 * length", "rnn_tanh", "lengths, resets by step"),
+        ROWS, "edge < rows.lengths", "edge < rows.T + 0 * rows.lengths", "rnn_tanh", "lengths, resets by step"),
     "states by step from another step": (
-        STARTS, "(_edge(where, step) * stride", "(tl.maximum(step - 1, 0) * stride", "gru", "lengths, resets by step"),
+        ROWS, "(_edge(rows, step) * rows", "(tl.maximum(step - 1, 0) * rows", "gru", "lengths, resets by step"),
     "gradients go past a reset": (
-        STARTS, "return keep(restart, zeros, d_state, 1 + HAS_C)", "return d_state", "lstm", "resets"),
+        LOOP, "return keep(restart, zeros, d_state)", "return d_state", "lstm", "resets"),
     "the state before a reset for what follows it": (
-        TILES, "tiles[S + 2 + HAS_DC], before)", "before, before)", "gru", "resets to a state"),
+        LOOP, "tiles[len(tiles) - 2], before)", "before, before)", "gru", "resets to a state"),
     "gradient of c dropped": (
-        TILES, "d_state[1] + read[S + 2]", "d_state[1]", "lstm", "lengths"),
+        LOOP, "d_state[n] + tiles[S + 1 + n].to(tl.float32)", "d_state[n]", "lstm", "lengths"),
     "h_0 dropped from dW_hh": (
         LAUNCH, "h_0[d], sequences, start", "0 * h_0[d], sequences, start", "gru", "lengths"),
     "resets dropped from dW_hh": (

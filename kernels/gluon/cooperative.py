@@ -5,8 +5,8 @@
     backward   d_gates[t, own units] = cell'(dh + dy[t], dc, saved[t]);   arrive;   wait for d_gates[t];
                dh = W_hh^T[own units] d_gates[t] + rest
 
-Programs, groups and protocol are those of ../tile/cooperative.py, the layout of tensors is in ../tile/tiles.py; helpers
-of both serve both dialects, since layouts come with the offsets. What differs is where things are:
+Programs and groups are those of ../tile/cooperative.py, the protocol is in ../exchange.py, the layout of tensors in
+../loop.py; helpers of these serve both dialects, since layouts come with the offsets. What differs is where things are:
 
 The exchanged state goes straight from L2 to the registers that the tensor cores read (operands.py): no warp reads what
 another does, 16 bytes a load where H allows it. A copy through shared memory (cp.async) would free registers, but pass
@@ -23,28 +23,41 @@ Limit: forward, the latency of a step, as there; backward, from H = 1024 on, wha
 as many bytes as forward.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ..barrier import arrive, wait
+from .. import loop
+from ..exchange import Group, announce, meet, publish, receive
+from ..loop import Constants, Gradients, Outputs, Saved, first_state, load_bias, load_state, store_state
 from ..metadata import of_launch
-from ..tile.sequences import cut, find_rows, keep, load_starts, slot, within
-from ..tile.tiles import (
-    as_fp32,
-    load_bias,
-    load_inputs,
-    load_state,
-    load_step,
-    load_tiles,
-    step_backward,
-    step_forward,
-    store_state,
-    store_tiles,
-    with_dh,
-)
+from ..rows import Resets, Units, find_rows, live, slot
 from .layouts import block_barrier
 from .operands import load_layout, load_piece, load_weights, product_layout, weight
+
+
+class Held(NamedTuple):
+    """What a program holds for all of time."""
+
+    W_hh: (
+        Any  # an operand for each piece of K and gate, the first IN_REGISTERS in registers, the others in shared memory
+    )
+    b_hh: Any  # G tiles [BLOCK_B, BLOCK_N]; None in backward
+    sums: Any  # shared memory where the warps' sums meet
+    piece_rows: Any  # [BLOCK_B], in the layout that pieces of the state are read in; in backward a Rows
+    piece_mask: Any  # which of them exist
+    group: Any
+
+
+class Form(NamedTuple):
+    """What the planner chose."""
+
+    K_TILES: Any
+    WARPS: Any
+    SPIN_ON_LOAD: Any
+    IN_REGISTERS: Any
 
 
 @gluon.constexpr_function
@@ -68,14 +81,17 @@ def sums_layout(WARPS, BLOCK_B, BLOCK_N):
 
 
 @gluon.jit
-def place(B, D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """This program's direction (of D), its first row (of B), offsets and mask of its tile; scalars are int64."""
+def place(
+    rows_ptr, T, B, D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr,
+    RAGGED: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """This program's rows and units, the first row of its batch tile, and the tile's rows."""
     direction = (gl.program_id(2) if D > 1 else gl.to_tensor(0)).to(gl.int64)
     first_row = gl.program_id(1).to(gl.int64) * BLOCK_B
     offs_b = gl.arange(0, BLOCK_B, gl.SliceLayout(1, LAYOUT))
     offs_n = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    mask = (first_row + offs_b < B)[:, None] & (offs_n < H)[None, :]
-    return direction, first_row, offs_b, offs_n, mask
+    units = Units(offs_n, (first_row + offs_b < B)[:, None] & (offs_n < H)[None, :])
+    return find_rows(rows_ptr, direction, D, T, B, first_row, offs_b, RAGGED), units, first_row, offs_b
 
 
 @gluon.jit
@@ -90,6 +106,49 @@ def sum_over_warps(sums_tile, sums, N: gl.constexpr, WARPS: gl.constexpr):
     return totals
 
 
+@gluon.jit
+def gates(held, K: gl.constexpr, F: gl.constexpr, h_ptr):
+    """W_hh h + b_hh of the own units, gate by gate."""
+    BLOCK_B: gl.constexpr = held.b_hh[0].shape[0]
+    BLOCK_N: gl.constexpr = held.b_hh[0].shape[1]
+    sums = (gl.zeros([F.WARPS, BLOCK_N, BLOCK_B], gl.float32, product_layout(F.WARPS)),) * K.gates
+    for i in gl.static_range(len(F.K_TILES)):
+        h = load_piece(h_ptr, K.H, held.piece_rows, held.piece_mask, K.H, F.K_TILES, i, F.WARPS)
+        longer = ()
+        for g in gl.static_range(K.gates):
+            W_g = weight(held.W_hh[i * K.gates + g], F.WARPS, i * K.gates + g < F.IN_REGISTERS)
+            longer = longer + (mma_v2(W_g, h, sums[g], input_precision=K.precision),)
+        sums = longer
+    totals, rec = sum_over_warps(held.sums, sums, K.gates, F.WARPS), ()
+    for g in gl.static_range(K.gates):
+        rec = rec + (totals[g] + held.b_hh[g],)
+    return rec
+
+
+@gluon.jit
+def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back):
+    """dh + W_hh^T d_gates of the own units, when all programs have announced d_gates."""
+    group = held.group
+    meet(group, back + 1, F)
+    now, mask, slots = slot(rows, step), live(held.piece_mask, held.piece_rows, step), held.piece_rows.slots
+    sums = (gl.zeros([F.WARPS, dh.shape[1], dh.shape[0]], gl.float32, product_layout(F.WARPS)),) * K.gates
+    for i in gl.static_range(len(F.K_TILES)):
+        longer = ()
+        for g in gl.static_range(K.gates):
+            if group.last is not None and g == K.gates - 1:
+                d_gate = load_piece(group.last + now * K.H, rows.D * K.H, slots, mask, K.H, F.K_TILES, i, F.WARPS)
+            else:
+                ptr = group.exchanged + (now * K.gates + g) * K.H
+                d_gate = load_piece(ptr, rows.D * K.gates * K.H, slots, mask, K.H, F.K_TILES, i, F.WARPS)
+            W_g = weight(held.W_hh[i * K.gates + g], F.WARPS, i * K.gates + g < F.IN_REGISTERS)
+            longer = longer + (mma_v2(W_g, d_gate, sums[g], input_precision=K.precision),)
+        sums = longer
+    total = sums[0]
+    for g in gl.static_range(1, K.gates):
+        total += sums[g]
+    return dh + sum_over_warps(held.sums, (total,), 1, F.WARPS)[0]
+
+
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
 def forward(
     x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
@@ -102,72 +161,30 @@ def forward(
     WARPS: gl.constexpr, PRECISION: gl.constexpr, SPIN_ON_LOAD: gl.constexpr, COUNTER_STRIDE: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    SUMS: gl.constexpr = cell_layout(WARPS)
-    direction, first_row, tile_rows, offs_n, mask = place(B, D, H, BLOCK_B, BLOCK_N, gl.SliceLayout(0, SUMS))
-    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, tile_rows, RAGGED)
-    T, offs_b = where[1], where[4]
+    K: gl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    F: gl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD, IN_REGISTERS)
+    TIER: gl.constexpr = loop.Tier(receive, gates, publish, False, F)
+    SUMS: gl.constexpr = gl.SliceLayout(0, cell_layout(WARPS))
+    rows, units, first_row, offs_b = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_N, RAGGED, SUMS)
+    first, last, starts, cells = loop.of_states(
+        HAS_C, (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
+    )
     PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, W_hh_ptr.dtype.element_ty)
     piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
-    P = gl.num_programs(0).to(gl.int64)
     counter_ptr = counters_ptr + (gl.program_id(1) * D + gl.program_id(2)) * COUNTER_STRIDE
-
-    W_hh = load_weights(W_hh_ptr, direction, G, H, BLOCK_N, K_TILES, WARPS, IN_REGISTERS, True)
-    b_hh = load_bias(b_hh_ptr, direction, G, H, offs_n, mask)
-    state = load_state(h_0_ptr, c_0_ptr, own_row, HAS_C, H, offs_state, offs_n, mask)
-    if reset_ptr is not None:
-        restart, starts = load_starts(
-            reset_ptr, reset_h_ptr, reset_c_ptr, where, 0, D, own_row, offs_state, BY_STEP, HAS_C, H, offs_n, mask
-        )
-        state = keep(restart, starts, state, 1 + HAS_C)
-    # h in two buffers [2, D, B, H], rows as in batch tiles: that of even steps and that of odd ones.
+    exchanged_ptr += (rows.direction * B + first_row) * H
     buffer = B.to(gl.int64) * D * H
-    exchanged_ptr += (direction * B + first_row) * H
-    store_tiles(exchanged_ptr, H, state, 1, H, tile_rows, offs_n, mask)
-    arrive(counter_ptr)
-    sums_tile = gl.allocate_shared_memory(
-        gl.float32, [G, WARPS, BLOCK_B, BLOCK_N], sums_layout(WARPS, BLOCK_B, BLOCK_N)
-    )
-    zeros = gl.zeros([WARPS, BLOCK_N, BLOCK_B], gl.float32, product_layout(WARPS))
-
-    x_next = load_inputs(x_gates_ptr, rows_ptr, where, 0, D, G, H, offs_n, mask)
-    for step in range(T):
-        x = as_fp32(x_next, G)
-        if reset_ptr is not None:
-            restart, starts = load_starts(
-                reset_ptr, reset_h_ptr, reset_c_ptr, where, step + 1, D, own_row, offs_state, BY_STEP, HAS_C,
-                H, offs_n, mask,
-            )  # fmt: skip
-        wait(counter_ptr, (step + 1) * P, SPIN_ON_LOAD)
-        h_ptr = exchanged_ptr + (step % 2) * buffer
-        sums = (zeros,) * G
-        for i in gl.static_range(len(K_TILES)):
-            h = load_piece(h_ptr, H, piece_rows, first_row + piece_rows < B, H, K_TILES, i, WARPS)
-            longer = ()
-            for g in gl.static_range(G):
-                W_g = weight(W_hh[i * G + g], WARPS, i * G + g < IN_REGISTERS)
-                longer = longer + (mma_v2(W_g, h, sums[g], input_precision=PRECISION),)
-            sums = longer
-        totals = sum_over_warps(sums_tile, sums, G, WARPS)
-        rec = ()
-        for g in gl.static_range(G):
-            rec = rec + (totals[g] + b_hh[g],)
-        live = within(mask, rows_ptr, where, step)
-        after, saved = step_forward(CELL, x, rec, state, live, rows_ptr, HAS_C, ACTIVATIONS)
-        state = after
-        if reset_ptr is not None:
-            state = keep(restart, starts, after, 1 + HAS_C)
-
-        store_tiles(exchanged_ptr + (step + 1) % 2 * buffer, H, state, 1, H, tile_rows, offs_n, mask)
-        arrive(counter_ptr)
-        x_next = load_inputs(x_gates_ptr, rows_ptr, where, gl.minimum(step + 1, T - 1), D, G, H, offs_n, mask)
-        now = slot(where, step, D)
-        store_tiles(y_ptr + now * H, D * H, after, 1, H, offs_b, offs_n, live)
-        if c_ptr is not None:
-            store_tiles(c_ptr + now * H, D * H, (after[1],), 1, H, offs_b, offs_n, live)
-        if saved_ptr is not None:
-            store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_n, live)
-
-    store_state(h_n_ptr, c_n_ptr, own_row, state, HAS_C, H, offs_state, offs_n, mask)
+    group = Group(counter_ptr, gl.num_programs(0).to(gl.int64), exchanged_ptr, None, buffer, offs_b)
+    W_hh = load_weights(W_hh_ptr, rows.direction, G, H, BLOCK_N, K_TILES, WARPS, IN_REGISTERS, True)
+    b_hh = load_bias(K, b_hh_ptr, rows.direction, units)
+    sums = gl.allocate_shared_memory(gl.float32, [G, WARPS, BLOCK_B, BLOCK_N], sums_layout(WARPS, BLOCK_B, BLOCK_N))
+    held = Held(W_hh, b_hh, sums, piece_rows, first_row + piece_rows < B, group)
+    resets = Resets(reset_ptr, starts)
+    state = first_state(K, first, rows, units, resets)
+    publish(held, K, F, units, state, 0)
+    out = Outputs(y_ptr, cells, saved_ptr)
+    state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
+    store_state(last, rows, units, state, H)
 
 
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -181,65 +198,25 @@ def backward(
     WARPS: gl.constexpr, PRECISION: gl.constexpr, SPIN_ON_LOAD: gl.constexpr, COUNTER_STRIDE: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    SUMS: gl.constexpr = cell_layout(WARPS)
-    direction, first_row, tile_rows, offs_n, mask = place(B, D, H, BLOCK_B, BLOCK_N, gl.SliceLayout(0, SUMS))
-    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, tile_rows, RAGGED)
-    T, offs_b = where[1], where[4]
+    K: gl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    F: gl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD, IN_REGISTERS)
+    TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
+    SUMS: gl.constexpr = gl.SliceLayout(0, cell_layout(WARPS))
+    rows, units, first_row, offs_b = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_N, RAGGED, SUMS)
+    last, first, starts, cells = loop.of_states(
+        HAS_C, (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr), (dc_ptr,)
+    )
     PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, W_hh_ptr.dtype.element_ty)
     piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
-    P = gl.num_programs(0).to(gl.int64)
     counter_ptr = counters_ptr + (gl.program_id(1) * D + gl.program_id(2)) * COUNTER_STRIDE
-
-    W_hh = load_weights(W_hh_ptr, direction, G, H, BLOCK_N, K_TILES, WARPS, IN_REGISTERS, False)
-    piece_where, _, _ = find_rows(rows_ptr, direction, T, B, first_row, piece_rows, RAGGED)
-    d_state = load_state(dh_n_ptr, dc_n_ptr, own_row, HAS_C, H, offs_state, offs_n, mask)
-    sums_tile = gl.allocate_shared_memory(
-        gl.float32, [1, WARPS, BLOCK_B, BLOCK_N], sums_layout(WARPS, BLOCK_B, BLOCK_N)
-    )
-    zeros = gl.zeros([WARPS, BLOCK_N, BLOCK_B], gl.float32, product_layout(WARPS))
-    end = kept_ptr + slot(where, T - 1, D) * H
-    kept = as_fp32(load_tiles(end, D * H, 1, H, offs_b, offs_n, within(mask, rows_ptr, where, T - 1)), 1)[0]
-    following = load_step(
-        dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-        where, T - 1, D, own_row, offs_state, S, H, BY_STEP, offs_n, mask,
-    )  # fmt: skip
-    for back in range(T):
-        step, tiles = T - 1 - back, following
-        live = within(mask, rows_ptr, where, step)
-        d_x, d_rec, d_state, kept = step_backward(
-            CELL, d_state, tiles, kept, live, dc_ptr, rows_ptr, reset_ptr, G, S, HAS_C, ACTIVATIONS
-        )
-        now = slot(where, step, D)
-        store_tiles(d_x_gates_ptr + now * G * H, D * G * H, d_x, G, H, offs_b, offs_n, live)
-        if d_rec_last_ptr is not None:
-            store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_n, live)
-        arrive(counter_ptr)
-        following = load_step(
-            dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-            where, gl.maximum(step - 1, 0), D, own_row, offs_state, S, H, BY_STEP, offs_n, mask,
-        )  # fmt: skip
-
-        wait(counter_ptr, (back + 1) * P, SPIN_ON_LOAD)
-        piece_mask = within(first_row + piece_rows < B, rows_ptr, piece_where, step)
-        sums = (zeros,) * G
-        for i in gl.static_range(len(K_TILES)):
-            longer = ()
-            for g in gl.static_range(G):
-                if d_rec_last_ptr is not None and g == G - 1:
-                    d_gate_ptr = d_rec_last_ptr + now * H
-                    d_gate = load_piece(d_gate_ptr, D * H, piece_where[4], piece_mask, H, K_TILES, i, WARPS)
-                else:
-                    d_gate_ptr = d_x_gates_ptr + (now * G + g) * H
-                    d_gate = load_piece(d_gate_ptr, D * G * H, piece_where[4], piece_mask, H, K_TILES, i, WARPS)
-                W_g = weight(W_hh[i * G + g], WARPS, i * G + g < IN_REGISTERS)
-                longer = longer + (mma_v2(W_g, d_gate, sums[g], input_precision=PRECISION),)
-            sums = longer
-        total = sums[0]
-        for g in gl.static_range(1, G):
-            total += sums[g]
-        d_state = with_dh(d_state, d_state[0] + sum_over_warps(sums_tile, (total,), 1, WARPS)[0], HAS_C)
-        if reset_ptr is not None:
-            restart = tiles[len(tiles) - 1]
-            d_state = cut(d_state, restart, d_reset_h_ptr, d_reset_c_ptr, where, step, D, HAS_C, H, offs_n, mask)
-
-    store_state(dh_0_ptr, dc_0_ptr, own_row, d_state, HAS_C, H, offs_state, offs_n, mask)
+    group = Group(counter_ptr, gl.num_programs(0).to(gl.int64), d_x_gates_ptr, d_rec_last_ptr, None, offs_b)
+    W_hh = load_weights(W_hh_ptr, rows.direction, G, H, BLOCK_N, K_TILES, WARPS, IN_REGISTERS, False)
+    pieces = find_rows(rows_ptr, rows.direction, D, T, B, first_row, piece_rows, RAGGED)
+    sums = gl.allocate_shared_memory(gl.float32, [1, WARPS, BLOCK_B, BLOCK_N], sums_layout(WARPS, BLOCK_B, BLOCK_N))
+    held = Held(W_hh, None, sums, pieces, first_row + piece_rows < B, group)
+    read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
+    grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
+    d_state = load_state(last, rows, units, H)
+    resets = Resets(reset_ptr, (reset_kept_ptr,))
+    d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
+    store_state(first, rows, units, d_state, H)

@@ -10,7 +10,7 @@ whatever columns they are, so a thread's 16 bytes of a row are taken for the pai
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..tile.cooperative import load_exchanged
+from ..exchange import load_exchanged
 
 
 @gluon.constexpr_function

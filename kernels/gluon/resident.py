@@ -17,38 +17,63 @@ shares of their own columns, a few neighbours of one row. x_gates, saved tiles a
 layout. In the layout of the products a warp has 8 columns of 16 rows, so that each access meets 8 lines of L1, a cycle
 each: 1.26 us a step instead of 0.65 (LSTM, H = 64, bf16, forward, measured on an H100).
 
-The layout of tensors is in ../tile/tiles.py, sequences of their own lengths and resets in ../tile/sequences.py: their
-helpers serve both dialects, since layouts come with the offsets.
+The layout of tensors is in ../loop.py, sequences of their own lengths and resets in ../rows.py: their helpers serve
+both dialects, since layouts come with the offsets.
 Grid: (batch tiles, D), clusters. Source: as ../tile/resident.py.
 
 Limit: the chain of dependent latencies of a step (barrier, ldmatrix, products, activations, store), and with clusters
 the exchange; for 16 warps their issue slots come near. W_hh in registers costs nothing.
 """
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from .. import loop
+from ..loop import Constants, Gradients, Outputs, Saved, first_state, load_bias, load_state, store_state
+from ..metadata import of_launch
+from ..rows import Resets, Units, find_rows
+from . import layouts
+from .layouts import block_barrier
+
 if hasattr(gl, "barrier"):  # Triton 3.7 and later
     from triton.experimental.gluon.language.nvidia.hopper import cluster as hopper
 
-from ..metadata import of_launch
-from ..tile.sequences import cut, find_rows, keep, load_starts, slot, within
-from ..tile.tiles import (
-    as_fp32,
-    load_bias,
-    load_inputs,
-    load_state,
-    load_step,
-    load_tiles,
-    step_backward,
-    step_forward,
-    store_state,
-    store_tiles,
-    with_dh,
-)
-from . import layouts
-from .layouts import block_barrier
+
+class Held(NamedTuple):
+    """What a program holds for all of time."""
+
+    W_hh: Any  # G operands, the first IN_REGISTERS in registers, the others in shared memory
+    b_hh: Any  # forward: G tiles, or the pointer where their registers are W_hh's
+    operand: Any  # shared memory of the product's other operand: forward h of all units, backward d_gates
+    own: Any  # shared memory of h of the own units, by step parity: forward, clusters
+    summands: Any  # shared memory of what groups of warps, or programs, sum apart
+
+
+class Form(NamedTuple):
+    """What the planner chose, and the layouts that follow from it."""
+
+    CTAS: Any
+    SHARES: Any
+    IN_REGISTERS: Any
+    BIAS_KEPT: Any
+    PRODUCT: Any
+    A: Any
+    W: Any
+    SUMMED: Any
+    GATHERED: Any
+
+
+@gluon.constexpr_function
+def form(shares, in_registers, bias_kept, bits, block_b, block_h, ctas, warps, dim):
+    """The form of a pass: dim is 2 in forward, where programs of a cluster split columns, 0 in backward."""
+    product = layouts.product(warps, shares, ctas, dim)
+    summed = layouts.summed(shares * ctas if dim == 0 else shares, block_b, block_h, warps, ctas)
+    a, w = (gl.DotOperandLayout(i, product, 32 // bits) for i in (0, 1))
+    gathered = layouts.gathered(bits, block_h, warps, ctas) if ctas > 1 else None
+    return Form(ctas, shares, in_registers, bias_kept, product, a, w, summed, gathered)
 
 
 @gluon.jit
@@ -64,35 +89,38 @@ def cluster_barrier():
 
 
 @gluon.jit
-def place(B, D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, LAYOUT: gl.constexpr):
-    """This program's direction (of D), its first row (of B), and offsets and mask of its tile; scalars are int64."""
+def place(
+    rows_ptr, T, B, D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr,
+    RAGGED: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """This program's rows and units."""
     direction = (gl.program_id(1) if D > 1 else gl.to_tensor(0)).to(gl.int64)
     first_row = gl.program_id(0).to(gl.int64) * BLOCK_B
     offs_b = gl.arange(0, BLOCK_B, gl.SliceLayout(1, LAYOUT))
     offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(0, LAYOUT))
-    mask = (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :]
-    return direction, first_row, offs_b, offs_h, mask
+    units = Units(offs_h, (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :])
+    return find_rows(rows_ptr, direction, D, T, B, first_row, offs_b, RAGGED), units
 
 
 @gluon.jit
 def load_weights(
-    W_hh_ptr, direction, G: gl.constexpr, H: gl.constexpr, BLOCK_H: gl.constexpr, SHARES: gl.constexpr,
-    LAYOUT: gl.constexpr, SHARED: gl.constexpr, TRANSPOSED: gl.constexpr, IN_REGISTERS: gl.constexpr,
+    K: gl.constexpr, F: gl.constexpr, W_hh_ptr, direction, BLOCK_H: gl.constexpr, SUMMANDS: gl.constexpr,
+    SHARED: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
-    """G operands [SHARES, BLOCK_H // SHARES of k, BLOCK_H of n]: W_hh[n, k], or W_hh[k, n] if TRANSPOSED."""
-    DEPTH: gl.constexpr = BLOCK_H // SHARES
-    shares = gl.arange(0, SHARES, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-    offs_k = gl.arange(0, DEPTH, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None] + shares * DEPTH
-    offs_n = gl.arange(0, BLOCK_H, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    mask = (offs_k < H) & (offs_n < H)
-    offsets = offs_k * H + offs_n if TRANSPOSED else offs_n * H + offs_k
+    """G operands [SUMMANDS, BLOCK_H // SUMMANDS of k, BLOCK_H of n]: W_hh[n, k], or W_hh[k, n] if TRANSPOSED."""
+    DEPTH: gl.constexpr = BLOCK_H // SUMMANDS
+    summands = gl.arange(0, SUMMANDS, gl.SliceLayout(1, gl.SliceLayout(2, F.W)))[:, None, None]
+    offs_k = gl.arange(0, DEPTH, gl.SliceLayout(0, gl.SliceLayout(2, F.W)))[None, :, None] + summands * DEPTH
+    offs_n = gl.arange(0, BLOCK_H, gl.SliceLayout(0, gl.SliceLayout(1, F.W)))[None, None, :]
+    mask = (offs_k < K.H) & (offs_n < K.H)
+    offsets = offs_k * K.H + offs_n if TRANSPOSED else offs_n * K.H + offs_k
     operands = ()
-    for g in gl.static_range(G):
-        tile = gl.load(W_hh_ptr + (direction * G + g) * H * H + offsets, mask=mask, other=0.0)
-        if g < IN_REGISTERS:
+    for g in gl.static_range(K.gates):
+        tile = gl.load(W_hh_ptr + (direction * K.gates + g) * K.H * K.H + offsets, mask=mask, other=0.0)
+        if g < F.IN_REGISTERS:
             operands = operands + (tile,)
         else:
-            operands = operands + (gl.allocate_shared_memory(tile.dtype, [SHARES, DEPTH, BLOCK_H], SHARED, tile),)
+            operands = operands + (gl.allocate_shared_memory(tile.dtype, [SUMMANDS, DEPTH, BLOCK_H], SHARED, tile),)
     return operands
 
 
@@ -110,6 +138,69 @@ def in_shares(tile, SHARES: gl.constexpr):
     return tile.reshape([tile.shape[0], SHARES, tile.shape[1] // SHARES]).permute(1, 0, 2)
 
 
+@gluon.jit
+def receive(held, K: gl.constexpr, F: gl.constexpr, units, direction, state, step):
+    """h of all units, gathered from the shared memories of the cluster's programs; and the bias."""
+    if F.BIAS_KEPT:
+        b_hh = held.b_hh
+    else:  # it comes from L1 every step
+        b_hh = load_bias(K, held.b_hh, direction, units)
+    if F.CTAS > 1:
+        cluster_barrier()
+        whole = held.own.index(step % 2).load(F.GATHERED)
+        held.operand.index(0).store(in_shares(whole, F.SHARES))
+    block_barrier()
+    return held.operand.index(0 if F.CTAS > 1 else step % 2).load(F.A), b_hh
+
+
+@gluon.jit
+def gates(held, K: gl.constexpr, F: gl.constexpr, received):
+    """W_hh h + b_hh of the own units, gate by gate."""
+    h, b_hh = received
+    zeros = gl.zeros([F.SHARES, h.shape[1], held.W_hh[0].shape[2]], gl.float32, F.PRODUCT)
+    for g in gl.static_range(K.gates):
+        W_g = operand(held.W_hh, g, F.IN_REGISTERS, F.W)
+        held.summands.index(g).store(mma_v2(h, W_g, zeros, input_precision=K.precision))
+    block_barrier()
+    rec = ()
+    for g in gl.static_range(K.gates):
+        rec = rec + (gl.sum(held.summands.index(g).load(F.SUMMED), 0) + b_hh[g],)
+    return rec
+
+
+@gluon.jit
+def publish(held, K: gl.constexpr, F: gl.constexpr, units, state, step):
+    """Put h of the own units where the cluster's programs, or this one's warps, read it."""
+    if F.CTAS > 1:
+        held.own.index(step % 2).store(state[0].to(held.own.dtype))
+    else:
+        held.operand.index(step % 2).store(in_shares(state[0].to(held.operand.dtype), F.SHARES))
+
+
+@gluon.jit
+def announce(held, K: gl.constexpr, F: gl.constexpr, d_rec):
+    """Put d_gates of the own units where this program's warps read them."""
+    for g in gl.static_range(K.gates):
+        held.operand.index(g).store(in_shares(d_rec[g].to(held.operand.dtype), F.SHARES * F.CTAS))
+    block_barrier()
+    return 0
+
+
+@gluon.jit
+def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back):
+    """dh + W_hh^T d_gates: own rows of W_hh give a summand of all of dh, which programs and warps exchange."""
+    acc = gl.zeros([F.SHARES * F.CTAS, dh.shape[0], dh.shape[1]], gl.float32, F.PRODUCT)
+    for g in gl.static_range(K.gates):
+        d_gate = held.operand.index(g).load(F.A)
+        acc = mma_v2(d_gate, operand(held.W_hh, g, F.IN_REGISTERS, F.W), acc, input_precision=K.precision)
+    held.summands.index(back % 2).store(acc)
+    if F.CTAS > 1:
+        cluster_barrier()
+    else:
+        block_barrier()
+    return dh + gl.sum(held.summands.index(back % 2).load(F.SUMMED), 0)
+
+
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
 def forward(
     x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
@@ -121,83 +212,38 @@ def forward(
     SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr, BIAS_KEPT: gl.constexpr,
 ):  # fmt: skip
     CTAS: gl.constexpr = gl.num_ctas()
-    WARPS: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
-    PRODUCT: gl.constexpr = layouts.product(WARPS, SHARES, CTAS, 2)
-    A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
-    W: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 32 // BITS)
-    SUMMED: gl.constexpr = layouts.summed(SHARES, BLOCK_B, BLOCK_H, WARPS, CTAS)
-    direction, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
-    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, offs_b, RAGGED)
-    T, offs_b = where[1], where[4]
-    W_hh = load_weights(
-        W_hh_ptr, direction, G, H, BLOCK_H, SHARES, W,
-        layouts.operand(BITS, BLOCK_H // SHARES, [1, 2, 0], CTAS, 2), False, IN_REGISTERS,
-    )  # fmt: skip
-    b_hh = load_bias(b_hh_ptr, direction, G, H, offs_h, mask)
-    state = load_state(h_0_ptr, c_0_ptr, own_row, HAS_C, H, offs_state, offs_h, mask)
-    if reset_ptr is not None:
-        restart, starts = load_starts(
-            reset_ptr, reset_h_ptr, reset_c_ptr, where, 0, D, own_row, offs_state, BY_STEP, HAS_C, H, offs_h, mask
-        )
-        state = keep(restart, starts, state, 1 + HAS_C)
-    h_tile = gl.allocate_shared_memory(
-        dtype, [2, SHARES, BLOCK_B, BLOCK_H // SHARES], layouts.operand(BITS, BLOCK_H // SHARES, [2, 1, 0], CTAS, None)
+    K: gl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    F: gl.constexpr = form(SHARES, IN_REGISTERS, BIAS_KEPT, BITS, BLOCK_B, BLOCK_H, CTAS, gl.num_warps(), 2)
+    TIER: gl.constexpr = loop.Tier(receive, gates, publish, True, F)
+    rows, units = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_H, RAGGED, gl.SliceLayout(0, F.SUMMED))
+    first, last, starts, cells = loop.of_states(
+        HAS_C, (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
     )
+    DEPTH: gl.constexpr = BLOCK_H // SHARES
+    W_hh = load_weights(
+        K, F, W_hh_ptr, rows.direction, BLOCK_H, SHARES, layouts.operand(BITS, DEPTH, [1, 2, 0], CTAS, 2), False
+    )
+    b_hh = load_bias(K, b_hh_ptr, rows.direction, units)
+    if not BIAS_KEPT:
+        b_hh = b_hh_ptr
+    resets = Resets(reset_ptr, starts)
+    state = first_state(K, first, rows, units, resets)
+    whole = gl.allocate_shared_memory(
+        dtype, [2, SHARES, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, None)
+    )
+    own = None
     if CTAS > 1:
-        own_h = gl.allocate_shared_memory(
+        own = gl.allocate_shared_memory(
             dtype, [2, BLOCK_B, BLOCK_H], layouts.operand(BITS, BLOCK_H // CTAS, [1, 0], CTAS, 1)
         )
-        own_h.index(0).store(state[0].to(dtype))
-    else:
-        h_tile.index(0).store(in_shares(state[0].to(dtype), SHARES))
-    shape: gl.constexpr = [G, SHARES, BLOCK_B, BLOCK_H]
-    summands = gl.allocate_shared_memory(gl.float32, shape, layouts.partial(BLOCK_H, CTAS, 2))
-    zeros = gl.zeros([SHARES, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
-
-    x_next = load_inputs(x_gates_ptr, rows_ptr, where, 0, D, G, H, offs_h, mask)
-    for step in range(T):
-        x = as_fp32(x_next, G)
-        if not BIAS_KEPT:  # its registers are W_hh's: it comes from L1 every step
-            b_hh = load_bias(b_hh_ptr, direction, G, H, offs_h, mask)
-        if CTAS > 1:
-            cluster_barrier()
-            whole = own_h.index(step % 2).load(layouts.gathered(BITS, BLOCK_H, WARPS, CTAS))
-            h_tile.index(0).store(in_shares(whole, SHARES))
-        block_barrier()
-        h = h_tile.index(0 if CTAS > 1 else step % 2).load(A)
-        # In flight while the products wait for h, and its registers are free before.
-        x_next = load_inputs(x_gates_ptr, rows_ptr, where, gl.minimum(step + 1, T - 1), D, G, H, offs_h, mask)
-        if reset_ptr is not None:
-            restart, starts = load_starts(
-                reset_ptr, reset_h_ptr, reset_c_ptr, where, step + 1, D, own_row, offs_state, BY_STEP, HAS_C,
-                H, offs_h, mask,
-            )  # fmt: skip
-        for g in gl.static_range(G):
-            summands.index(g).store(mma_v2(h, operand(W_hh, g, IN_REGISTERS, W), zeros, input_precision=PRECISION))
-        block_barrier()
-        rec = ()
-        for g in gl.static_range(G):
-            rec = rec + (gl.sum(summands.index(g).load(SUMMED), 0) + b_hh[g],)
-        live = within(mask, rows_ptr, where, step)
-        after, saved = step_forward(CELL, x, rec, state, live, rows_ptr, HAS_C, ACTIVATIONS)
-        state = after
-        if reset_ptr is not None:
-            state = keep(restart, starts, after, 1 + HAS_C)
-        if CTAS > 1:
-            own_h.index((step + 1) % 2).store(state[0].to(dtype))
-        else:
-            h_tile.index((step + 1) % 2).store(in_shares(state[0].to(dtype), SHARES))
-
-        now = slot(where, step, D)
-        store_tiles(y_ptr + now * H, D * H, after, 1, H, offs_b, offs_h, live)
-        if c_ptr is not None:
-            store_tiles(c_ptr + now * H, D * H, (after[1],), 1, H, offs_b, offs_h, live)
-        if saved_ptr is not None:
-            store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_h, live)
-
-    store_state(h_n_ptr, c_n_ptr, own_row, state, HAS_C, H, offs_state, offs_h, mask)
+    summands = gl.allocate_shared_memory(gl.float32, [G, SHARES, BLOCK_B, BLOCK_H], layouts.partial(BLOCK_H, CTAS, 2))
+    held = Held(W_hh, b_hh, whole, own, summands)
+    publish(held, K, F, units, state, 0)
+    out = Outputs(y_ptr, cells, saved_ptr)
+    state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
+    store_state(last, rows, units, state, H)
     if CTAS > 1:
         gl.barrier(cluster=True)  # no program ends while others read its shared memory
 
@@ -213,67 +259,30 @@ def backward(
     SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     CTAS: gl.constexpr = gl.num_ctas()
-    WARPS: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
+    K: gl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    F: gl.constexpr = form(SHARES, IN_REGISTERS, True, BITS, BLOCK_B, BLOCK_H, CTAS, gl.num_warps(), 0)
+    TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, True, F)
+    rows, units = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_H, RAGGED, gl.SliceLayout(0, F.SUMMED))
+    last, first, starts, cells = loop.of_states(
+        HAS_C, (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr), (dc_ptr,)
+    )
     SUMMANDS: gl.constexpr = SHARES * CTAS
     DEPTH: gl.constexpr = BLOCK_H // SUMMANDS
-    PRODUCT: gl.constexpr = layouts.product(WARPS, SHARES, CTAS, 0)
-    A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 32 // BITS)
-    W: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 32 // BITS)
-    SUMMED: gl.constexpr = layouts.summed(SUMMANDS, BLOCK_B, BLOCK_H, WARPS, CTAS)
-    direction, first_row, offs_b, offs_h, mask = place(B, D, H, BLOCK_B, BLOCK_H, gl.SliceLayout(0, SUMMED))
-    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, offs_b, RAGGED)
-    T, offs_b = where[1], where[4]
     W_hh = load_weights(
-        W_hh_ptr, direction, G, H, BLOCK_H, SUMMANDS, W,
-        layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0), True, IN_REGISTERS,
-    )  # fmt: skip
-
-    d_state = load_state(dh_n_ptr, dc_n_ptr, own_row, HAS_C, H, offs_state, offs_h, mask)
+        K, F, W_hh_ptr, rows.direction, BLOCK_H, SUMMANDS, layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0), True
+    )
+    d_state = load_state(last, rows, units, H)
     d_tile = gl.allocate_shared_memory(
         dtype, [G, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
     )
-    shape: gl.constexpr = [2, SUMMANDS, BLOCK_B, BLOCK_H]
-    summands = gl.allocate_shared_memory(gl.float32, shape, layouts.partial(BLOCK_H, CTAS, 0))
-    end = kept_ptr + slot(where, T - 1, D) * H
-    kept = as_fp32(load_tiles(end, D * H, 1, H, offs_b, offs_h, within(mask, rows_ptr, where, T - 1)), 1)[0]
-    following = load_step(
-        dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-        where, T - 1, D, own_row, offs_state, S, H, BY_STEP, offs_h, mask,
-    )  # fmt: skip
-    for back in range(T):
-        step, tiles = T - 1 - back, following
-        following = load_step(
-            dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-            where, gl.maximum(step - 1, 0), D, own_row, offs_state, S, H, BY_STEP, offs_h, mask,
-        )  # fmt: skip
-        live = within(mask, rows_ptr, where, step)
-        d_x, d_rec, d_state, kept = step_backward(
-            CELL, d_state, tiles, kept, live, dc_ptr, rows_ptr, reset_ptr, G, S, HAS_C, ACTIVATIONS
-        )
-        for g in gl.static_range(G):
-            d_tile.index(g).store(in_shares(d_rec[g].to(dtype), SUMMANDS))
-        block_barrier()
-        acc = gl.zeros([SUMMANDS, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
-        for g in gl.static_range(G):
-            acc = mma_v2(d_tile.index(g).load(A), operand(W_hh, g, IN_REGISTERS, W), acc, input_precision=PRECISION)
-        summands.index(back % 2).store(acc)
-        if CTAS > 1:
-            cluster_barrier()
-        else:
-            block_barrier()
-        dh = gl.sum(summands.index(back % 2).load(SUMMED), 0)
-        d_state = with_dh(d_state, d_state[0] + dh, HAS_C)
-        if reset_ptr is not None:
-            restart = tiles[len(tiles) - 1]
-            d_state = cut(d_state, restart, d_reset_h_ptr, d_reset_c_ptr, where, step, D, HAS_C, H, offs_h, mask)
-
-        now = slot(where, step, D)
-        store_tiles(d_x_gates_ptr + now * G * H, D * G * H, d_x, G, H, offs_b, offs_h, live)
-        if d_rec_last_ptr is not None:
-            store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_h, live)
-
-    store_state(dh_0_ptr, dc_0_ptr, own_row, d_state, HAS_C, H, offs_state, offs_h, mask)
+    summands = gl.allocate_shared_memory(gl.float32, [2, SUMMANDS, BLOCK_B, BLOCK_H], layouts.partial(BLOCK_H, CTAS, 0))
+    held = Held(W_hh, None, d_tile, None, summands)
+    read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
+    grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
+    resets = Resets(reset_ptr, (reset_kept_ptr,))
+    d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
+    store_state(first, rows, units, d_state, H)
     if CTAS > 1:
         gl.barrier(cluster=True)

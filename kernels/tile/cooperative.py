@@ -6,11 +6,10 @@
                dh = W_hh^T[own units] d_gates[t] + rest
 
 A program owns BLOCK_N hidden units, all their gates and their W_hh: the rows that make its own gates in forward, the
-columns that make its own dh in backward; either stays on chip for the whole sequence. Forward exchanges h in two
-buffers that alternate: not as y, since where a sequence ends or starts anew another state goes on. Backward exchanges
-d_gates, its output, each slot of which is written once. barrier.py holds the protocol. What does not depend on the
-others (x_gates of the next step, everything that backward reads of it) is loaded between arrival and wait; what they do
-not need (y, c, saved tiles) is stored after the arrival.
+columns that make its own dh in backward; either stays on chip for the whole sequence. ../exchange.py says how the state
+is handed on, ../barrier.py how programs wait. What does not depend on the others (x_gates of the next step, everything
+that backward reads of it) is loaded between arrival and wait; what they do not need (y, c, saved tiles) is stored after
+the arrival.
 
 The WARPS warps of a program share the sum over K, the H units of the exchanged state, as a batched product: each reads
 its own columns of the state once and multiplies them with all own units, so that no warp repeats another's products and
@@ -19,43 +18,51 @@ size), ...), covers it with powers of two, small ones, since each is an operand 
 
 Source: Diamos et al. 2016 (persistent RNNs) for the split over the GPU with a barrier a step.
 
-Grid: (P, batch tiles, D); the last two number the groups. The layout of tensors is in tiles.py.
+Grid: (P, batch tiles, D); the last two number the groups. The layout of tensors is in ../loop.py.
 
 Limit: the latency of a step, not bandwidth: one grid barrier and one read of the state through L2 (about 1 us on an
-H100 by public notes, not measured here), then product, sum over the warps, activations, store.
+H100 by public notes), then product, sum over the warps, activations, store.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-from ..barrier import arrive, wait
+from .. import loop
+from ..exchange import Group, announce, load_exchanged, meet, publish, receive
+from ..loop import Constants, Gradients, Outputs, Saved, first_state, load_bias, load_state, store_state
 from ..metadata import of_launch
-from .sequences import cut, find_rows, keep, load_starts, slot, within
-from .tiles import (
-    as_fp32,
-    load_bias,
-    load_inputs,
-    load_state,
-    load_step,
-    load_tiles,
-    step_backward,
-    step_forward,
-    store_state,
-    store_tiles,
-    with_dh,
-)
+from ..rows import Resets, Units, find_rows, live, slot
+
+
+class Held(NamedTuple):
+    """What a program holds for all of time."""
+
+    W_hh: Any  # [WARPS, K, BLOCK_N] for each piece of K and gate
+    b_hh: Any  # G tiles [BLOCK_B, BLOCK_N]; None in backward
+    row_mask: Any  # [BLOCK_B]: rows of the batch tile that exist
+    group: Any
+
+
+class Form(NamedTuple):
+    """What the planner chose."""
+
+    K_TILES: Any
+    WARPS: Any
+    SPIN_ON_LOAD: Any
 
 
 @triton.jit
-def place(B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's direction (of D), its first row (of B), its own units, and masks of its rows and tile."""
-    direction = tl.program_id(2).to(tl.int64)
+def place(rows_ptr, T, B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr):
+    """This program's rows and units, the first row of its batch tile, and the tile's rows and their mask."""
+    direction, D = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     first_row = tl.program_id(1).to(tl.int64) * BLOCK_B
     offs_b = tl.arange(0, BLOCK_B)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = first_row + offs_b < B
-    mask = row_mask[:, None] & (offs_n < H)[None, :]
-    return direction, tl.num_programs(2), first_row, offs_b, offs_n, row_mask, mask
+    units = Units(offs_n, row_mask[:, None] & (offs_n < H)[None, :])
+    return find_rows(rows_ptr, direction, D, T, B, first_row, offs_b, RAGGED), units, first_row, offs_b, row_mask
 
 
 @triton.jit
@@ -63,14 +70,6 @@ def columns(K_TILES: tl.constexpr, i: tl.constexpr, WARPS: tl.constexpr):
     """[WARPS, K]: the units that piece i of each warp's share covers."""
     share: tl.constexpr = K_TILES[len(K_TILES) - 1][0] + K_TILES[len(K_TILES) - 1][1]
     return tl.arange(0, WARPS)[:, None] * share + K_TILES[i][0] + tl.arange(0, K_TILES[i][1])[None, :]
-
-
-@triton.jit
-def load_exchanged(ptr, row_stride, offs_k, H: tl.constexpr, offs_b, row_mask):
-    """A piece [WARPS, BLOCK_B, K] of what the group's programs wrote: past L1, which may hold older values."""
-    mask = row_mask[None, :, None] & (offs_k < H)[:, None, :]
-    tile_ptr = ptr + offs_b[None, :, None] * row_stride + offs_k[:, None, :]
-    return tl.load(tile_ptr, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -94,42 +93,41 @@ def load_weights(
 
 
 @triton.jit
-def recurrent_gates(
-    h_ptr, row_mask, W_hh, b_hh, offs_b,
-    G: tl.constexpr, H: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def gates(held, K: tl.constexpr, F: tl.constexpr, h_ptr):
     """W_hh h + b_hh of the own units, gate by gate."""
     sums = ()
-    for _ in tl.static_range(G):
-        sums = sums + (tl.zeros([WARPS, b_hh[0].shape[0], b_hh[0].shape[1]], tl.float32),)
-    for i in tl.static_range(len(K_TILES)):
-        h = load_exchanged(h_ptr, H, columns(K_TILES, i, WARPS), H, offs_b, row_mask)
+    for g in tl.static_range(K.gates):
+        sums = sums + (tl.zeros([F.WARPS, held.b_hh[g].shape[0], held.b_hh[g].shape[1]], tl.float32),)
+    for i in tl.static_range(len(F.K_TILES)):
+        h = load_exchanged(h_ptr, K.H, columns(F.K_TILES, i, F.WARPS), K.H, held.group.rows, held.row_mask)
         longer = ()
-        for g in tl.static_range(G):
-            longer = longer + (tl.dot(h, W_hh[i * G + g], acc=sums[g], input_precision=PRECISION),)
+        for g in tl.static_range(K.gates):
+            W_g = held.W_hh[i * K.gates + g]
+            longer = longer + (tl.dot(h, W_g, acc=sums[g], input_precision=K.precision),)
         sums = longer
     rec = ()
-    for g in tl.static_range(G):
-        rec = rec + (b_hh[g] + tl.sum(sums[g], 0),)
+    for g in tl.static_range(K.gates):
+        rec = rec + (held.b_hh[g] + tl.sum(sums[g], 0),)
     return rec
 
 
 @triton.jit
-def d_hidden(
-    d_x_gates_ptr, d_rec_last_ptr, now, D, row_mask, W_hh, offs_b,
-    G: tl.constexpr, H: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """W_hh^T d_gates of the own units, d_gates being those of a (t, batch tile, direction)."""
-    total = tl.zeros([WARPS, offs_b.shape[0], W_hh[0].shape[2]], tl.float32)
-    for i in tl.static_range(len(K_TILES)):
-        offs_k = columns(K_TILES, i, WARPS)
-        for g in tl.static_range(G):
-            if d_rec_last_ptr is not None and g == G - 1:
-                d_gate = load_exchanged(d_rec_last_ptr + now * H, D * H, offs_k, H, offs_b, row_mask)
+def d_hidden(held, K: tl.constexpr, F: tl.constexpr, dh, sent, rows, step, back):
+    """dh + W_hh^T d_gates of the own units, when all programs have announced d_gates."""
+    group = held.group
+    meet(group, back + 1, F)
+    now, mask = slot(rows, step), live(held.row_mask, rows, step)
+    total = tl.zeros([F.WARPS, dh.shape[0], dh.shape[1]], tl.float32)
+    for i in tl.static_range(len(F.K_TILES)):
+        offs_k = columns(F.K_TILES, i, F.WARPS)
+        for g in tl.static_range(K.gates):
+            if group.last is not None and g == K.gates - 1:
+                d_gate = load_exchanged(group.last + now * K.H, rows.D * K.H, offs_k, K.H, rows.slots, mask)
             else:
-                d_gate = load_exchanged(d_x_gates_ptr + (now * G + g) * H, D * G * H, offs_k, H, offs_b, row_mask)
-            total = tl.dot(d_gate, W_hh[i * G + g], acc=total, input_precision=PRECISION)
-    return tl.sum(total, 0)
+                ptr = group.exchanged + (now * K.gates + g) * K.H
+                d_gate = load_exchanged(ptr, rows.D * K.gates * K.H, offs_k, K.H, rows.slots, mask)
+            total = tl.dot(d_gate, held.W_hh[i * K.gates + g], acc=total, input_precision=K.precision)
+    return dh + tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -143,55 +141,25 @@ def forward(
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
     PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    direction, D, first_row, tile_rows, offs_n, row_mask, mask = place(B, H, BLOCK_B, BLOCK_N)
-    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, tile_rows, RAGGED)
-    T, offs_b = where[1], where[4]
-    P = tl.num_programs(0).to(tl.int64)
-    counter_ptr = counters_ptr + (tl.program_id(1) * D + tl.program_id(2)) * COUNTER_STRIDE
-    # h in two buffers [2, D, B, H], rows as in batch tiles: that of even steps and that of odd ones.
-    buffer = D * tl.cast(B, tl.int64) * H
-    exchanged_ptr += (direction * B + first_row) * H
-
-    W_hh = load_weights(W_hh_ptr, direction, offs_n, G, H, K_TILES, WARPS, True)
-    b_hh = load_bias(b_hh_ptr, direction, G, H, offs_n, mask)
-    state = load_state(h_0_ptr, c_0_ptr, own_row, HAS_C, H, offs_state, offs_n, mask)
-    if reset_ptr is not None:
-        restart, starts = load_starts(
-            reset_ptr, reset_h_ptr, reset_c_ptr, where, 0, D, own_row, offs_state, BY_STEP, HAS_C, H, offs_n, mask
-        )
-        state = keep(restart, starts, state, 1 + HAS_C)
-    store_tiles(exchanged_ptr, H, state, 1, H, tile_rows, offs_n, mask)
-    arrive(counter_ptr)
-    x_next = load_inputs(x_gates_ptr, rows_ptr, where, 0, D, G, H, offs_n, mask)
-    for step in tl.range(0, T, num_stages=1):
-        x = as_fp32(x_next, G)
-        if reset_ptr is not None:
-            restart, starts = load_starts(
-                reset_ptr, reset_h_ptr, reset_c_ptr, where, step + 1, D, own_row, offs_state, BY_STEP, HAS_C,
-                H, offs_n, mask,
-            )  # fmt: skip
-        wait(counter_ptr, (step + 1) * P, SPIN_ON_LOAD)
-        h_ptr = exchanged_ptr + (step % 2) * buffer
-        rec = recurrent_gates(h_ptr, row_mask, W_hh, b_hh, tile_rows, G, H, K_TILES, WARPS, PRECISION)
-        live = within(mask, rows_ptr, where, step)
-        after, saved = step_forward(CELL, x, rec, state, live, rows_ptr, HAS_C, ACTIVATIONS)
-        state = after
-        if reset_ptr is not None:
-            state = keep(restart, starts, after, 1 + HAS_C)
-
-        store_tiles(exchanged_ptr + (step + 1) % 2 * buffer, H, state, 1, H, tile_rows, offs_n, mask)
-        arrive(counter_ptr)
-        # Behind the product in the text, too: Triton 3.9 then spreads the cell over all threads, in the layout of these
-        # loads. Before it, each warp computes the whole cell in the layout of the product's sum.
-        x_next = load_inputs(x_gates_ptr, rows_ptr, where, tl.minimum(step + 1, T - 1), D, G, H, offs_n, mask)
-        now = slot(where, step, D)
-        store_tiles(y_ptr + now * H, D * H, after, 1, H, offs_b, offs_n, live)
-        if c_ptr is not None:
-            store_tiles(c_ptr + now * H, D * H, (after[1],), 1, H, offs_b, offs_n, live)
-        if saved_ptr is not None:
-            store_tiles(saved_ptr + now * S * H, D * S * H, saved, S, H, offs_b, offs_n, live)
-
-    store_state(h_n_ptr, c_n_ptr, own_row, state, HAS_C, H, offs_state, offs_n, mask)
+    K: tl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    F: tl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD)
+    TIER: tl.constexpr = loop.Tier(receive, gates, publish, False, F)
+    rows, units, first_row, offs_b, row_mask = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_N, RAGGED)
+    first, last, starts, cells = loop.of_states(
+        HAS_C, (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
+    )
+    counter_ptr = counters_ptr + (tl.program_id(1) * rows.D + tl.program_id(2)) * COUNTER_STRIDE
+    exchanged_ptr += (rows.direction * B + first_row) * H
+    buffer = rows.D * tl.cast(B, tl.int64) * H
+    group = Group(counter_ptr, tl.num_programs(0).to(tl.int64), exchanged_ptr, None, buffer, offs_b)
+    W_hh = load_weights(W_hh_ptr, rows.direction, units.offs, G, H, K_TILES, WARPS, True)
+    held = Held(W_hh, load_bias(K, b_hh_ptr, rows.direction, units), row_mask, group)
+    resets = Resets(reset_ptr, starts)
+    state = first_state(K, first, rows, units, resets)
+    publish(held, K, F, units, state, 0)
+    out = Outputs(y_ptr, cells, saved_ptr)
+    state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
+    store_state(last, rows, units, state, H)
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -204,44 +172,20 @@ def backward(
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
     PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    direction, D, first_row, tile_rows, offs_n, row_mask, mask = place(B, H, BLOCK_B, BLOCK_N)
-    where, own_row, offs_state = find_rows(rows_ptr, direction, T, B, first_row, tile_rows, RAGGED)
-    T, offs_b = where[1], where[4]
-    P = tl.num_programs(0).to(tl.int64)
-    counter_ptr = counters_ptr + (tl.program_id(1) * D + tl.program_id(2)) * COUNTER_STRIDE
-    W_hh = load_weights(W_hh_ptr, direction, offs_n, G, H, K_TILES, WARPS, False)
-
-    d_state = load_state(dh_n_ptr, dc_n_ptr, own_row, HAS_C, H, offs_state, offs_n, mask)
-    end = kept_ptr + slot(where, T - 1, D) * H
-    kept = as_fp32(load_tiles(end, D * H, 1, H, offs_b, offs_n, within(mask, rows_ptr, where, T - 1)), 1)[0]
-    following = load_step(
-        dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-        where, T - 1, D, own_row, offs_state, S, H, BY_STEP, offs_n, mask,
-    )  # fmt: skip
-    for back in tl.range(0, T, num_stages=1):
-        step, tiles = T - 1 - back, following
-        live = within(mask, rows_ptr, where, step)
-        d_x, d_rec, d_state, kept = step_backward(
-            CELL, d_state, tiles, kept, live, dc_ptr, rows_ptr, reset_ptr, G, S, HAS_C, ACTIVATIONS
-        )
-        now = slot(where, step, D)
-        store_tiles(d_x_gates_ptr + now * G * H, D * G * H, d_x, G, H, offs_b, offs_n, live)
-        if d_rec_last_ptr is not None:
-            store_tiles(d_rec_last_ptr + now * H, D * H, (d_rec[G - 1],), 1, H, offs_b, offs_n, live)
-        arrive(counter_ptr)
-        following = load_step(
-            dy_ptr, dc_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-            where, tl.maximum(step - 1, 0), D, own_row, offs_state, S, H, BY_STEP, offs_n, mask,
-        )  # fmt: skip
-
-        wait(counter_ptr, (back + 1) * P, SPIN_ON_LOAD)
-        live_rows = within(row_mask, rows_ptr, where, step)
-        dh = d_state[0] + d_hidden(
-            d_x_gates_ptr, d_rec_last_ptr, now, D, live_rows, W_hh, offs_b, G, H, K_TILES, WARPS, PRECISION
-        )
-        d_state = with_dh(d_state, dh, HAS_C)
-        if reset_ptr is not None:
-            restart = tiles[len(tiles) - 1]
-            d_state = cut(d_state, restart, d_reset_h_ptr, d_reset_c_ptr, where, step, D, HAS_C, H, offs_n, mask)
-
-    store_state(dh_0_ptr, dc_0_ptr, own_row, d_state, HAS_C, H, offs_state, offs_n, mask)
+    K: tl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    F: tl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD)
+    TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
+    rows, units, _, offs_b, row_mask = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_N, RAGGED)
+    last, first, starts, cells = loop.of_states(
+        HAS_C, (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr), (dc_ptr,)
+    )
+    counter_ptr = counters_ptr + (tl.program_id(1) * rows.D + tl.program_id(2)) * COUNTER_STRIDE
+    group = Group(counter_ptr, tl.num_programs(0).to(tl.int64), d_x_gates_ptr, d_rec_last_ptr, None, offs_b)
+    W_hh = load_weights(W_hh_ptr, rows.direction, units.offs, G, H, K_TILES, WARPS, False)
+    held = Held(W_hh, None, row_mask, group)
+    read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
+    grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
+    d_state = load_state(last, rows, units, H)
+    resets = Resets(reset_ptr, (reset_kept_ptr,))
+    d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
+    store_state(first, rows, units, d_state, H)

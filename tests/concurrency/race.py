@@ -25,11 +25,12 @@ class Race(AssertionError):  # noqa: N818 - the field's word
 
 
 def source_line() -> tuple[str, int]:
-    """File and number of the time loop's line that is being interpreted, not of a helper that it calls."""
+    """File and number of the time loop's line that is being interpreted, else of the kernel's: not of their helpers."""
     place, frame = ("unknown", 0), sys._getframe()
     while frame is not None:
         file = frame.f_code.co_filename
-        if "/kernels/" in file or "/mutant_" in file:
+        in_loop = file.endswith("/loop.py")
+        if ("/kernels/" in file or "/mutant_" in file) and (in_loop or not place[0].endswith("/loop.py")):
             place = (file, frame.f_lineno)
         frame = frame.f_back
     return place

@@ -103,32 +103,33 @@ def test_schedules_stay_in_the_budget(cell, scheduled):
         assert not over_budget(problem, functools.partial(recurrence, backend="cooperative"))
 
 
-BARRIER, COOPERATIVE, LAUNCH = "kernels/barrier.py", "kernels/tile/cooperative.py", "fastrnn/launch.py"
-WAIT = "wait(counter_ptr, (step + 1) * P, SPIN_ON_LOAD)"
-WAIT_BACKWARD = "wait(counter_ptr, (back + 1) * P, SPIN_ON_LOAD)"
-STORE = "        store_tiles(exchanged_ptr + (step + 1) % 2 * buffer, H, state, 1, H, tile_rows, offs_n, mask)\n"
-ARRIVE = "        arrive(counter_ptr)\n"
-CELL_CALL = "after, saved = step_forward("
+BARRIER, EXCHANGE, COOPERATIVE, LAUNCH = (
+    "kernels/barrier.py", "kernels/exchange.py", "kernels/tile/cooperative.py", "fastrnn/launch.py"
+)  # fmt: skip
+STORE = "    tl.store(group.exchanged + (step % 2) * group.buffer + at, h, mask=units.mask)\n"
+ARRIVE = "    arrive(group.counter)\n"
+RECEIVE = "    meet(group, step + 1, F)\n"  # h of the step before; publish hands on that of the next
 
-LATE = {WAIT: "", CELL_CALL: f"{WAIT}\n        {CELL_CALL}"}
-NO_WAIT = {WAIT: "", WAIT_BACKWARD: ""}
-LOW, HIGH = ({" + 1) * P,": f" + 1) * P {off} 1,"} for off in "-+")
+LATE = {RECEIVE: "", STORE: f"    meet(group, step, F)\n{STORE}"}
+NO_WAIT = {"wait(group.counter, times * group.programs, F.SPIN_ON_LOAD)": "pass"}
+NO_ARRIVAL = {"arrive(group.counter)": "pass", "arrive(held.group.counter)": "pass"}
+LOW, HIGH = ({"times * group.programs": f"times * group.programs {off} 1"} for off in "-+")
 
 # What is broken: where, the texts and what takes their place, in which pass it must be caught, and as what.
 MUTATIONS = {
-    "barrier removed": (COOPERATIVE, NO_WAIT | {"arrive(counter_ptr)": ""}, "both", Race),
-    "wait removed": (COOPERATIVE, NO_WAIT, "both", Race),
-    "arrival removed": (COOPERATIVE, {ARRIVE: ""}, "both", RuntimeError),
-    "arrival before the store": (COOPERATIVE, {STORE + ARRIVE: ARRIVE + STORE}, "forward", Race),
-    "target one too low": (COOPERATIVE, LOW, "both", Race),
-    "target one too high": (COOPERATIVE, HIGH, "both", RuntimeError),
+    "barrier removed": (EXCHANGE, NO_WAIT | NO_ARRIVAL, "both", Race),
+    "wait removed": (EXCHANGE, NO_WAIT, "both", Race),
+    "arrival removed": (EXCHANGE, NO_ARRIVAL, "both", RuntimeError),
+    "arrival before the store": (EXCHANGE, {STORE + ARRIVE: ARRIVE + STORE}, "forward", Race),
+    "target one too low": (EXCHANGE, LOW, "both", Race),
+    "target one too high": (EXCHANGE, HIGH, "both", RuntimeError),
     "groups share a counter": (LAUNCH, {"counters.stride(0)": "0"}, "both", Race),
     "release made relaxed": (BARRIER, {'sem="release"': 'sem="relaxed"'}, "both", Race),
     "acquire made relaxed": (BARRIER, {'sem="acquire"': 'sem="relaxed"'}, "both", Race),
-    "state loaded before the barrier": (COOPERATIVE, LATE, "forward", Race),
-    "d_gates read a step early": (COOPERATIVE, {"(back + 1) * P,": "back * P,"}, "backward", Race),
+    "state loaded before the barrier": (EXCHANGE, LATE, "forward", Race),
+    "d_gates read a step early": (COOPERATIVE, {"meet(group, back + 1, F)": "meet(group, back, F)"}, "backward", Race),
     "one buffer for even and odd steps": (
-        COOPERATIVE, {"(step + 1) % 2 * buffer": "0", "(step % 2) * buffer": "0"}, "forward", Race),
+        EXCHANGE, {"(step % 2) * group.buffer": "0"}, "forward", Race),
 }  # fmt: skip
 
 
