@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim, export
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,9 +37,8 @@ def default_precision():
     rnn.fp32_precision = before
 
 
-def dtype_of(backend: str) -> torch.dtype:
-    """float64 for torch's own kernel: see test_torchs_lstm_on_the_cpu_does_not_train_compiled."""
-    return torch.float64 if backend in ("auto", "torch") else torch.float32
+def runs_torchs(backend: str, device: str) -> bool:
+    return backend == "torch" or (backend == "auto" and device == "cpu")
 
 
 def trained(module, run, x, steps: int = 2) -> list[torch.Tensor]:
@@ -56,23 +56,76 @@ def trained(module, run, x, steps: int = 2) -> list[torch.Tensor]:
 
 def made(name: str, backend: str, device: str, **kwargs):
     torch.manual_seed(0)
-    kwargs = {"num_layers": 2, "bidirectional": True, "dtype": dtype_of(backend), "device": device} | kwargs
+    kwargs = {"num_layers": 2, "bidirectional": True, "device": device} | kwargs
     module = getattr(fastrnn, name)(3, 4, backend=backend, **kwargs)
-    return module, torch.randn(5, 2, 3, dtype=dtype_of(backend), device=device)
+    return module, torch.randn(5, 2, 3, dtype=module.weight_hh_l0.dtype, device=device)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_no_graph_break(name, backend, device):
-    """Training and inference, compiled whole, give what they give uncompiled."""
+def test_compiled_it_gives_the_same(name, backend, device):
+    """Training and inference, as one graph; before torch's own kernel the graph breaks, as at torch.nn's layers."""
     module, x = made(name, backend, device)
     truth = trained(module, module, x)
     module, x = made(name, backend, device)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    breaks = runs_torchs(backend, device)
+    if breaks:
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="_untraced"):
+            torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=not breaks)
     for a, b in zip(trained(module, compiled, x), truth, strict=True):
         torch.testing.assert_close(a, b)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), module(x))
+
+
+@pytest.mark.parametrize("options", ({}, {"checkpoint_every": 2}, {"subclass": True}), ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_torchs_kernels_are_traced_where_torch_is_told_to(name, options, device):
+    """By torch's own setting for its layers; float64: see test_torchs_lstm_on_the_cpu_does_not_train_compiled."""
+    subclass, more = options.get("subclass"), {k: v for k, v in options.items() if k != "subclass"}
+    module, x = made(name, "torch", device, dtype=torch.float64, **more)
+    if subclass:
+        module = fastrnn.convert(fastrnn.revert(module), backend="torch")
+        assert isinstance(module, getattr(torch.nn, name))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(differentiated(module, compiled, (x,), {}), differentiated(module, module, (x,), {}))
+
+
+@pytest.mark.parametrize("kind", ("module", "checkpointed", "function", "converted"))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_program_does_not_grow_with_time(name, kind, device):
+    """A layer between others by torch's kernel: torch.compile sees the others only, and once, however long T is."""
+    module = getattr(torch.nn, name)(4, 4).to(device)
+    module = fastrnn.convert(module, backend="torch", subclass=kind == "converted")
+    module.checkpoint_every = 3 if kind == "checkpointed" else None
+    function = {"LSTM": fastrnn.lstm, "GRU": fastrnn.gru, "RNN": fastrnn.rnn}[name]
+    parameters, below = list(module.parameters()), torch.nn.Linear(3, 4).to(device)
+
+    def model(x):
+        x = below(x)
+        y, _ = function(x, None, parameters, backend="torch") if kind == "function" else module(x)
+        return y.tanh()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, dynamic=True)
+    for T in (30, 20, 40):
+        x = torch.randn(T, 2, 3, device=device)
+        torch.testing.assert_close(compiled(x), model(x))
+        compiled(x).sum().backward()
+        assert module.weight_hh_l0.grad is not None
+    assert counter.op_count < 30, "as many products as steps, or a graph for each length"
+
+
+@pytest.mark.parametrize("backend", ("resident", "cooperative", "auto"))
+def test_compiling_prints_no_warning(backend, device):
+    module, x = made("LSTM", backend, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        torch._dynamo.utils.warn_once_cache.clear()
+        torch.compile(module, backend="eager")(x)
 
 
 @pytest.mark.skipif("inductor" not in COMPILERS, reason="torch.compile's own backend needs a compiler")
@@ -149,7 +202,7 @@ def test_sequences_of_their_own(name, backend, kind, device):
 @pytest.mark.parametrize("backend", ("auto", "reference", "resident"))
 def test_export(backend, dynamic, strict, device, default_precision):
     """A dynamic batch on every backend; dynamic time by the kernels, which walk it themselves."""
-    module, x = made("LSTM", backend, device, num_layers=1)
+    module, x = made("LSTM", backend, device, num_layers=1, dtype=torch.float64 if backend == "auto" else None)
     dims = {dim: Dim(key, min=2, max=64) for dim, key in enumerate("TB") if key in dynamic}
 
     def exported():
