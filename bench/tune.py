@@ -72,7 +72,7 @@ def tune(problem: Problem, setup: Setup) -> list[dict[str, Any]]:
                 tuned = tuning.Tuned({key: {which: form}}, wanted)
                 with trying(setup.arch, tuned):
                     us = _us_per_step(problem, which, setup.dry)
-                    spills = not setup.dry and form not in compiler._chosen.values()
+                    spills = not setup.dry and form not in compiler.taken(which)
                 record = {"kernel": key, "cluster": _cluster_key(problem) if ctas > 1 else None, "ctas": ctas}
                 record |= {"pass": which, "form": json.dumps(form), "us": None if spills else us, "spills": spills}
                 records.append(record | {"planner's own": ctas == own.ctas and number == 0})

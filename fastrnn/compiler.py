@@ -32,6 +32,11 @@ def first_without_spills(
     return _chosen[key]
 
 
+def taken(name: str) -> list[dict[str, Any]]:
+    """The choices taken so far for kernels of a name: "forward" or "backward", whose choices may look alike."""
+    return [choice for (function, *_), choice in _chosen.items() if function.__name__ == name]
+
+
 def _as_compiled(argument: Any) -> Hashable:
     """What Triton compiles an argument for: a tensor's dtype, and whether it lies at a multiple of 16 bytes."""
     if isinstance(argument, torch.Tensor):

@@ -1,12 +1,15 @@
 """The planner reads fastrnn/tuned/<arch>.json: what is measured to be faster goes first, and nothing else changes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bench import tune
 from bench.tune import trying
-from fastrnn import clusters, plan, tuning
+from fastrnn import clusters, compiler, plan, tuning
+from fastrnn.inspect.compile import PASSES, Problem
 
 SIZES = {"hidden_size": 256, "batch_size": 16, "dtype": torch.bfloat16, "device": "sm_90"}
 
@@ -97,6 +100,45 @@ def test_trying_forgets_what_was_planned_and_leaves_no_trace(tuned):
     with trying("sm_90", tuning.Tuned(ctas={"lstm H=256 bfloat16 tiles=1": 4})):
         assert plan("lstm", **SIZES).kernel.ctas == 4
     assert plan("lstm", **SIZES).kernel.ctas == 8
+
+
+class Kernel:
+    """As compiler.py sees one of Triton's: compiled for a choice, it spills as many registers as it is told."""
+
+    def __init__(self, name: str, spills):
+        self.__name__, self.spills = name, spills
+
+    def warmup(self, *arguments, grid, **options):
+        return self.spills(options)
+
+
+def test_a_form_that_spills_in_one_pass_is_not_taken_for_that_of_the_other(monkeypatch):
+    """In the cooperative tier the forms of both passes are alike: here all but one spill, another one in each pass."""
+    problem = Problem("lstm", 1024, arch="sm_90")
+    kernel = tune._kernel(problem, clusters.DeviceSpec.named("sm_90"))
+    shared = [form for form in kernel.choices["forward"] if form in kernel.choices["backward"]]
+    clean = {"forward": shared[0], "backward": shared[-1]}
+    assert shared[0] != shared[-1]
+
+    def run(problem, which, dry):
+        choices = tune._kernel(problem, clusters.DeviceSpec.named("sm_90")).choices
+        for name in PASSES[: 1 + PASSES.index(which)]:
+            function = Kernel(name, lambda options, name=name: int(not clean[name].items() <= options.items()))
+            compiler.first_without_spills(function, "sm_90", choices[name], (), (1,), {})
+        return 1.0
+
+    monkeypatch.setattr(compiler, "spilled_registers", lambda spills: spills)
+    monkeypatch.setattr(tune, "_us_per_step", run)
+    monkeypatch.setattr(clusters.DeviceSpec, "of", lambda _: clusters.DeviceSpec.named("sm_90"))
+
+    def free_of_spills():
+        records = tune.tune(problem, SimpleNamespace(arch="sm_90", dry=False))
+        return {which: [json.loads(r["form"]) for r in records if r["pass"] == which and not r["spills"]]
+                for which in PASSES}  # fmt: skip
+
+    assert free_of_spills() == {which: [json.loads(json.dumps(form))] for which, form in clean.items()}
+    monkeypatch.setattr(compiler, "taken", lambda name: compiler._chosen.values())  # as it was
+    assert len(free_of_spills()["backward"]) == 2
 
 
 def test_every_committed_file_is_read_and_fits_its_board():
