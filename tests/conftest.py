@@ -39,18 +39,20 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(autouse=True)
-def _seeded_and_exact(monkeypatch):
+def _seeded_and_exact():
     """Seed, fp32 products in full precision, and torch.nn by torch's own loop, so that it is the truth on a GPU too.
 
     cuDNN is not: in fp32 and "ieee" its gradients were off by 5e-5 (H100, cuDNN of torch 2.11). It also differentiates
     in training only, once, and takes no states with gaps. tests/test_native.py has the tests of what runs by cuDNN.
     """
     torch.manual_seed(0)
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    cudnn = torch.backends.cudnn.enabled
+    torch._C._set_cudnn_enabled(False)  # torch's own tests forbid setting torch.backends.cudnn.enabled once imported
     rnn, matmul = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     torch.backends.cudnn.rnn.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
     yield
     torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision = rnn, matmul
+    torch._C._set_cudnn_enabled(cudnn)
 
 
 @pytest.fixture

@@ -142,8 +142,9 @@ def test_make_graphed_callables(name, H, kwargs):
 
 
 @pytest.fixture
-def cudnn(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", True)
+def cudnn():
+    """What conftest.py turns off, and afterwards turns to what it was."""
+    torch._C._set_cudnn_enabled(True)
 
 
 # In float32 and "ieee" cuDNN's gradients were off by 5e-5 (H100, torch 2.11).
