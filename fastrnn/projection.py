@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from .sequences import PLAIN, Window, states_before
+from .sequences import PLAIN, Slots, Window, states_before
 
 State = tuple[Tensor, ...]
 
@@ -86,6 +86,8 @@ def run(
         options["reset_h"] = torch.zeros_like(options["reset_c"])
     y, m, c, *cs = recurrence("lstm", x_gates, combined(W_hh, W_hr), b_hh, m, c, source=source, **options)
     y = torch.stack([linear(y.select(-2, d), W_hr[d]) for d in range(len(W_hr))], -2)
+    if window.sequences is not None and y.dim() == 4:  # no gradient of the padding, even NaN, reaches W_hr
+        y = y.masked_fill(~Slots.of(window.sequences.rows, y.shape[:2]).live[..., None, None], 0)
     return y, (m, c), cs[0] if cs else None
 
 

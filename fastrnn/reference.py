@@ -80,15 +80,22 @@ def recurrence(
     0.03125
     """
     starts = [start for start in (reset_h, reset_c) if start is not None]
-    reset, length, slots = None, None, None
+    reset, length, slots, frozen = None, None, None, None
     if sequences is not None:
         reset, (_, first, length) = sequences.reset, sequences.rows[:, sequences.rows[0].argsort()]
         if x_gates.dim() == 4:  # ragged: made a padded batch, whose padding is some other slot and is not used
             slots = Slots.of(sequences.rows, x_gates.shape[:1])
-            time = torch.arange(int(length.max()), device=x_gates.device)
+            try:
+                longest = int(length.max())
+            except RuntimeError:  # vmap and export know no values: none is longer than all together
+                longest = x_gates.shape[0]
+            time = torch.arange(longest, device=x_gates.device)
             index = (first + time[:, None]).clamp(max=x_gates.shape[0] - 1)
             x_gates, reset = x_gates[index], None if reset is None else reset[index]
             starts = [start[index] for start in starts] if by_step else starts
+        # Frozen rows compute with zeros: a NaN of theirs times their gradients, which are zero, would be NaN.
+        frozen = (torch.arange(x_gates.shape[0], device=x_gates.device)[:, None] >= length)[..., None]
+        x_gates = x_gates.masked_fill(frozen[..., None, None], 0)
     step = STEPS[cell]
     T, B, D, G, H = x_gates.shape
     outputs, finals = [], []
@@ -101,13 +108,13 @@ def recurrence(
                 restart = (reset[edge] & (edge < length))[:, None]
                 anew = [start[edge, :, d] if by_step else start[d] for start in starts] or map(torch.zeros_like, state)
                 state = tuple(torch.where(restart, s, old) for s, old in zip(anew, state, strict=True))
-            rec = torch.nn.functional.linear(state[0].to(W_hh.dtype), W_hh[d], None if b_hh is None else b_hh[d])
-            after = step(x_gates[t, :, d], rec.view(B, G, H), state)
+            before = state if frozen is None else tuple(s.masked_fill(frozen[t], 0) for s in state)
+            rec = torch.nn.functional.linear(before[0].to(W_hh.dtype), W_hh[d], None if b_hh is None else b_hh[d])
+            after = step(x_gates[t, :, d], rec.view(B, G, H), before)
             kept[t] = tuple(s.to(x_gates.dtype) for s in after)
-            if length is not None:
-                live = (t < length)[:, None]
-                kept[t] = tuple(s.masked_fill(~live, 0) for s in kept[t])
-                after = tuple(torch.where(live, new, old) for new, old in zip(after, state, strict=True))
+            if frozen is not None:
+                kept[t] = tuple(s.masked_fill(frozen[t], 0) for s in kept[t])
+                after = tuple(torch.where(frozen[t], old, new) for new, old in zip(after, state, strict=True))
             state = after
         outputs.append([torch.stack(of_time) for of_time in zip(*kept, strict=True)])
         finals.append(state)

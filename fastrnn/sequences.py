@@ -154,11 +154,13 @@ def states_before(
     """The state before every step of one direction, (T, B, H) or (total, H), from those after it.
 
     state_0 (B, H); start, what states start anew from at resets: (B, H), or by_step like states, or None for zeros. In
-    frozen slots the result is finite, and means nothing.
+    frozen slots the result is zero, since gradients that are zero there are multiplied by it, and 0 * NaN is NaN.
     """
     slots = Slots.of(sequences.rows, states.shape[:-1])
     before = states.roll(1 if direction == 0 else -1, 0)
     before = torch.where(slots.carried(direction)[..., None], before, slots.spread(state_0))
+    if slots.sequence is None:  # ragged slots are none of them frozen
+        before = before.masked_fill(~slots.live[..., None], 0)
     if sequences.reset is None:
         return before
     restart = slots.restart(sequences.reset, direction)[..., None]

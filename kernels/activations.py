@@ -80,9 +80,9 @@ def d_tanh(t):
 
 
 @triton.jit
-def d_relu(y):
-    """dy/dx of y = relu(x), 0 at 0 and 1 at NaN as in torch."""
-    return tl.where(y <= 0, 0.0, 1.0)
+def d_relu(y, dy):
+    """dx of y = relu(x): dy, but 0 where y is 0, whatever dy is there; at NaN it passes, as in torch."""
+    return tl.where(y <= 0, 0.0, dy)
 
 
 @triton.jit

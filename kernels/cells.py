@@ -102,7 +102,7 @@ def rnn_relu_forward(x, rec, state, HOW: tl.constexpr):
 @triton.jit
 def rnn_relu_backward(d_state, saved, h, h_prev, HOW: tl.constexpr):
     dh = d_state[0]
-    d_gates = (dh * d_relu(h),)
+    d_gates = (d_relu(h, dh),)
     return d_gates, d_gates, (zeros_like(dh),)
 
 

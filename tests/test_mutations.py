@@ -23,7 +23,7 @@ MUTATIONS = {
     "reset gate lost in d_rec": (CELLS, "(d_r, d_z, d_n * r)", "(d_r, d_z, d_n)", "gru"),
     "tanh of c not derived": (CELLS, "dc += dh * o * d_tanh(tanh_c)", "dc += dh * o", "lstm"),
     "c for c_prev": (CELLS, "dc * c_prev * d_sigmoid(f)", "dc * c * d_sigmoid(f)", "lstm"),
-    "relu not derived": (CELLS, "dh * d_relu(h)", "dh", "rnn_relu"),
+    "relu not derived": (CELLS, "d_relu(h, dh)", "dh", "rnn_relu"),
     "dc not carried": (CELLS, "dc * f)", "dc)", "lstm"),
     "state before the first taken from y": (LOOP, "(step == 0, read.kept_0", "(step < 0, read.kept_0", "gru"),
     "both directions forward": (ROWS, "== 0, step, rows.T - 1 - step", "< 9, step, rows.T", "rnn_tanh"),
