@@ -4,6 +4,7 @@ fastrnn's backends, torch.nn, the step loop that people write around torch.nn's 
 FlashRNN, haste and TorchRL's modules. `Missing` says why one does not run a workload here.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ class Built:
     call: Callable[[Tensor], Tensor]  # y (T, B, heads * D * H) of the input (T, B, heads * I)
     leaves: list[Tensor]
     in_order: Callable[[list[Tensor]], list[Tensor]] = list  # gradients of the leaves as those of torch.nn's parameters
+    runs: str = ""  # of ours: the backend that the plan says
 
 
 Builder = Callable[[Data], Built]
@@ -63,7 +65,7 @@ def per_head(build: Builder) -> Builder:
             given = iter(gradients)
             return [g for head in heads for g in head.in_order([next(given) for _ in head.leaves])]
 
-        return Built(call, [leaf for head in heads for leaf in head.leaves], in_order)
+        return Built(call, [leaf for head in heads for leaf in head.leaves], in_order, heads[0].runs)
 
     return of_all
 
@@ -166,35 +168,44 @@ def ours(backend: str) -> Builder:
         segments: dict[str, Any] = {"lengths": data.lengths, "reset": data.reset}
         segments = {key: value.to(data.device) for key, value in segments.items() if value is not None}
         try:
-            if backend in TIERS:
-                module.plan(data.input)
+            plan = module.plan(data.input)
         except (NotImplementedError, GridTooLargeError) as reason:
             raise Missing(str(reason)) from None
-        return Built(lambda input: module(input, **segments)[0], list(module.parameters()))
+        return Built(lambda input: module(input, **segments)[0], list(module.parameters()), runs=plan.backend)
 
     return per_head(build)
 
 
-def other(build: Callable[[Data], tuple]) -> Builder:
-    """An adapter of others.py: its reasons as Missing, its missing package too."""
-
-    def of_all(data: Data) -> Built:
-        try:
-            return Built(*build(data))
-        except ImportError as reason:
-            raise Missing(f"not installed: {reason}") from None
-        except NotImplementedError as reason:
-            raise Missing(str(reason)) from None
-
-    return of_all
+def peer(build: Callable[[Data], tuple]) -> Builder:
+    """An adapter of others.py: why it does not run as Missing."""
+    return lambda data: Built(*or_missing(build, data))
 
 
+def or_missing(run: Callable, *args: Any) -> Any:
+    """What a peer's code returns; whatever it raises is why it does not run: Missing."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what it imports
+            return run(*args)
+    except (Missing, torch.cuda.OutOfMemoryError):
+        raise
+    except ImportError as reason:
+        raise Missing(f"not installed: {reason}") from None
+    except NotImplementedError as reason:
+        raise Missing(str(reason)) from None
+    except (Exception, SystemExit) as reason:
+        raise Missing(f"{type(reason).__name__}: {str(reason).strip() or 'it says no more'}") from None
+
+
+PEERS: dict[str, Builder] = {
+    "FlashRNN": peer(others.flashrnn),
+    "haste": per_head(peer(others.haste)),
+    "TorchRL scan": per_head(peer(others.torchrl("scan"))),
+    "TorchRL triton": per_head(peer(others.torchrl("triton"))),
+}
 IMPLEMENTATIONS: dict[str, Builder] = {
     "torch.nn": per_head(torch_nn),
     "step loop": per_head(step_loop),
     **{f"fastrnn {backend}": ours(backend) for backend in ("auto", *TIERS, "reference")},
-    "FlashRNN": other(others.flashrnn),
-    "haste": per_head(other(others.haste)),
-    "TorchRL scan": per_head(other(others.torchrl("scan"))),
-    "TorchRL triton": per_head(other(others.torchrl("triton"))),
+    **PEERS,
 }

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.cases import errors, excess
 
-from .adapters import IMPLEMENTATIONS, Built
+from .adapters import IMPLEMENTATIONS, PEERS, Built, Missing, or_missing
 from .workload import DTYPES, Data, Workload
 
 # Of the error of the step loop in the same dtype, against fp64. The tests hold our kernels to 2; other libraries round
@@ -42,10 +42,18 @@ def _truth(workload: Workload, device: str) -> tuple[dict[str, Tensor], dict[str
 def disagreement(name: str, workload: Workload, device: str) -> dict[str, str]:
     """Where an implementation is further from fp64 than it may be, over the first steps; raises adapters.Missing.
 
-    The reference is the loop over torch.nn's cells in fp64, which has all kinds of workload.
+    The reference is the loop over torch.nn's cells in fp64, which has all kinds of workload. A peer that fails, or is
+    wrong, is missing.
     """
     short = workload.shortened()
     data = Data(short, device)
-    found = results(IMPLEMENTATIONS[name](data), data)
+
+    def run() -> dict[str, Tensor]:
+        return results(IMPLEMENTATIONS[name](data), data)
+
+    found = or_missing(run) if name in PEERS else run()
     truth, allowed = _truth(short, device)
-    return excess(found, truth, allowed, DTYPES[workload.dtype], TIMES)
+    wrong = excess(found, truth, allowed, DTYPES[workload.dtype], TIMES)
+    if wrong and name in PEERS:
+        raise Missing(f"disagrees with the reference: {wrong}")
+    return wrong

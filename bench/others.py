@@ -1,7 +1,8 @@
 """Adapters of other libraries, each imported where it is used.
 
 Each returns the function from input (T, B, I) to y, the tensors whose gradients it gives, and how those become the
-gradients of torch.nn's parameters. ImportError and NotImplementedError say why one does not run.
+gradients of torch.nn's parameters. NotImplementedError says what one lacks; whatever else it raises says why it does
+not run here.
 """
 
 from collections.abc import Callable

@@ -4,18 +4,16 @@
 
 A folder that bench.gpu packed is unpacked with `python -m bench.packing` first.
 
-Medians of pytest-benchmark's rounds; times a step are a call's time over T. Published numbers are others'.
+Times are medians over rounds, and a step's is a call's over T; ratios are medians of those of each round, in which all
+implementations took turns, with their quartiles. Published numbers are others'.
 """
 
 import argparse
-import base64
-import html
 import itertools
 import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +22,9 @@ from tests.cases import Case
 
 from . import plots
 from .adapters import IMPLEMENTATIONS
+from .pages import Block, markdown, page
 from .published import PUBLISHED, Published
+from .turns import quartiles
 from .workload import PASSES, Workload
 
 BASELINE = "torch.nn"
@@ -37,21 +37,17 @@ class Result(NamedTuple):
     which: str
     seconds: float  # median
     peak_bytes: int | None  # of forward and backward
+    runs: str = ""  # of ours: the backend
+    pairs: dict[str, list[float]] | None = None  # how many times as fast as others: quartiles around the median
+
+    @property
+    def is_torchs(self) -> bool:
+        """Whether ours is torch's own kernel, called as torch.nn calls it."""
+        return self.runs == "torch" and self.workload.kind == "plain"
 
     @property
     def us_per_step(self) -> float:
         return self.seconds / self.workload.shape.T * 1e6
-
-
-@dataclass
-class Block:
-    """A heading with a text, a table or a figure under it."""
-
-    heading: str
-    text: str = ""
-    head: tuple[str, ...] = ()
-    rows: list[tuple[str, ...]] = field(default_factory=list)
-    figure: Path | None = None
 
 
 def load(folder: Path) -> tuple[list[Result], dict[str, Any], dict[str, Any]]:
@@ -65,7 +61,7 @@ def load(folder: Path) -> tuple[list[Result], dict[str, Any], dict[str, Any]]:
             extra = one["extra_info"]
             fields = extra["workload"] | {"shape": Case(*extra["workload"]["shape"])}
             what = (extra["implementation"], extra["pass"], one["stats"]["median"], extra.get("peak_bytes"))
-            results.append(Result(Workload(**fields), *what))
+            results.append(Result(Workload(**fields), *what, extra.get("runs", ""), extra.get("pairs")))
     for file in sorted(folder.glob("machine-*.json")):  # of a visit: each run's
         machine = machine or json.loads(file.read_text())
     for file in sorted(folder.rglob("notes*.json")):
@@ -84,23 +80,24 @@ def blocks(folder: Path) -> list[Block]:
     if not results and not list(folder.glob("stage-*.json")):
         raise ValueError(f"folder: expected one with benchmark*.json or stage-*.json; got {folder}")
     measured = {(r.workload, r.implementation, r.which): r for r in results}
-    found = [_machine(machine)]
     by_group: dict[str, list[Workload]] = {}
     for result in results:
         workloads = by_group.setdefault(result.workload.group, [])
         if result.workload not in workloads:
             workloads.append(result.workload)
-    found.insert(0, _glance(by_group, measured, machine.get("device")))
+    found = []
+    if results:
+        found += [_gist(by_group, measured, len(notes["left_out"])), _glance(by_group, measured)]
     for group, workloads in by_group.items():
         found += [_times(group, which, workloads, measured) for which in PASSES]
-    found += [Block(name, figure=file) for name, file in plots.draw(results, folder)]
-    if results and find_spec("matplotlib") is None:
-        found.append(Block("Plots", "Left out: matplotlib is not installed."))
-    found += [_memory(by_group, measured), _published(measured)]
+    found += [_memory(by_group, measured), _published(measured)] if results else []
     if ratios := notes["auto_over_torch"]:
         found.append(_overhead(ratios))
     found += [_stage(file) for file in sorted(folder.glob("stage-*.json"))]
-    return [*found, _left_out(notes["left_out"])]
+    found += [Block(name, figure=file) for name, file in plots.draw(results, folder)]
+    if results and find_spec("matplotlib") is None:
+        found.append(Block("Plots", "Left out: matplotlib is not installed."))
+    return [*found, _left_out(notes["left_out"]), _machine(machine)]
 
 
 def _machine(machine: dict[str, Any]) -> Block:
@@ -108,20 +105,57 @@ def _machine(machine: dict[str, Any]) -> Block:
     return Block("Machine", "Everything measured below was measured here.", ("what", "found"), rows)
 
 
-def _glance(by_group: dict[str, list[Workload]], measured: Measured, device: str | None) -> Block:
+def _ratio(ours: Result | None, other: Result | None) -> list[float] | None:
+    """How many times as fast as the other ours is: quartiles around the median, or, without pairs, that of medians."""
+    if ours is None or other is None:
+        return None
+    pairs = ours.pairs or {}
+    return pairs.get(other.implementation, [other.seconds / ours.seconds] * 3)
+
+
+def _gist(by_group: dict[str, list[Workload]], measured: Measured, left_out: int) -> Block:
+    """What a reader wants to know first, in sentences."""
+    which, kinds = PASSES[1], {"plain": "plain layers", "ragged": "unequal lengths", "reset": "resets"}
+    everything = [w for workloads in by_group.values() for w in workloads]
+    own, parts = [w for w in everything if _is_torchs(w, measured)], []
+    for kind, name in kinds.items():
+        workloads = [w for w in everything if w.kind == kind and w not in own]
+        for other in (BASELINE, "step loop"):
+            found = [_ratio(measured.get((w, OURS, which)), measured.get((w, other, which))) for w in workloads]
+            if ratios := [ratio[1] for ratio in found if ratio]:
+                parts.append(f"{name}: {_spread(ratios)} as fast as {other} over {len(ratios)} workloads")
+    text = f"{OURS}, {which}, the median workload and the range. " if parts else ""
+    text += "; ".join(parts) + (". " if parts else "")
+    if own:
+        found = [_ratio(measured.get((w, OURS, which)), measured.get((w, BASELINE, which))) for w in own]
+        if ratios := [ratio[1] for ratio in found if ratio]:
+            low, median, high = quartiles(ratios)
+            text += f"On {len(ratios)} others it is {BASELINE}'s own kernel: {median:.2f}x (quartiles {low:.2f} and "
+            text += f"{high:.2f}), where what is not 1 is the machine's noise. "
+    text += f"{left_out} measurements were left out; the reasons are below." if left_out else ""
+    return Block("The gist", text)
+
+
+def _is_torchs(workload: Workload, measured: Measured) -> bool:
+    found = [measured.get((workload, OURS, which)) for which in PASSES]
+    return any(r is not None and r.is_torchs for r in found)
+
+
+def _glance(by_group: dict[str, list[Workload]], measured: Measured) -> Block:
     """A row a group and pass: how many times as fast as each of the others we are on its workloads."""
-    others = [name for name in _names((w for of in by_group.values() for w in of), measured) if name != OURS]
+    everything = [w for workloads in by_group.values() for w in workloads]
+    others, own = [n for n in _names(everything, measured) if n != OURS], f"where it is {BASELINE}'s own kernel"
+    groups = {g: [w for w in of if not _is_torchs(w, measured)] for g, of in by_group.items()}
+    groups[own] = [w for w in everything if _is_torchs(w, measured)]
     rows = []
-    for (group, workloads), which in itertools.product(by_group.items(), PASSES):
+    for (group, workloads), which in itertools.product(groups.items(), PASSES):
         cells = []
         for name in others:
-            pairs = ((measured.get((w, name, which)), measured.get((w, OURS, which))) for w in workloads)
-            ratios = [other.seconds / ours.seconds for other, ours in pairs if other and ours]
-            cells.append(_spread(ratios))
-        rows.append((group, which, *cells))
+            found = (_ratio(measured.get((w, OURS, which)), measured.get((w, name, which))) for w in workloads)
+            cells.append(_spread([ratio[1] for ratio in found if ratio]))
+        if any(cells):
+            rows.append((group, which, *cells))
     text = f"How many times as fast as the others {OURS} is: the median over a group's workloads, and the range."
-    if device == "cpu":
-        text += f" Plain layers run {BASELINE}'s own kernel on a CPU: what differs from 1 there is the machine's noise."
     return Block("At a glance", text, ("workloads", "pass", *others), rows)
 
 
@@ -142,11 +176,12 @@ def _times(group: str, which: str, workloads: list[Workload], measured: Measured
         for name in names:
             result = measured.get((workload, name, which))
             text = "" if result is None else f"{result.us_per_step:,.2f}"
-            if result and base and name != BASELINE:
-                text += f" ({base.seconds / result.seconds:.2f}x)"
+            if name != BASELINE and (ratio := _ratio(result, base)):
+                low, median, high = ratio
+                text += f" ({median:.2f}x" + (f", {low:.2f} to {high:.2f})" if low < high else ")")
             cells.append(text)
         rows.append((str(workload), *cells))
-    text = f"Microseconds a step, in brackets how many times as fast as {BASELINE}."
+    text = f"Microseconds a step; in brackets how many times as fast as {BASELINE}: the median of pairs and quartiles."
     return Block(f"{group}: {which}", text, ("workload", *names), rows)
 
 
@@ -225,44 +260,6 @@ def _left_out(left_out: dict[str, str]) -> Block:
         by_reason[reason.splitlines()[0]].append(name)
     rows = [(reason, str(len(names)), names[0]) for reason, names in by_reason.items()]
     return Block("Left out", "What was not timed, and why.", ("reason", "measurements", "the first"), rows)
-
-
-def markdown(found: list[Block]) -> str:
-    """Every block, pictures by name."""
-    lines = ["# Benchmark report", ""]
-    for block in found:
-        lines += [f"## {block.heading}", ""]
-        lines += [block.text, ""] if block.text else []
-        if block.head:
-            lines += [_row(block.head), "|---" * len(block.head) + "|", *map(_row, block.rows), ""]
-        if block.figure:
-            lines += [f"![{block.heading}]({block.figure.name})", ""]
-    return "\n".join(lines)
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
-STYLE = """body{font:15px sans-serif;margin:2em auto;max-width:90em;padding:0 1em}table{border-collapse:collapse;
-font-size:13px}td,th{border:1px solid #ccc;padding:3px 7px;text-align:right}td:first-child,th{text-align:left}
-img{max-width:100%}div{overflow-x:auto}"""
-
-
-def page(found: list[Block]) -> str:
-    """Every block as one HTML page, pictures inside."""
-    parts = [f"<!doctype html><meta charset=utf-8><title>Benchmark report</title><style>{STYLE}</style>"]
-    parts.append("<h1>Benchmark report</h1>")
-    for block in found:
-        parts.append(f"<h2>{html.escape(block.heading)}</h2><p>{html.escape(block.text)}</p>")
-        if block.head:
-            rows = ["".join(f"<th>{html.escape(cell)}</th>" for cell in block.head)]
-            rows += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in block.rows]
-            parts.append("<div><table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table></div>")
-        if block.figure:
-            picture = base64.b64encode(block.figure.read_bytes()).decode()
-            parts.append(f'<img alt="{html.escape(block.heading)}" src="data:image/png;base64,{picture}">')
-    return "\n".join(parts) + "\n"
 
 
 def write(folder: Path) -> None:

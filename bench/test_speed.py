@@ -1,32 +1,31 @@
-"""Time of every implementation on every row of the table, side by side; only of what agrees with the reference.
+"""Time of every implementation on every row of the table, in turns; only of what agrees with the reference.
 
 python -m pytest bench/test_speed.py --benchmark-json=FILE --out=DIR     then python -m bench.report DIR
 """
 
+import functools
 from dataclasses import asdict
 
 import pytest
-import torch
 
 from fastrnn import FallbackWarning
-from fastrnn.inspect.memory import memory_of
 from fastrnn.tiers import TIERS
 
 from . import clock
-from .adapters import IMPLEMENTATIONS, Built, Missing
-from .agreement import disagreement
+from .adapters import IMPLEMENTATIONS
 from .cases import table
+from .turns import LEAST_ROUNDS, MOST_ROUNDS, Call, Replay, Turns, call_of, checked, measure
 from .workload import PASSES, Data, Workload
 
 DEVICE = clock.device()
 CLOCK = clock.EventClock() if DEVICE == "cuda" else clock.WallClock()
+REPLAY = Replay()
 TABLE = table(DEVICE)
-MOST_ROUNDS, LEAST_ROUNDS = 200, 3
 LEAST_PAIRS, MOST_BATCHES = 15, 8
 MOST_OVERHEAD = 1.05  # of "auto" over torch.nn on a CPU
 
 pytestmark = [
-    pytest.mark.benchmark(timer=CLOCK, disable_gc=True),
+    pytest.mark.benchmark(timer=REPLAY),
     pytest.mark.filterwarnings(f"default::{FallbackWarning.__module__}.{FallbackWarning.__name__}"),
     pytest.mark.filterwarnings("ignore:Benchmark fixture was not used"),  # where something disagrees
     pytest.mark.filterwarnings("default:::torchrl"),
@@ -34,36 +33,7 @@ pytestmark = [
 ]
 
 
-def call_of(built: Built, data: Data, which: str):
-    """What is timed: a forward pass without gradients, or with those of the input and all parameters."""
-    if which == "forward":
-        return torch.no_grad()(lambda: built.call(data.input))
-    input = data.input.detach().requires_grad_()
-    return lambda: torch.autograd.grad(built.call(input), [input, *built.leaves], data.dy)
-
-
-def built_and_checked(name: str, workload: Workload) -> tuple[Built, Data]:
-    """An implementation on a workload; skips where it is missing, fails where it computes something else."""
-    try:
-        if wrong := _wrong(name, workload):
-            pytest.fail(f"not timed: {name} disagrees with the reference: {wrong}")
-        data = Data(workload, DEVICE)
-        return IMPLEMENTATIONS[name](data), data
-    except (Missing, torch.cuda.OutOfMemoryError) as reason:
-        pytest.skip(str(reason).splitlines()[0])
-
-
-_checked: dict[tuple[str, Workload], dict[str, str]] = {}
-
-
-def _wrong(name: str, workload: Workload) -> dict[str, str]:
-    key = name, workload.shortened()
-    if key not in _checked:
-        _checked[key] = disagreement(name, workload, DEVICE)
-    return _checked[key]
-
-
-def rounds_of(call, budget: float) -> int:
+def rounds_of(call: Call, budget: float) -> int:
     """How often a call fits the time that one measurement is given; its two calls warm up."""
     call()
     return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget / clock.seconds(call, CLOCK))))
@@ -76,7 +46,9 @@ def test_auto_costs_what_torch_does(pytestconfig, workload):
 
     On a busy machine that takes many: both are measured again, the fastest kept, before it counts as slower.
     """
-    calls = [call_of(*built_and_checked(name, workload), "forward") for name in ("torch.nn", "fastrnn auto")]
+    data, names = Data(workload, DEVICE), ("torch.nn", "fastrnn auto")
+    assert not any(checked(name, workload, DEVICE) for name in names)
+    calls = [call_of(IMPLEMENTATIONS[name](data), data, "forward") for name in names]
     rounds = max(LEAST_PAIRS, *(rounds_of(call, 2 * pytestconfig.getoption("--seconds")) for call in calls))
     fastest, ratio = [float("inf")] * 2, float("inf")
     for _ in range(MOST_BATCHES):
@@ -89,17 +61,33 @@ def test_auto_costs_what_torch_does(pytestconfig, workload):
     assert ratio <= MOST_OVERHEAD, f"{MOST_BATCHES} x {rounds} rounds"
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)  # the first varies fastest: side by side
+@functools.lru_cache(maxsize=1)  # the names of one pass of a workload come one after the other
+def turns_of(workload: Workload, which: str, names: tuple[str, ...], seconds: float) -> Turns:
+    return measure(workload, which, names, DEVICE, CLOCK, seconds)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)  # the first varies fastest: those that take turns
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("workload", TABLE, ids=str)
 def test_speed(benchmark, pytestconfig, name, workload, which):
-    if DEVICE == "cpu" and name.removeprefix("fastrnn ") in TIERS:
+    """The first of the names that were asked for times them all; each records its own."""
+    if is_interpreted(name):
         pytest.skip("kernels are for GPUs: a CPU has them in Triton's interpreter only, whose time says nothing")
-    built, data = built_and_checked(name, workload)
-    call = call_of(built, data, which)
-    rounds = rounds_of(call, pytestconfig.getoption("--seconds"))
+    names = tuple(n for n in pytestconfig.names[workload, which] if not is_interpreted(n))
+    turns = turns_of(workload, which, names, pytestconfig.getoption("--seconds"))
+    if name in turns.wrong:
+        pytest.fail(f"not timed: {name} {turns.wrong[name]}")
+    if name in turns.left_out:
+        pytest.skip(turns.left_out[name])
     benchmark.group = f"{workload}, {which}"
     benchmark.extra_info |= {"workload": asdict(workload), "id": str(workload), "implementation": name, "pass": which}
-    if which == PASSES[1]:
-        benchmark.extra_info["peak_bytes"] = memory_of(call, torch.device(DEVICE))[1].peak
-    benchmark.pedantic(call, setup=CLOCK.prepare, rounds=rounds)
+    benchmark.extra_info |= {"pairs": turns.pairs(name), "runs": turns.runs[name]}
+    if name in turns.peak_bytes:
+        benchmark.extra_info["peak_bytes"] = turns.peak_bytes[name]
+    times = turns.seconds[name]
+    REPLAY.of(times)
+    benchmark.pedantic(lambda: None, rounds=len(times))
+
+
+def is_interpreted(name: str) -> bool:
+    return DEVICE == "cpu" and name.removeprefix("fastrnn ") in TIERS
