@@ -12,6 +12,7 @@ the environment, and the next run finds it there. Each check runs in processes o
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,10 +39,10 @@ COMPILED = {
     "cluster": "--cell lstm gru rnn_tanh --hidden 96 256 512 --dtype bfloat16",
     "cooperative": "--cell lstm gru rnn_tanh --hidden 262 1024 --dtype bfloat16 float32",
 }
-QUICK = {
-    "resident": "--cell lstm gru --hidden 128 --dtype bfloat16",
+QUICK = {  # both dialects
+    "resident": "--cell lstm --hidden 64 --dtype bfloat16 float32",
     "cluster": "--cell lstm --hidden 256 --dtype bfloat16",
-    "cooperative": "--cell lstm --hidden 1024 --dtype bfloat16",
+    "cooperative": "--cell gru --hidden 262 --dtype bfloat16 float32",
 }
 # Arguments of tests.executed. The shorter one has lengths and resets, of two cells.
 EXECUTED, QUICK_EXECUTED = ("kernels sm_90 {tier}",), ("sequences sm_90 {tier} lengths,",)
@@ -109,7 +110,8 @@ def imported(triton: Triton) -> str:
 
 def interpreted(triton: Triton, chosen: str) -> str:
     """tests/test_recurrence.py in Triton's interpreter."""
-    command = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "--tb=line", "tests/test_recurrence.py", "-k", chosen]
+    command = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", "--tb=line"]
+    command += ["tests/test_recurrence.py", "-k", chosen]
     done = triton.run(*command, interpret=True)
     if done.returncode == 0:
         return "passed"
@@ -154,10 +156,12 @@ def executed(triton: Triton, tier: str, commands: tuple[str, ...]) -> str:
 
 
 def reason_of(done: subprocess.CompletedProcess[str]) -> str:
-    """The line of a process's output that says most."""
-    lines = [line for line in (done.stderr.strip() or done.stdout.strip()).splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith(("E  ", "FAILED"))]
-    return (told or lines or [f"exit status {done.returncode}"])[-1][:300]
+    """The line of a process's output that says most: a compiler's cause, pytest's failure, the exception."""
+    lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
+    for said in (r"\w+(Error|Exception)\(", r"E  |FAILED", r"[\w.]+(Error|Exception)\b"):
+        if told := [line for line in lines if re.match(said, line)]:
+            return told[-1][:300]
+    return (lines or [f"exit status {done.returncode}"])[-1][:300]
 
 
 def checks(triton: Triton, quick: bool) -> Iterator[Row]:

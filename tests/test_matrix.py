@@ -71,6 +71,19 @@ def test_an_interpreter_that_numpy_has_outgrown_is_skipped(monkeypatch):
     assert matrix.interpreted(HERE, "") == "failed: FAILED tests/x.py"
 
 
+@pytest.mark.parametrize(
+    ("output", "errors", "reason"),
+    (
+        ("", "x.Error: at 5:8:\nTypeError('no None')\nx.Error: at 10:18:\n   ^", "TypeError('no None')"),
+        ("E   assert 1 == 2\nFAILED tests/x.py::test\n", "nanobind: leaked", "FAILED tests/x.py::test"),
+        ("", "Traceback\nValueError: no\n - leaked x", "ValueError: no"),
+        ("", "", "exit status 3"),
+    ),
+)  # fmt: skip
+def test_the_reason_of_a_failure(output, errors, reason):
+    assert matrix.reason_of(subprocess.CompletedProcess([], 3, output, errors)) == reason
+
+
 def test_what_cannot_be_installed_fails_and_the_others_go_on(monkeypatch):
     def installed(wanted):
         if wanted == "0.0.1":
