@@ -27,12 +27,12 @@ from .tiers import TIERS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 if it did, 1 if no kernel is planned for anything that was asked, 2 for a wrong argument."""
+    """Run a command; 0 if it did, 1 if no kernel is planned for anything that was asked, 2 where it says why not."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser().parse_args(arguments)
     try:
         return args.run(args, arguments)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, RuntimeError, ImportError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
 

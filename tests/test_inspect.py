@@ -293,3 +293,41 @@ def test_doctor(capsys):
 def test_doctor_knows_what_a_triton_compiles(version, found, monkeypatch):
     monkeypatch.setattr(compiler, "triton_version", lambda: version)
     assert found in doctor.gluon()
+
+
+@pytest.mark.parametrize(("flags", "program"), [((), "cuobjdump"), (("--execute",), "gcc")])
+def test_a_missing_program_is_said_in_one_line(tmp_path, flags, program):
+    """As on a machine that lacks it: nothing on the path, and none beside Triton."""
+    code = "import os, sys; from unittest import mock; from fastrnn.__main__ import main\n"
+    code += f"access = os.access; os.access = lambda p, m: not str(p).endswith({program!r}) and access(p, m)\n"
+    arguments = ["inspect", "--cell", "gru", "--hidden", "16", "--pass", "forward", "--json", *flags]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-c", code + f"sys.exit(main({arguments}))"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and not done.stdout
+    said = done.stderr.splitlines()[0]  # behind it nanobind may count, as Python ends, what an exception still held
+    assert said.startswith("RuntimeError: ") and program in said and "Traceback" not in done.stderr
+
+
+def test_a_program_that_fails_says_why(tmp_path, monkeypatch):
+    from fastrnn.inspect import programs
+
+    (tmp_path / "tool").write_text("#!/bin/sh\necho no such architecture >&2\nexit 3\n")
+    (tmp_path / "tool").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(RuntimeError, match="^counting: tool failed with status 3: no such architecture$"):
+        programs.run(["tool"], "counting")
+    (tmp_path / "tool").chmod(0o644)
+    with pytest.raises(RuntimeError, match="^counting needs tool, which does not run here: "):
+        programs.run(["tool"], "counting")
+
+
+@pytest.mark.parametrize("flag", ("--trace", "--plot"))
+def test_a_file_that_cannot_be_written_is_said_in_one_line(flag, tmp_path, capsys, monkeypatch):
+    from fastrnn.__main__ import main
+    from fastrnn.inspect import profile
+
+    monkeypatch.setattr(profile.Light, "of", lambda device, dtype: None)
+    asked = ["profile", "--cell", "gru", "--hidden", "4", "--seq", "3", flag, str(tmp_path / "nothing" / "file.png")]
+    assert main(asked) == 2
+    assert "nothing" in capsys.readouterr().err

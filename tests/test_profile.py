@@ -11,7 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import fastrnn
 from fastrnn import ranges
 from fastrnn.__main__ import main
 from fastrnn.inspect import profile
@@ -145,6 +147,60 @@ def test_command_line(capsys, tmp_path, monkeypatch):
     assert main(asked) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert "tokens/s" in head and [line.split()[0] for line in lines] == ["4", "8"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU auto is a kernel of ours where there is one")
+@pytest.mark.parametrize(
+    ("backend", "every", "compare", "names"),
+    [
+        ("auto", None, ["torch"], ["auto (torch)", "torch"]),
+        ("auto", 2, ["torch", "auto", "reference"], ["auto (torch), every 2", "torch", "auto (torch)", "reference"]),
+        ("torch", None, ["torch", "auto", "auto"], ["torch", "auto (torch)"]),
+    ],
+)
+def test_every_row_has_a_name_of_its_own(monkeypatch, backend, every, compare, names):
+    """Two may have run the same kernel: each says as what it was asked for; what was asked for twice runs once."""
+    monkeypatch.setattr(Light, "of", lambda device, dtype: Light(1.0, 1.0))
+    monkeypatch.setattr(profile, "SECONDS", 0.0)
+    found = profile.profiles(Request("gru", 4, 2, 3, 4, backend=backend, checkpoint_every=every), [3], compare)
+    assert [one.name for one in found] == names
+    assert all(name in line for name, line in zip(names, profile.table(found).splitlines()[1:], strict=True))
+
+
+def counted(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("options", ({}, {"bias": False}, {"num_layers": 2, "bidirectional": True}), ids=str)
+@pytest.mark.parametrize("backend", ("resident", "cooperative"))
+@pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))
+def test_torchs_counter_of_flops_counts_as_in_a_loop(name, backend, options, device):
+    """Both passes of a kernel, and of a loop over products of torch's: the input's once, the recurrence's each step."""
+    T, I, L, D = 5, 3, options.get("num_layers", 1), 2 if options.get("bidirectional") else 1
+    layer = getattr(fastrnn, name)(I, H, backend=backend, device=device, **options)
+    x = torch.randn(T, B, I, device=device, requires_grad=True)
+    h = torch.zeros(L * D, B, H, device=device, requires_grad=True)
+    hx = (h, h) if name == "LSTM" else h
+
+    def loop():
+        y = x
+        for of_layer in range(L):
+            walks = []
+            for d in range(D):
+                W_ih, W_hh = layer.all_weights[of_layer * D + d][:2]
+                gates, state = y.flatten(0, 1) @ W_ih.T, h[of_layer * D + d]
+                for x_t in gates.unflatten(0, (T, B)):
+                    state = (state @ W_hh.T + x_t).unflatten(1, (-1, H)).sum(1)
+                    walks.append(state)
+            y = torch.stack(walks).unflatten(0, (D, T)).transpose(0, 1).transpose(1, 2).flatten(2)
+        return y
+
+    assert counted(lambda: layer(x, hx)) == counted(loop)
+    assert counted(lambda: layer(x, hx)[0].sum().backward()) == counted(lambda: loop().sum().backward())
+    layer.requires_grad_(False)
+    assert counted(lambda: layer(x, hx)[0].sum().backward()) == counted(lambda: loop().sum().backward())
 
 
 @pytest.mark.parametrize(

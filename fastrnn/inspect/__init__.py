@@ -15,4 +15,5 @@ Modules:
     verify      what it computes against the reference
     report      all of it as a record, a table, or files
     doctor      what this machine can run
+    programs    the programs that these call
 """

@@ -11,7 +11,6 @@ and in global memory, loads that a GPU may serve from a stale L1, accesses out o
 import ctypes
 import hashlib
 import os
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import programs
 from .compile import Launch
 from .operands import FILES
 from .ptx import Kernel, parse, size_of
@@ -149,10 +149,6 @@ def _build(ptx: str) -> tuple[Kernel, ctypes.CDLL]:
             code.write_text(source)
             # Products and sums apart, as PTX says where it wants them fused.
             flags = ["-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
-            done = subprocess.run(
-                ["gcc", *flags, str(code), "-o", str(built), "-lm"], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise RuntimeError(f"gcc could not compile the translated PTX: {done.stderr[:2000]}")
+            programs.run(["gcc", *flags, str(code), "-o", str(built), "-lm"], "executing PTX on the CPU")
             built.replace(path)  # whole or not at all, whoever else builds it
     return kernel, ctypes.CDLL(str(path))

@@ -94,6 +94,7 @@ class Profile:
     """What one forward and backward took; bytes are beside parameters, input and the gradient that comes from above."""
 
     backend: str  # that ran
+    asked: str  # as which it was asked for
     checkpoint_every: int | None
     seq_len: int
     forward_us_per_step: float
@@ -106,7 +107,8 @@ class Profile:
 
     @property
     def name(self) -> str:
-        return self.backend if self.checkpoint_every is None else f"{self.backend}, every {self.checkpoint_every}"
+        name = self.asked if self.asked == self.backend else f"{self.asked} ({self.backend})"
+        return name if self.checkpoint_every is None else f"{name}, every {self.checkpoint_every}"
 
 
 class Run:
@@ -160,6 +162,7 @@ class Run:
 
     def trace(self, file: Path) -> None:
         """One forward and backward by torch.profiler, as a Chrome trace that Perfetto reads too."""
+        file.touch()  # torch's profiler only prints that it cannot
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -236,6 +239,7 @@ def profile(request: Request, light: Light | None = None) -> Profile:
         fraction = light.least_seconds(request.flops, request.bytes_moved(parameters)) / (forward + backward)
     return Profile(
         backend=run.backend(),
+        asked=request.backend,
         checkpoint_every=request.checkpoint_every,
         seq_len=T,
         forward_us_per_step=forward / T * 1e6,
@@ -250,10 +254,12 @@ def profile(request: Request, light: Light | None = None) -> Profile:
 
 def profiles(request: Request, lengths: Sequence[int], compare: Sequence[str] = ()) -> list[Profile]:
     """A request at several lengths, and after each what other backends take for it, without checkpoints."""
-    requests = [replace(request, seq_len=T) for T in lengths]
-    wanted = [[one, *(replace(one, backend=b, checkpoint_every=None) for b in compare)] for one in requests]
+    wanted = []
+    for T in lengths:
+        one = replace(request, seq_len=T)
+        wanted += [one, *(replace(one, backend=backend, checkpoint_every=None) for backend in compare)]
     light = Light.of(request.device, request.dtype)
-    return [profile(one, light) for of_length in wanted for one in of_length]
+    return [profile(one, light) for one in dict.fromkeys(wanted)]
 
 
 def table(found: Sequence[Profile]) -> str:

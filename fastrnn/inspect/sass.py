@@ -5,12 +5,11 @@ from bit 52 six bits for the scoreboards that it waits on. Source: Jia et al. 20
 """
 
 import functools
-import os
 import re
-import subprocess
 import tempfile
 from dataclasses import dataclass
 
+from . import programs
 from .flow import Statement, longest_loop
 
 
@@ -27,13 +26,11 @@ class Instruction:
 @functools.lru_cache(maxsize=16)
 def tool(cubin: bytes, name: str, *flags: str) -> str:
     """What one of the NVIDIA tools that come with Triton prints of a cubin."""
-    import triton
-
-    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    path = programs.nvidia_tool(name)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([path, *flags, file.name], capture_output=True, text=True, check=True).stdout
+        return programs.run([path, *flags, file.name], "machine code")
 
 
 def disassemble(cubin: bytes) -> str:
