@@ -207,8 +207,7 @@ def _both(ours: type, theirs: type) -> type:
 
 
 def _new(ours: type, theirs: type) -> Any:
-    cls = _both(ours, theirs)
-    return cls.__new__(cls)
+    return object.__new__(_both(ours, theirs))
 
 
 def _warn(left: dict[str, str], category: type[Warning]) -> None:

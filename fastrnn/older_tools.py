@@ -32,8 +32,8 @@ def leaf_module(forward: F) -> F:
     @functools.wraps(forward)
     def call(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, torch.fx.Proxy):
-            path = input.tracer.path_of_module(self)
-            return input.tracer.create_proxy("call_module", path, (input, *args), kwargs)
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
         return forward(self, input, *args, **kwargs)
 
     return call  # type: ignore[return-value]
