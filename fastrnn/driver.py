@@ -74,7 +74,7 @@ def _clusters_at_once(device: int, shared_bytes: int, sizes: tuple[int, ...]) ->
     try:
         from triton.runtime import driver
 
-        utils = driver.active.utils
+        utils: Any = driver.active.utils  # type: ignore[attr-defined]
         with torch.cuda.device(device):
             _, function, *_ = utils.load_binary("probe", _PROBE, shared_bytes, device)
             return tuple((size, utils.cuOccupancyMaxActiveClusters(function, shared_bytes, size)) for size in sizes)
