@@ -42,6 +42,7 @@ from fastrnn import compiler, plan, reference
 from fastrnn.device import DeviceSpec
 from fastrnn.kernel_plan import KernelPlan
 from fastrnn.tiers import TIERS
+from tests import matrix
 from tests.cases import CASES, SEQUENCES, Case
 
 needs_clusters = pytest.mark.skipif(compiler.triton_version() < (3, 8), reason="clusters need Triton 3.8 or newer")
@@ -369,14 +370,19 @@ def bare(folder: Path, packages: Path) -> Path:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_dry_visit(tmp_path):
-    """From a bare checkout, with torch, Triton, numpy and pytest alone; a second run finds everything done."""
+    """From a bare checkout, with torch, Triton, numpy and pytest alone; a second run finds everything done.
+
+    With Triton 3.6.0, the oldest that a machine is likely to have, where tests.matrix has installed it.
+    """
     checkout, out, results = bare(tmp_path / "checkout", tmp_path / "packages"), tmp_path / "out", tmp_path / "results"
     # The interpreter that a venv is made of, where it is one: without what is installed there, this project too.
     python = getattr(sys, "_base_executable", sys.executable)
-    command = [python, "-S", "-m", "bench.gpu", "--dry-run", "--out", str(out)]
+    command = [python, "-S", "-m", "bench.gpu", "--dry-run", "--out", str(out), "--seconds", "5000"]
     # As from a shell: a session inside one of xdist's workers would be one of them, which measure nothing.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = str(tmp_path / "packages")
+    oldest = matrix.FOLDER / matrix.TRITONS[0]
+    paths = [oldest] * (oldest / "installed").exists() + [tmp_path / "packages"]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     for again in (False, True):
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
