@@ -69,6 +69,8 @@ def check_rank(name: str, input: Tensor, hx: "Tensor | tuple[Tensor, Tensor] | N
 
 def check_params(gates: int, params: Sequence[Tensor], num_layers: int, directions: int, bias: bool) -> None:
     """The flat list of weights: of each layer and direction weight_ih, weight_hh, and bias_ih, bias_hh, weight_hr."""
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"num_layers: expected a positive int, got {num_layers!r}")
     per_direction = 4 if bias else 2
     if gates == 4 and len(params) == num_layers * directions * (per_direction + 1):
         per_direction += 1  # the LSTM's weight_hr

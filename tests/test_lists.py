@@ -59,6 +59,7 @@ def test_wrong_lists_say_what_was_expected(wrong, device):
             made("GRU", backend, device)(x, **options)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_of_numpys(name, backend, device):
@@ -73,6 +74,9 @@ def test_sizes_of_numpys(name, backend, device):
         x, None, list(module.parameters()), num_layers=L, backend=backend, checkpoint_every=np.int64(2)
     )
     torch.testing.assert_close(by_hand, output)
+    for wrong in (np.float64(2.0), 2.0, "2", None, 0):
+        with pytest.raises(ValueError, match="num_layers: expected a positive int, got"):
+            getattr(fastrnn, name.lower())(x, None, list(module.parameters()), num_layers=wrong, backend=backend)
     assert getattr(fastrnn, name)(np.int64(3), H, L, backend=backend, device=device)(x)[0].shape == (5, 2, 6)
 
 

@@ -168,8 +168,8 @@ def test_checkpointed_in_chunks_as_at_once(backend, device):
 
 R = torch.zeros(5, 3, dtype=torch.bool)
 BAD = {
-    "length 0": ({"lengths": [0, 5, 3]}, "lengths: expected 1 to T=5; got [0, 5, 3]"),
-    "length past T": ({"lengths": [6, 5, 3]}, "lengths: expected 1 to T=5; got [6, 5, 3]"),
+    "length below 0": ({"lengths": [-1, 5, 3]}, "lengths: expected 0 to T=5; got [-1, 5, 3]"),
+    "length past T": ({"lengths": [6, 5, 3]}, "lengths: expected 0 to T=5; got [6, 5, 3]"),
     "too few lengths": ({"lengths": [5, 3]}, "lengths: expected (3,), one for each sequence; got (2,)"),
     "float lengths": (
         {"lengths": [5.0, 3, 2]}, "lengths: expected torch.int64 or torch.int32 on cpu or the CPU; got torch.float32"),
@@ -202,9 +202,9 @@ def test_bad_input_says_what_was_expected(what, backend, device):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("bounds", ([0, 3, 3, 10], [0, 5, 9], [1, 10], [0, 12]))
-def test_cu_seqlens_that_do_not_increase_to_the_total(bounds):
-    with pytest.raises(ValueError, match=re.escape(f"increasing from 0 to total=10; got {bounds}")):
+@pytest.mark.parametrize("bounds", ([0, 4, 3, 10], [0, 5, 9], [1, 10], [0, 12]))
+def test_cu_seqlens_that_decrease_or_miss_the_total(bounds):
+    with pytest.raises(ValueError, match=re.escape(f"not to decrease, from 0 to total=10; got {bounds}")):
         fastrnn.GRU(4, 6)(torch.randn(10, 4), cu_seqlens=torch.tensor(bounds))
 
 
