@@ -38,8 +38,10 @@ from ..rows import Resets, Units, find_rows
 from . import layouts
 from .layouts import block_barrier
 
-if hasattr(gl, "barrier"):  # Triton 3.7 and later
-    from triton.experimental.gluon.language.nvidia.hopper import cluster as hopper
+try:
+    from triton.experimental.gluon.language.nvidia.hopper.cluster import barrier as meet_cluster
+except ImportError:  # before Triton 3.8, which compiles no clusters
+    meet_cluster = block_barrier
 
 
 class Held(NamedTuple):
@@ -85,7 +87,7 @@ def cluster_barrier():
     """
     fence: gl.constexpr = "fence.release.sync_restrict::shared::cta.cluster;\n\tmov.u32 $0, $1;"
     gl.inline_asm_elementwise(fence, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
-    hopper.barrier(relaxed=True)
+    meet_cluster(relaxed=True)
 
 
 @gluon.jit
