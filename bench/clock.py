@@ -1,5 +1,6 @@
 """How a time is taken: events on a GPU with its L2 flushed, a monotonic clock on a CPU with its threads pinned."""
 
+import importlib
 import os
 import platform
 import shutil
@@ -76,15 +77,24 @@ def machine() -> dict[str, Any]:
     """What a time depends on: device, clocks now, versions."""
     found: dict[str, Any] = {"device": device(), "cpu": _cpu(), "threads": torch.get_num_threads()}
     found["python"] = platform.python_version()
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
+    found |= {package: installed(package) for package in PACKAGES}
     if device() == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "hip": torch.version.hip}
         found |= {"cudnn": torch.backends.cudnn.version(), "clocks": clocks()}
     return found
+
+
+def installed(package: str) -> str | None:
+    """A package's version, None where it is missing: of those that run here anyway, the module's own.
+
+    Metadata may be missing, as of a checkout, and those of torch from PyPI are without the local part (+cu130).
+    """
+    try:
+        if package in ("fastrnn", "torch", "triton", "numpy"):
+            return importlib.import_module(package).__version__
+        return version(package)
+    except (ImportError, PackageNotFoundError):
+        return None
 
 
 def clocks() -> dict[str, str] | None:

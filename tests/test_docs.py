@@ -10,18 +10,20 @@ import re
 import signal
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from fastrnn import compiler
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NO_CODE = {"text", "mlir"}
 MARKS = {"", "minutes", "gpu"}
-NEEDS_TRITON = {"upstream-num-ctas.md": "3.9"}  # the first that compiles the program which the report is about
+NEEDS_TRITON = {"upstream-num-ctas.md": (3, 9)}  # the first that compiles the program which the report is about
 
 
 class Block(NamedTuple):
@@ -75,9 +77,9 @@ def test_every_block_is_run_or_says_why_not():
 
 @pytest.mark.parametrize("page", SCRIPTED, ids=lambda page: page.name)
 def test_python_runs(page, tmp_path):
-    needed = NEEDS_TRITON.get(page.name, "0")
-    if [*map(int, version("triton").split(".")[:2])] < [*map(int, needed.split("."))]:
-        pytest.skip(f"needs Triton {needed}")
+    needed = NEEDS_TRITON.get(page.name, (0, 0))
+    if compiler.triton_version() < needed:
+        pytest.skip(f"needs Triton {needed[0]}.{needed[1]}")
     script = ""
     for block in blocks_of(page):
         if block.language == "python":  # at its own line numbers, which errors then name
@@ -85,6 +87,22 @@ def test_python_runs(page, tmp_path):
     path = tmp_path / f"{page.stem}.py"
     path.write_text(script)
     run([sys.executable, str(path)])
+
+
+def skip_without_packages(code: str) -> None:
+    """Tables of `inspect` need rich, and the examples' --help needs what they import."""
+    needed = [
+        ("matplotlib", "examples/"),
+        ("tqdm", "examples/"),
+        ("sklearn", "classify.py"),
+        ("statsmodels", "forecast.py"),
+    ]
+    missing = [module for module, text in needed if text in code and find_spec(module) is None]
+    tables = [line for line in code.splitlines() if re.search("fastrnn inspect|mgu.py inspect", line)]
+    if find_spec("rich") is None and any("--json" not in line for line in tables):
+        missing.append("rich")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
 
 
 def rehearsed(line: str) -> str:
@@ -98,6 +116,7 @@ def rehearsed(line: str) -> str:
 @pytest.mark.parametrize("block", SHELL, ids=str)
 def test_shell_runs(block):
     code = block.code
+    skip_without_packages(code)
     if block.mark == "minutes" or (block.mark == "gpu" and not HAS_GPU):
         code = "\n".join(map(rehearsed, code.splitlines()))
     run(["bash", "-euo", "pipefail", "-c", code])

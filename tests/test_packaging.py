@@ -121,3 +121,22 @@ def test_editable_install_sees_new_files(tmp_path):
     done = subprocess.run([python, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(copy / "fastrnn/__init__.py"), "42"]
+
+
+def test_a_checkout_without_metadata_knows_its_version():
+    """As on a machine where nothing is installed: doctor and the benchmarks' records take the modules' own versions."""
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "def version(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = version\n"
+        "import torch, triton, fastrnn\n"
+        "from bench import clock\n"
+        "from fastrnn.inspect import doctor\n"
+        "found, said = clock.machine(), dict(doctor.diagnosis())\n"
+        "assert found['fastrnn'] == said['fastrnn'] == fastrnn.__version__\n"
+        "assert found['triton'] == said['triton'] == triton.__version__\n"
+        "assert found['torch'] == torch.__version__ and torch.__version__ in said['torch']\n"
+        "assert found['flashrnn'] is None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import importlib.util
 import platform
 import shutil
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -22,7 +21,7 @@ def diagnosis() -> Iterator[tuple[str, str]]:
     yield "fastrnn", __version__
     yield "python", platform.python_version()
     yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'})"
-    yield "triton", _version("triton")
+    yield "triton", _triton()
     yield "gluon", gluon()
     yield "interpreter", "on (TRITON_INTERPRET=1): kernels run on CPU tensors" if interpreter.ENABLED else "off"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,8 +75,10 @@ def _inspect() -> str:
     return f"missing: {'; '.join(missing)}" if missing else "usable"
 
 
-def _version(package: str) -> str:
+def _triton() -> str:
+    """The version of the Triton that is imported: a folder on the path, unpacked by hand, has no metadata."""
     try:
-        return version(package)
-    except PackageNotFoundError:
+        import triton
+    except ImportError:
         return "missing"
+    return triton.__version__

@@ -167,7 +167,7 @@ class Run:
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self.backward(self.forward())
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             self.backward(self.forward())
         profiler.export_chrome_trace(str(file))
 
