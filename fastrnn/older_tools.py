@@ -33,6 +33,8 @@ def leaf_module(forward: F) -> F:
     def call(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, torch.fx.Proxy):
             tracer: Any = input.tracer
+            if getattr(tracer, "root", None) is self:
+                raise NotImplementedError("torch.fx takes a recurrent layer as a leaf: trace the module that holds it")
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
         return forward(self, input, *args, **kwargs)
 

@@ -277,6 +277,8 @@ def recurrence(
     >>> h_n[0, 0, 0].item()
     0.03125
     """
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
     if cell not in GATES:
         raise ValueError(f"cell: expected one of {', '.join(map(repr, GATES))}; got {cell!r}")
     if backend not in TIERS:
@@ -289,7 +291,9 @@ def recurrence(
     wanted = (*inputs, reset_h, reset_c)
     # Each level of nested transforms has an answer of its own to whether gradients are wanted: there, always.
     transforming = batching.transforming()
-    save = transforming or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in wanted))
+    # torch.jit.trace writes the answer down, for all calls of what it makes: it checks that under no_grad.
+    asked = torch.is_grad_enabled() or torch.jit.is_tracing()
+    save = transforming or (asked and any(t is not None and t.requires_grad for t in wanted))
     run = _Recurrence.apply if transforming else _recurrence
     rows, reset = sequences if sequences is not None else (None, None)
     x, W_ih, b_ih = source if source is not None else (None, None, None)

@@ -1,6 +1,7 @@
 """A model on its way out of Python: traced, exported, symbolically traced, scripted and quantized, as torch.nn's is."""
 
 import copy
+import io
 import warnings
 
 import pytest
@@ -60,6 +61,36 @@ def test_jit_trace(name, backend, kind, device):
         traced = torch.jit.trace(call, x, check_trace=False)
     for found, expected in zip(traced(x), call(x), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_jit_trace_of_what_trains(name, backend, device):
+    """With the check that torch.jit.trace makes of itself by default, saved, loaded, and then trained."""
+    layer, x = getattr(fastrnn, name)(4, 6, backend=backend, device=device), torch.randn(5, 3, 4, device=device)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(layer, x), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for module in (loaded, layer):
+        module(x)[0].square().sum().backward()
+    for own, expected in zip(loaded.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, expected.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x)[0], layer(x)[0])
+
+
+def test_onnx_of_a_kernel_says_what_to_do(tmp_path):
+    """The exporter itself would print the whole graph and name an op."""
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    model, x = made("GRU", backend="resident"), torch.randn(5, 3, 4)
+    with pytest.raises(NotImplementedError, match=r"^ONNX has no form .*: export fastrnn.revert\(model\)$"):
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=False)
+
+
+def test_fx_of_a_layer_alone_says_what_to_do():
+    with pytest.raises(NotImplementedError, match="^torch.fx takes .* leaf: trace the module that holds it$"):
+        torch.fx.symbolic_trace(fastrnn.GRU(4, 6))
 
 
 @pytest.mark.parametrize("name", NAMES)
