@@ -19,6 +19,8 @@ PART = {
     "tests/test_checkpoint.py": "plan_says or wrong_values",
     "tests/test_wavefront.py": "never or order_runs",
     "tests/test_modules.py": "GRU and (resident or auto)",
+    "tests/test_convert.py": "packed or (alone and GRU and auto)",
+    "tests/test_torch_inputs.py": "auto and (no_sequence or (own_inputs and GRU and eval))",
     "tests/test_native.py": "budget_of_tf32 or given_no_other",
 }
 

@@ -20,7 +20,10 @@ INFOS = {
     if info.module_cls in (torch.nn.RNN, torch.nn.GRU, torch.nn.LSTM)
 }
 KERNELS = ("resident", "cooperative")
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
+    pytest.mark.filterwarnings("ignore::fastrnn.FallbackWarning"),  # of a GPU: float64 has no kernel
+]
 
 
 def dtype_of(backend: str) -> torch.dtype:
