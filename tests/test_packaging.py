@@ -32,7 +32,13 @@ SET_BY_MAKE = ("MAKEFLAGS", "MFLAGS", "PYTHON", "PYTHONPATH", "TESTS", "TORCH", 
 def commands(target: str, *variables: str) -> str:
     """What make would run for a target in a fresh clone, with nothing set but these variables."""
     clean = {k: v for k, v in os.environ.items() if k not in SET_BY_MAKE}
-    done = subprocess.run(["make", "-n", "-B", target, *variables], cwd=ROOT, env=clean, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", "-B", target, *variables],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
