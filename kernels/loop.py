@@ -27,8 +27,10 @@ class Constants(NamedTuple):
 
     cell: Any  # the cell's step in this pass, of kernels/cells.py
     gates: Any  # G
+    states: Any  # how many the cell has, h first
     saved: Any  # S, the tiles that forward saves beside the states
     activations: Any  # how they are computed, as kernels/activations.py names it
+    own_lengths: Any  # whether rows have lengths of their own
     by_step: Any  # whether states start anew from what is given by step
     H: Any
     precision: Any  # of products of float32
@@ -71,15 +73,6 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def of_states(HAS_C: tl.constexpr, first, last, starts, beyond):
-    """The pointers of a cell's own states: (h, c), and c of all steps, or (h,) and nothing."""
-    if HAS_C:
-        return first, last, starts, beyond
-    else:
-        return (first[0],), (last[0],), (starts[0],), ()
-
-
-@triton.jit
 def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, units, resets, state):
     """Walk all of time from a state that every program has published; returns the last state."""
     x_next = load_step(K, x_gates_ptr, rows, units, K.gates, 0)
@@ -89,11 +82,11 @@ def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, u
         if TIER.early:
             x_next = load_step(K, x_gates_ptr, rows, units, K.gates, tl.minimum(step + 1, rows.T - 1))
         if resets.mask is not None:
-            restart, starts = load_starts(resets, rows, units, step + 1, K.H, K.by_step)
+            restart, starts = load_starts(resets, rows, units, step + 1, K)
         rec = TIER.product(held, K, TIER.form, h)
         after, saved = K.cell(x, rec, state, K.activations)
-        if rows.table is not None:  # frozen rows keep their state
-            after = keep(live(units.mask, rows, step), after, state)
+        if K.own_lengths:  # frozen rows keep their state
+            after = keep(live(units.mask, rows, step, K.own_lengths), after, state)
         state = after
         if resets.mask is not None:
             state = keep(restart, starts, after)
@@ -101,7 +94,7 @@ def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, u
         if not TIER.early:
             x_next = load_step(K, x_gates_ptr, rows, units, K.gates, tl.minimum(step + 1, rows.T - 1))
         store_step(K, out.y, rows, units, step, (after[0],))
-        for n in tl.static_range(len(out.states)):
+        for n in tl.static_range(K.states - 1):
             if out.states[n] is not None:
                 store_step(K, out.states[n], rows, units, step, (after[n + 1],))
         if out.saved is not None:
@@ -162,8 +155,8 @@ def differentiate(K: tl.constexpr, read, rows, units, resets, d_state, tiles, ke
     if resets.mask is not None:
         before = tl.where(tiles[len(tiles) - 1], tiles[len(tiles) - 2], before)
     d_x, d_rec, d_before = K.cell(given, saved, kept, before, K.activations)
-    if rows.table is not None:
-        alive, zeros = live(units.mask, rows, step), (zeros_like(kept),) * K.gates
+    if K.own_lengths:
+        alive, zeros = live(units.mask, rows, step, K.own_lengths), (zeros_like(kept),) * K.gates
         d_x, d_rec = keep(alive, d_x, zeros), keep(alive, d_rec, zeros)
         d_before = keep(alive, d_before, given)
     return d_x, d_rec, d_before, kept_before
@@ -177,7 +170,7 @@ def load_saved(K: tl.constexpr, read, rows, units, resets, step):
     kept state started from, and in which rows.
     """
     H: tl.constexpr = K.H
-    if rows.table is None:
+    if not K.own_lengths:
         before = slot(rows, tl.maximum(step - 1, 0))
         ptr = tl.where(step == 0, read.kept_0 + rows.first_state * H, read.kept + before * H)
         stride = tl.where(step == 0, H, rows.D * H)
@@ -193,7 +186,7 @@ def load_saved(K: tl.constexpr, read, rows, units, resets, step):
         tiles = tiles + (zeros_like(units.mask),)
     if K.saved > 0:
         tiles = tiles + load_step(K, read.saved, rows, units, K.saved, step)
-    for n in tl.static_range(len(read.d_states)):
+    for n in tl.static_range(K.states - 1):
         if read.d_states[n] is not None:
             tiles = tiles + load_step(K, read.d_states[n], rows, units, 1, step)
     if resets.mask is not None:
@@ -227,7 +220,7 @@ def cut(K: tl.constexpr, grads, rows, units, step, d_state, restart):
 def load_step(K: tl.constexpr, ptr, rows, units, N: tl.constexpr, step):
     """N tiles of a step from [slots, D, N, H]; zero where masked or frozen."""
     tiles, base = (), ptr + slot(rows, step) * N * K.H
-    at, mask = rows.slots[:, None] * (rows.D * N * K.H), live(units.mask, rows, step)
+    at, mask = rows.slots[:, None] * (rows.D * N * K.H), live(units.mask, rows, step, K.own_lengths)
     for n in tl.static_range(N):
         tiles = tiles + (tl.load(base + at + n * K.H + units.offs[None, :], mask=mask, other=0.0),)
     return tiles
@@ -238,7 +231,7 @@ def store_step(K: tl.constexpr, ptr, rows, units, step, tiles):
     """Store N tiles of a step to [slots, D, N, H], where rows are not frozen."""
     N: tl.constexpr = len(tiles)
     base = ptr + slot(rows, step) * N * K.H
-    at, mask = rows.slots[:, None] * (rows.D * N * K.H), live(units.mask, rows, step)
+    at, mask = rows.slots[:, None] * (rows.D * N * K.H), live(units.mask, rows, step, K.own_lengths)
     for n in tl.static_range(N):
         tl.store(base + at + n * K.H + units.offs[None, :], tiles[n].to(ptr.dtype.element_ty), mask=mask)
 
@@ -252,14 +245,14 @@ def as_fp32(tiles):
 
 
 @triton.jit
-def load_state(ptrs, rows, units, H: tl.constexpr):
+def load_state(K: tl.constexpr, ptrs, rows, units):
     """States from [D, B, H], or their gradients, in fp32; zeros for an absent pointer."""
     state = ()
-    for n in tl.static_range(len(ptrs)):
+    for n in tl.static_range(K.states):
         if ptrs[n] is None:
             state = state + (zeros_like(units.mask),)
         else:
-            at = rows.first_state * H + rows.states[:, None] * H + units.offs[None, :]
+            at = rows.first_state * K.H + rows.states[:, None] * K.H + units.offs[None, :]
             state = state + (tl.load(ptrs[n] + at, mask=units.mask, other=0.0).to(tl.float32),)
     return state
 
@@ -267,18 +260,18 @@ def load_state(ptrs, rows, units, H: tl.constexpr):
 @triton.jit
 def first_state(K: tl.constexpr, ptrs, rows, units, resets):
     """The states before the first step: given, or started anew where a segment begins there."""
-    state = load_state(ptrs, rows, units, K.H)
+    state = load_state(K, ptrs, rows, units)
     if resets.mask is not None:
-        restart, starts = load_starts(resets, rows, units, 0, K.H, K.by_step)
+        restart, starts = load_starts(resets, rows, units, 0, K)
         state = keep(restart, starts, state)
     return state
 
 
 @triton.jit
-def store_state(ptrs, rows, units, state, H: tl.constexpr):
+def store_state(K: tl.constexpr, ptrs, rows, units, state):
     """Store states, or their gradients, to [D, B, H]."""
-    for n in tl.static_range(len(ptrs)):
-        at = rows.first_state * H + rows.states[:, None] * H + units.offs[None, :]
+    for n in tl.static_range(K.states):
+        at = rows.first_state * K.H + rows.states[:, None] * K.H + units.offs[None, :]
         tl.store(ptrs[n] + at, state[n].to(ptrs[n].dtype.element_ty), mask=units.mask)
 
 

@@ -19,7 +19,7 @@ from .activations import zeros_like
 
 
 class Rows(NamedTuple):
-    """A program's rows of the batch. The table is None where all sequences have T steps, in the batch's order."""
+    """A program's rows of the batch."""
 
     direction: Any
     D: Any
@@ -30,7 +30,6 @@ class Rows(NamedTuple):
     lengths: Any  # [BLOCK_B]
     first_state: Any  # the row of [D, B, H] that states count from
     states: Any  # [BLOCK_B], counted from there
-    table: Any
 
 
 class Units(NamedTuple):
@@ -52,7 +51,7 @@ def find_rows(table_ptr, direction, D, T, B, first_row, offs_b, RAGGED: tl.const
     """The rows of a batch tile from its first one on; scalars are int64."""
     rows = tl.cast(B, tl.int64)
     if table_ptr is None:
-        return Rows(direction, D, T, rows, first_row, offs_b, offs_b, direction * rows + first_row, offs_b, None)
+        return Rows(direction, D, T, rows, first_row, offs_b, offs_b, direction * rows + first_row, offs_b)
     else:
         exists = first_row + offs_b < B
         sequence = tl.load(table_ptr + first_row + offs_b, mask=exists, other=0)
@@ -61,7 +60,7 @@ def find_rows(table_ptr, direction, D, T, B, first_row, offs_b, RAGGED: tl.const
         # One step, frozen, where all are empty.
         longest = tl.maximum(tl.load(table_ptr + 2 * rows + first_row), 1).to(tl.int32)
         stride = tl.cast(1, tl.int64) if RAGGED else rows
-        return Rows(direction, D, longest, stride, direction * 0, start, length, direction * rows, sequence, table_ptr)
+        return Rows(direction, D, longest, stride, direction * 0, start, length, direction * rows, sequence)
 
 
 @triton.jit
@@ -77,9 +76,9 @@ def slot(rows, step):
 
 
 @triton.jit
-def live(mask, rows, step):
+def live(mask, rows, step, OWN_LENGTHS: tl.constexpr):
     """A mask of rows, or of a tile, without the rows that are frozen at a step."""
-    if rows.table is None:
+    if not OWN_LENGTHS:
         return mask
     else:
         alive = time_index(rows, step) < rows.lengths
@@ -132,10 +131,10 @@ def load_start(ptr, restart, row, units, H: tl.constexpr):
 
 
 @triton.jit
-def load_starts(resets, rows, units, step, H: tl.constexpr, BY_STEP: tl.constexpr):
+def load_starts(resets, rows, units, step, K: tl.constexpr):
     """The rows that start anew before a step, and the states that they start from."""
-    restart, row = load_restart(resets, rows, step), start_row(rows, step, BY_STEP)
+    restart, row = load_restart(resets, rows, step), start_row(rows, step, K.by_step)
     states = ()
-    for n in tl.static_range(len(resets.starts)):
-        states = states + (load_start(resets.starts[n], restart, row, units, H),)
+    for n in tl.static_range(K.states):
+        states = states + (load_start(resets.starts[n], restart, row, units, K.H),)
     return restart, states

@@ -130,7 +130,8 @@ def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back)
     """dh + W_hh^T d_gates of the own units, when all programs have announced d_gates."""
     group = held.group
     meet(group, back + 1, F)
-    now, mask, slots = slot(rows, step), live(held.piece_mask, held.piece_rows, step), held.piece_rows.slots
+    now, slots = slot(rows, step), held.piece_rows.slots
+    mask = live(held.piece_mask, held.piece_rows, step, K.own_lengths)
     sums = (gl.zeros([F.WARPS, dh.shape[1], dh.shape[0]], gl.float32, product_layout(F.WARPS)),) * K.gates
     for i in gl.static_range(len(F.K_TILES)):
         longer = ()
@@ -161,14 +162,15 @@ def forward(
     WARPS: gl.constexpr, PRECISION: gl.constexpr, SPIN_ON_LOAD: gl.constexpr, COUNTER_STRIDE: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    K: gl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    K: gl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
     F: gl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD, IN_REGISTERS)
     TIER: gl.constexpr = loop.Tier(receive, gates, publish, False, F)
     SUMS: gl.constexpr = gl.SliceLayout(0, cell_layout(WARPS))
     rows, units, first_row, offs_b = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_N, RAGGED, SUMS)
-    first, last, starts, cells = loop.of_states(
-        HAS_C, (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
-    )
+    if HAS_C:
+        first, last, starts, cells = (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
+    else:
+        first, last, starts, cells = (h_0_ptr,), (h_n_ptr,), (reset_h_ptr,), ()
     PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, W_hh_ptr.dtype.element_ty)
     piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
     counter_ptr = counters_ptr + (gl.program_id(1) * D + gl.program_id(2)) * COUNTER_STRIDE
@@ -184,7 +186,7 @@ def forward(
     publish(held, K, F, units, state, 0)
     out = Outputs(y_ptr, cells, saved_ptr)
     state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
-    store_state(last, rows, units, state, H)
+    store_state(K, last, rows, units, state)
 
 
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -198,14 +200,16 @@ def backward(
     WARPS: gl.constexpr, PRECISION: gl.constexpr, SPIN_ON_LOAD: gl.constexpr, COUNTER_STRIDE: gl.constexpr,
     IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    K: gl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    K: gl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
     F: gl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD, IN_REGISTERS)
     TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
     SUMS: gl.constexpr = gl.SliceLayout(0, cell_layout(WARPS))
     rows, units, first_row, offs_b = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_N, RAGGED, SUMS)
-    last, first, starts, cells = loop.of_states(
-        HAS_C, (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr), (dc_ptr,)
-    )
+    if HAS_C:
+        last, first, starts = (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr)
+        cells = (dc_ptr,)
+    else:
+        last, first, starts, cells = (dh_n_ptr,), (dh_0_ptr,), (d_reset_h_ptr,), ()
     PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, W_hh_ptr.dtype.element_ty)
     piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
     counter_ptr = counters_ptr + (gl.program_id(1) * D + gl.program_id(2)) * COUNTER_STRIDE
@@ -216,7 +220,7 @@ def backward(
     held = Held(W_hh, None, sums, pieces, first_row + piece_rows < B, group)
     read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
     grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
-    d_state = load_state(last, rows, units, H)
+    d_state = load_state(K, last, rows, units)
     resets = Resets(reset_ptr, (reset_kept_ptr,))
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(first, rows, units, d_state, H)
+    store_state(K, first, rows, units, d_state)

@@ -149,24 +149,32 @@ def receive(held, K: gl.constexpr, F: gl.constexpr, units, direction, state, ste
         b_hh = load_bias(K, held.b_hh, direction, units)
     if F.CTAS > 1:
         cluster_barrier()
-        whole = held.own.index(step % 2).load(F.GATHERED)
+        GATHERED: gl.constexpr = F.GATHERED
+        whole = held.own.index(step % 2).load(GATHERED)
         held.operand.index(0).store(in_shares(whole, F.SHARES))
     block_barrier()
-    return held.operand.index(0 if F.CTAS > 1 else step % 2).load(F.A), b_hh
+    A: gl.constexpr = F.A
+    return held.operand.index(0 if F.CTAS > 1 else step % 2).load(A), b_hh
 
 
 @gluon.jit
 def gates(held, K: gl.constexpr, F: gl.constexpr, received):
     """W_hh h + b_hh of the own units, gate by gate."""
     h, b_hh = received
-    zeros = gl.zeros([F.SHARES, h.shape[1], held.W_hh[0].shape[2]], gl.float32, F.PRODUCT)
+    SHARES: gl.constexpr = F.SHARES
+    BLOCK_B: gl.constexpr = h.shape[1]
+    BLOCK_H: gl.constexpr = held.W_hh[0].shape[2]
+    PRODUCT: gl.constexpr = F.PRODUCT
+    W: gl.constexpr = F.W
+    SUMMED: gl.constexpr = F.SUMMED
+    zeros = gl.zeros([SHARES, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
     for g in gl.static_range(K.gates):
-        W_g = operand(held.W_hh, g, F.IN_REGISTERS, F.W)
+        W_g = operand(held.W_hh, g, F.IN_REGISTERS, W)
         held.summands.index(g).store(mma_v2(h, W_g, zeros, input_precision=K.precision))
     block_barrier()
     rec = ()
     for g in gl.static_range(K.gates):
-        rec = rec + (gl.sum(held.summands.index(g).load(F.SUMMED), 0) + b_hh[g],)
+        rec = rec + (gl.sum(held.summands.index(g).load(SUMMED), 0) + b_hh[g],)
     return rec
 
 
@@ -191,16 +199,23 @@ def announce(held, K: gl.constexpr, F: gl.constexpr, d_rec):
 @gluon.jit
 def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back):
     """dh + W_hh^T d_gates: own rows of W_hh give a summand of all of dh, which programs and warps exchange."""
-    acc = gl.zeros([F.SHARES * F.CTAS, dh.shape[0], dh.shape[1]], gl.float32, F.PRODUCT)
+    SUMMANDS: gl.constexpr = F.SHARES * F.CTAS
+    BLOCK_B: gl.constexpr = dh.shape[0]
+    BLOCK_H: gl.constexpr = dh.shape[1]
+    PRODUCT: gl.constexpr = F.PRODUCT
+    A: gl.constexpr = F.A
+    W: gl.constexpr = F.W
+    SUMMED: gl.constexpr = F.SUMMED
+    acc = gl.zeros([SUMMANDS, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
     for g in gl.static_range(K.gates):
-        d_gate = held.operand.index(g).load(F.A)
-        acc = mma_v2(d_gate, operand(held.W_hh, g, F.IN_REGISTERS, F.W), acc, input_precision=K.precision)
+        d_gate = held.operand.index(g).load(A)
+        acc = mma_v2(d_gate, operand(held.W_hh, g, F.IN_REGISTERS, W), acc, input_precision=K.precision)
     held.summands.index(back % 2).store(acc)
     if F.CTAS > 1:
         cluster_barrier()
     else:
         block_barrier()
-    return dh + gl.sum(held.summands.index(back % 2).load(F.SUMMED), 0)
+    return dh + gl.sum(held.summands.index(back % 2).load(SUMMED), 0)
 
 
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -216,13 +231,14 @@ def forward(
     CTAS: gl.constexpr = gl.num_ctas()
     dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
-    K: gl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    K: gl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
     F: gl.constexpr = form(SHARES, IN_REGISTERS, BIAS_KEPT, BITS, BLOCK_B, BLOCK_H, CTAS, gl.num_warps(), 2)
     TIER: gl.constexpr = loop.Tier(receive, gates, publish, True, F)
     rows, units = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_H, RAGGED, gl.SliceLayout(0, F.SUMMED))
-    first, last, starts, cells = loop.of_states(
-        HAS_C, (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
-    )
+    if HAS_C:
+        first, last, starts, cells = (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
+    else:
+        first, last, starts, cells = (h_0_ptr,), (h_n_ptr,), (reset_h_ptr,), ()
     DEPTH: gl.constexpr = BLOCK_H // SHARES
     W_hh = load_weights(
         K, F, W_hh_ptr, rows.direction, BLOCK_H, SHARES, layouts.operand(BITS, DEPTH, [1, 2, 0], CTAS, 2), False
@@ -245,7 +261,7 @@ def forward(
     publish(held, K, F, units, state, 0)
     out = Outputs(y_ptr, cells, saved_ptr)
     state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
-    store_state(last, rows, units, state, H)
+    store_state(K, last, rows, units, state)
     if CTAS > 1:
         gl.barrier(cluster=True)  # no program ends while others read its shared memory
 
@@ -263,19 +279,21 @@ def backward(
     CTAS: gl.constexpr = gl.num_ctas()
     dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
-    K: gl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    K: gl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
     F: gl.constexpr = form(SHARES, IN_REGISTERS, True, BITS, BLOCK_B, BLOCK_H, CTAS, gl.num_warps(), 0)
     TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, True, F)
     rows, units = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_H, RAGGED, gl.SliceLayout(0, F.SUMMED))
-    last, first, starts, cells = loop.of_states(
-        HAS_C, (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr), (dc_ptr,)
-    )
+    if HAS_C:
+        last, first, starts = (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr)
+        cells = (dc_ptr,)
+    else:
+        last, first, starts, cells = (dh_n_ptr,), (dh_0_ptr,), (d_reset_h_ptr,), ()
     SUMMANDS: gl.constexpr = SHARES * CTAS
     DEPTH: gl.constexpr = BLOCK_H // SUMMANDS
     W_hh = load_weights(
         K, F, W_hh_ptr, rows.direction, BLOCK_H, SUMMANDS, layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0), True
     )
-    d_state = load_state(last, rows, units, H)
+    d_state = load_state(K, last, rows, units)
     d_tile = gl.allocate_shared_memory(
         dtype, [G, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
     )
@@ -285,6 +303,6 @@ def backward(
     grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
     resets = Resets(reset_ptr, (reset_kept_ptr,))
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(first, rows, units, d_state, H)
+    store_state(K, first, rows, units, d_state)
     if CTAS > 1:
         gl.barrier(cluster=True)

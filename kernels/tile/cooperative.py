@@ -116,7 +116,7 @@ def d_hidden(held, K: tl.constexpr, F: tl.constexpr, dh, sent, rows, step, back)
     """dh + W_hh^T d_gates of the own units, when all programs have announced d_gates."""
     group = held.group
     meet(group, back + 1, F)
-    now, mask = slot(rows, step), live(held.row_mask, rows, step)
+    now, mask = slot(rows, step), live(held.row_mask, rows, step, K.own_lengths)
     total = tl.zeros([F.WARPS, dh.shape[0], dh.shape[1]], tl.float32)
     for i in tl.static_range(len(F.K_TILES)):
         offs_k = columns(F.K_TILES, i, F.WARPS)
@@ -141,13 +141,14 @@ def forward(
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
     PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    K: tl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
     F: tl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, False, F)
     rows, units, first_row, offs_b, row_mask = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_N, RAGGED)
-    first, last, starts, cells = loop.of_states(
-        HAS_C, (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
-    )
+    if HAS_C:
+        first, last, starts, cells = (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
+    else:
+        first, last, starts, cells = (h_0_ptr,), (h_n_ptr,), (reset_h_ptr,), ()
     counter_ptr = counters_ptr + (tl.program_id(1) * rows.D + tl.program_id(2)) * COUNTER_STRIDE
     exchanged_ptr += (rows.direction * B + first_row) * H
     buffer = rows.D * tl.cast(B, tl.int64) * H
@@ -159,7 +160,7 @@ def forward(
     publish(held, K, F, units, state, 0)
     out = Outputs(y_ptr, cells, saved_ptr)
     state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
-    store_state(last, rows, units, state, H)
+    store_state(K, last, rows, units, state)
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -172,20 +173,22 @@ def backward(
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
     PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    K: tl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
     F: tl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
     rows, units, _, offs_b, row_mask = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_N, RAGGED)
-    last, first, starts, cells = loop.of_states(
-        HAS_C, (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr), (dc_ptr,)
-    )
+    if HAS_C:
+        last, first, starts = (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr)
+        cells = (dc_ptr,)
+    else:
+        last, first, starts, cells = (dh_n_ptr,), (dh_0_ptr,), (d_reset_h_ptr,), ()
     counter_ptr = counters_ptr + (tl.program_id(1) * rows.D + tl.program_id(2)) * COUNTER_STRIDE
     group = Group(counter_ptr, tl.num_programs(0).to(tl.int64), d_x_gates_ptr, d_rec_last_ptr, None, offs_b)
     W_hh = load_weights(W_hh_ptr, rows.direction, units.offs, G, H, K_TILES, WARPS, False)
     held = Held(W_hh, None, row_mask, group)
     read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
     grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
-    d_state = load_state(last, rows, units, H)
+    d_state = load_state(K, last, rows, units)
     resets = Resets(reset_ptr, (reset_kept_ptr,))
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(first, rows, units, d_state, H)
+    store_state(K, first, rows, units, d_state)

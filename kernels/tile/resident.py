@@ -104,11 +104,12 @@ def forward(
     RAGGED: tl.constexpr, BY_STEP: tl.constexpr,
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    K: tl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
     rows, units = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_H, RAGGED)
-    first, last, starts, cells = loop.of_states(
-        HAS_C, (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
-    )
+    if HAS_C:
+        first, last, starts, cells = (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
+    else:
+        first, last, starts, cells = (h_0_ptr,), (h_n_ptr,), (reset_h_ptr,), ()
     resets = Resets(reset_ptr, starts)
     W_hh = load_weights(K, W_hh_ptr, rows.direction, units, TRANSPOSED=True)
     held = Held(W_hh, load_bias(K, b_hh_ptr, rows.direction, units))
@@ -116,7 +117,7 @@ def forward(
     out = Outputs(y_ptr, cells, saved_ptr)
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, True, None)
     state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
-    store_state(last, rows, units, state, H)
+    store_state(K, last, rows, units, state)
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -128,16 +129,18 @@ def backward(
     RAGGED: tl.constexpr, BY_STEP: tl.constexpr,
     H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    K: tl.constexpr = Constants(CELL, G, S, ACTIVATIONS, BY_STEP, H, PRECISION)
+    K: tl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
     rows, units = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_H, RAGGED)
-    last, first, starts, cells = loop.of_states(
-        HAS_C, (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr), (dc_ptr,)
-    )
+    if HAS_C:
+        last, first, starts = (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr)
+        cells = (dc_ptr,)
+    else:
+        last, first, starts, cells = (dh_n_ptr,), (dh_0_ptr,), (d_reset_h_ptr,), ()
     resets = Resets(reset_ptr, (reset_kept_ptr,))
     held = Held(load_weights(K, W_hh_ptr, rows.direction, units, TRANSPOSED=False), None)
     read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
     grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
-    d_state = load_state(last, rows, units, H)
+    d_state = load_state(K, last, rows, units)
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, True, None)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(first, rows, units, d_state, H)
+    store_state(K, first, rows, units, d_state)
