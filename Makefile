@@ -5,6 +5,7 @@ VENV ?= yes
 JOBS ?= 2
 # What `make test` hands on to pytest: TESTS="tests/test_recurrence.py -k gru" runs a part.
 TESTS ?=
+MATRIX ?=
 
 # The torch to install, and with which Triton: without one, that which this torch requires, or the newest if it requires
 # none (a CPU build). `make test TORCH=2.14.1` installs another pair into the same .venv.
@@ -29,7 +30,7 @@ endif
 
 EXAMPLES := classify forecast memory rollout
 
-.PHONY: demo $(EXAMPLES) test lint inspect snapshots bench bench-gpu clean .venv
+.PHONY: demo $(EXAMPLES) test matrix lint inspect snapshots bench bench-gpu clean .venv
 
 demo: $(HERE)
 	$(READY)
@@ -43,6 +44,12 @@ $(EXAMPLES): $(HERE)
 test: $(HERE) $(MODELS)
 	$(READY)
 	$(RUN) -m pytest $(PARALLEL) $(TESTS)
+
+# The kernels with every Triton that a torch requires, each installed into a folder of its own; MATRIX=--quick
+# runs a part, in some minutes.
+matrix: $(HERE)
+	$(READY)
+	$(RUN) -m tests.matrix $(MATRIX)
 
 lint: $(HERE)
 	$(READY)

@@ -124,8 +124,9 @@ def _check_values(right: Tensor, expected: str, size: int, got: Tensor) -> None:
 
 def _unwrapped(tensor: Tensor) -> Tensor:
     """The tensor inside of torch.func's wrappers."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
     return tensor
 
 

@@ -40,6 +40,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "memory": (EXAMPLE, ()),
     "rollout": (EXAMPLE, ()),
     "test": (("torch", "triton", "pytest"), (*TESTED, "sklearn", "statsmodels", "tqdm", "xdist")),
+    "matrix": (("torch", "triton", "pytest"), ()),
     "lint": (("ruff", "pyright"), ()),
     "inspect": (("torch", "triton"), ()),
     "snapshots": (("torch", "triton"), ()),
