@@ -99,7 +99,7 @@ LOOP, ROWS, LAUNCH = "kernels/loop.py", "kernels/rows.py", "fastrnn/launch.py"
 # What is broken: where, which text, by what, and the cell and kind of sequences that show it.
 MUTATIONS = {
     "frozen rows go on": (
-        LOOP, "keep(live(units.mask, rows, step, K.own_lengths), after", "keep(units.mask | True, after", "lstm", "lengths"),
+        LOOP, "rows, step, K.own_lengths), after", "rows, step, False), after", "lstm", "lengths"),
     "frozen rows have gradients": (
         LOOP, "keep(alive, d_rec,", "keep(alive | True, d_rec,", "rnn_tanh", "lengths"),
     "gradients stop at an end": (
