@@ -218,6 +218,7 @@ def run(
     num_layers, checkpoint_every = as_int(num_layers), as_int(checkpoint_every)
     check_params(GATES[cell], params, num_layers, D, bias)
     H, of_h = params[0].shape[0] // GATES[cell], params[1].shape[-1]  # h has another size where it is projected
+    given = options
     T, B, options = check_options(options, input, batch_first, cell, num_layers * D, (of_h, H))
     ragged = options.cu_seqlens is not None
     states = 2 if cell == "lstm" else 1
@@ -262,7 +263,7 @@ def run(
     if backend == "torch" and stops_at_torchs_kernels():
         return _untraced(
             cell, input, hx, params, num_layers, bias, batch_first, dropout, training, bidirectional, backend,
-            checkpoint_every, options,
+            checkpoint_every, tuple(given),
         )  # fmt: skip
     if checkpoint_every and not plain and (ragged or D == 2 or backend == "torch"):
         what = (
@@ -341,4 +342,10 @@ def run(
     return output, *(final if between == dtype else final.to(dtype) for final in finals), *c
 
 
-_untraced = untraced(run)
+def _run_untraced(*args: Any) -> tuple[Tensor, ...]:
+    """run, with options that are a plain tuple: of a named one torch 2.11 hands on nothing where the graph breaks."""
+    *others, options = args
+    return run(*others, Options(*options))
+
+
+_untraced = untraced(_run_untraced)

@@ -15,6 +15,7 @@ from fastrnn import launch
 
 from .test_modules import BACKENDS, NAMES, flat
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 COMPILERS = ("aot_eager", *(("inductor",) if shutil.which("gcc") else ()))
 
 
@@ -83,6 +84,8 @@ def test_compiled_it_gives_the_same(name, backend, device):
 @pytest.mark.parametrize("name", NAMES)
 def test_torchs_kernels_are_traced_where_torch_is_told_to(name, options, device):
     """By torch's own setting for its layers; float64: see test_torchs_lstm_on_the_cpu_does_not_train_compiled."""
+    if name == "LSTM" and TORCH < (2, 13):
+        pytest.skip("torch before 2.13 traces its own LSTM's states with a dimension too many, torch.nn.LSTM's too")
     subclass, more = options.get("subclass"), {k: v for k, v in options.items() if k != "subclass"}
     module, x = made(name, "torch", device, dtype=torch.float64, **more)
     if subclass:
@@ -189,7 +192,7 @@ def test_sequences_of_their_own(name, backend, kind, device):
     arguments, options = of_sequences(kind, name == "LSTM", device)
     by_values = kind == "packed" or (backend == "auto" and device == "cpu")
     if by_values:
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="" if kind == "packed" else "segments.run"):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="" if kind == "packed" else "_untraced"):
             torch.compile(module, backend="aot_eager", fullgraph=True)(*arguments, **options)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=not by_values)
     truth = differentiated(module, module, arguments, options)
@@ -209,7 +212,8 @@ def test_export(backend, dynamic, strict, device, default_precision):
         return export(module.eval(), (x,), dynamic_shapes=(dims,) if dims else None, strict=strict).module()
 
     if "T" in dynamic and backend != "resident":
-        with pytest.raises(torch._dynamo.exc.UserError, match="T.* as dynamic but your code specialized it"):
+        refusals = (torch._dynamo.exc.UserError, torch._dynamo.exc.Unsupported)  # the latter torch 2.11's, in its words
+        with pytest.raises(refusals, match="T.* as dynamic but your code specialized it|method `__setitem__` of class"):
             exported()
         return
     run = exported()
