@@ -46,15 +46,14 @@ def _again_where_refused(run: Callable) -> Callable:
     """
 
     @functools.wraps(run)
-    def wrapped(cell: str, *args: Any) -> tuple[Tensor, ...]:
-        backend = args[9]
+    def wrapped(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         for _ in TIERS:
             try:
-                return run(cell, *args)
+                return run(*args, **kwargs)
             except driver.LaunchRefusedError:
-                if backend != "auto":
+                if "auto" not in (*args[10:11], kwargs.get("backend")):  # the backend's place
                     raise
-        return run(cell, *args)
+        return run(*args, **kwargs)
 
     return wrapped
 

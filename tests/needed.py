@@ -54,6 +54,7 @@ TESTS = (
     ("tests/test_examples.py::*", EXAMPLE),
     ("tests/test_examples.py::*classify*", ("sklearn",)),
     ("tests/test_examples.py::*forecast*", ("statsmodels",)),
+    ("tests/test_inspect.py::test_a_file_that_cannot_be_written*--plot*", ("matplotlib",)),
     ("tests/test_packaging.py::test_wheel*", ("build", "hatchling")),
     ("tests/test_packaging.py::test_sdist*", ("build", "hatchling")),
     ("tests/test_packaging.py::test_editable*", ("hatchling", "editables")),

@@ -30,7 +30,7 @@ MUTATIONS = {
     "another gate's bias": (LOOP, "(direction * K.gates + g) * K.H", "direction * K.gates * K.H", "gru"),
     "prefetched a step too far": (LOOP, "minimum(step + 1, rows.T - 1)", "minimum(step + 2, rows.T - 1)", "rnn_tanh"),
     "W_hh transposed": (RESIDENT, "offs[None, :] * K.H + offs[:, None]", "offs[:, None] * K.H + offs[None]", "gru"),
-    "gradient of h_n dropped": (RESIDENT, "(dh_n_ptr, dc_n_ptr)", "(None, dc_n_ptr)", "rnn_tanh"),
+    "gradient of h_n dropped": (RESIDENT, "(dh_n_ptr,)", "(None,)", "rnn_tanh"),
     "h_n not written": (RESIDENT, "(h_n_ptr, c_n_ptr)", "(y_ptr, c_n_ptr)", "lstm"),
     "h_0 dropped from dW_hh": (LAUNCH, "first.T @ h_0[d]", "0 * first.T @ h_0[d]", "lstm"),
     "dW_hh by y of the same step": (LAUNCH, "d_gates[1:], y[:-1])", "d_gates[1:], y[1:])", "rnn_tanh"),
