@@ -54,7 +54,9 @@ def run(command: list[str], seconds: float, interpret: bool = False) -> Done:
     It is interrupted before the time is over, so that it can write down what it has.
     """
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0", "PYTHONUNBUFFERED": "1"}
+    # pytest of its own, also where a test worker runs this: pytest-benchmark does nothing inside one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1" if interpret else "0", "PYTHONUNBUFFERED": "1"}
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     started = time.monotonic()
     process = subprocess.Popen(
