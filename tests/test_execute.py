@@ -213,6 +213,27 @@ def test_warps_exchange_through_shared_memory(seed):
         run(EXCHANGE.replace("BARRIER", ""), out, threads=64, shared_bytes=256, seed=seed)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_warps_write_bytes_side_by_side(seed):
+    """Byte 2 * lane + warp is a warp's own, also where another warp's lies in the same word; byte lane is both warps'."""
+    body = """
+	and.b32 %r3, %r0, 31;
+	shr.u32 %r4, %r0, 5;
+	mad.lo.s32 %r5, %r3, 2, %r4;
+	cvt.u16.u32 %rs0, %r4;
+	st.shared.b8 [%r5], %rs0;
+	bar.sync 0;
+	shl.b32 %r6, %r3, 1;
+	ld.shared.b16 %rs1, [%r6];
+	cvt.u32.u16 %r7, %rs1;
+	st.global.b32 [%rd3], %r7;"""
+    out = torch.empty(64, dtype=torch.int32)
+    run(body, out, threads=64, shared_bytes=64, seed=seed)
+    assert out.tolist() == [256] * 64  # warp 0's byte is 0, warp 1's is 1
+    with pytest.raises(ExecutionError, match="race: writes"):
+        run(body.replace("[%r5], %rs0", "[%r3], %rs0"), out, threads=64, shared_bytes=64, seed=seed)
+
+
 CLUSTER = """
 	mov.u32 %r3, %cluster_ctarank;
 	st.shared.b32 [global_smem], %r1;

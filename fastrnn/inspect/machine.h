@@ -197,16 +197,17 @@ static int ordered(Warp *w, Program *at, SharedAccess *before) {
   return before->cluster_epoch != cluster_epoch;
 }
 
-/* Where an access lies; value: what it writes, NULL if it reads. Warps may write the same bytes to the same place. */
+/* Where an access lies; value: what it writes, NULL if it reads. Warps may write the same byte to the same place.
+   A cell is a byte: predicates of two warps lie side by side in one word. */
 static uint8_t *touch_shared(Warp *w, uint32_t address, int size, const uint8_t *value, int line) {
   Program *at = owner(w, address, line);
   uint32_t offset = address & 0xffffff;
   if (offset + size > M->shared_bytes)
     fail(line, "out of bounds: %d bytes at %u of %u bytes of shared memory", size, offset, M->shared_bytes);
   SharedAccess now = {1 + w->program->rank * 64 + w->index, w->program->epoch, cluster_epoch, line};
-  for (uint32_t i = offset / 2; i <= (offset + size - 1) / 2; i++) {
-    SharedCell *cell = &at->cells[i];
-    if (value && size > 1 && !memcmp(at->shared + 2 * i, value + 2 * i - offset, 2)) {
+  for (int i = 0; i < size; i++) {
+    SharedCell *cell = &at->cells[offset + i];
+    if (value && at->shared[offset + i] == value[i]) {
       if (!cell->write.warp || ordered(w, at, &cell->write)) cell->write = now;
       continue;
     }

@@ -87,7 +87,7 @@ int run(Machine *machine) {
     p->rank = i % M->cluster;
     p->cluster = p - p->rank;
     p->shared = poisoned(M->shared_bytes);
-    p->cells = calloc(M->shared_bytes / 2 + 8, sizeof *p->cells);
+    p->cells = calloc(M->shared_bytes + 1, sizeof *p->cells);
     p->warps = calloc(warp_count, sizeof *p->warps);
     for (uint32_t j = 0; j < warp_count; j++) {
       Warp *w = &p->warps[j];
