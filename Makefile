@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= yes
 JOBS ?= 2
-# What `make test` hands on to pytest: TESTS="tests/test_recurrence.py -k gru" runs a part.
+# What `make test` hands on to pytest: TESTS="tests/ops/test_recurrence.py -k gru" runs a part.
 TESTS ?=
 MATRIX ?=
 
@@ -17,7 +17,7 @@ INSTALLED := .venv/installed-torch-$(TORCH)-triton-$(TRITON)
 
 ifeq ($(VENV),no)
 RUN := $(PYTHON)
-READY = @$(RUN) -m tests.needed $@
+READY = @$(RUN) -m bench.needed $@
 PARALLEL = $(if $(shell $(RUN) -c 'import xdist; print(1)' 2>/dev/null),-n $(JOBS) --dist worksteal)
 export PYTHONPATH := $(CURDIR)$(addprefix :,$(PYTHONPATH))
 else
@@ -49,7 +49,7 @@ test: $(HERE) $(MODELS)
 # runs a part, in some minutes.
 matrix: $(HERE)
 	$(READY)
-	$(RUN) -m tests.matrix $(MATRIX)
+	$(RUN) -m bench.matrix $(MATRIX)
 
 lint: $(HERE)
 	$(READY)
@@ -60,12 +60,12 @@ lint: $(HERE)
 # All kernels that the planner may pick, for every architecture (most of an hour on 2 cores), checked and written down.
 inspect: $(HERE)
 	$(READY)
-	$(RUN) -m tests.inspect_table --full runs/inspect.jsonl --jobs $(JOBS)
+	$(RUN) -m bench.inspect_table --full runs/inspect.jsonl --jobs $(JOBS)
 
 # The committed part of that table, which the tests compare with: after a change to kernels or planner.
 snapshots: $(HERE)
 	$(READY)
-	$(RUN) -m tests.inspect_table --jobs $(JOBS)
+	$(RUN) -m bench.inspect_table --jobs $(JOBS)
 
 # Every implementation on the part of the table that a CPU can run, side by side, and a report; under 10 minutes.
 RESULTS := bench/results/cpu-$(shell date +%F)

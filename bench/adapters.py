@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn.kernel_plan import GridTooLargeError
-from fastrnn.tiers import TIERS
+from fastrnn.planning.kernel_plan import GridTooLargeError
+from fastrnn.planning.tiers import TIERS
 
 from . import others
 from .workload import Data

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from tests.cases import errors, excess
+from tests.support.cases import errors, excess
 
 from .adapters import IMPLEMENTATIONS, PEERS, Built, Missing, or_missing
 from .workload import DTYPES, Data, Workload

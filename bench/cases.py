@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from tests.cases import CASES, CELLS, Case
+from tests.support.cases import CASES, CELLS, Case
 
 from .published import PUBLISHED
 from .workload import Workload

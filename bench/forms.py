@@ -17,12 +17,14 @@ from unittest import mock
 import torch
 import triton
 
-from fastrnn import clusters, compiler, launch, tiers, tuning
-from fastrnn.device import DeviceSpec
+from fastrnn.compat import spills
 from fastrnn.inspect import measure
 from fastrnn.inspect.compile import Problem, call_backward, call_forward, compile_problem, launches
 from fastrnn.inspect.resources import spill_bytes
-from fastrnn.kernel_plan import KernelPlan, common, registers
+from fastrnn.ops import launch
+from fastrnn.planning import cluster, tiers, tuning
+from fastrnn.planning.device import DeviceSpec
+from fastrnn.planning.kernel_plan import KernelPlan, common, registers
 from fastrnn.reference import GATES
 
 from . import prepare, tune
@@ -97,12 +99,12 @@ def only(form: Form, arch: str) -> Iterator[None]:
         if ctas != form.ctas or not choices:
             return None
         return KernelPlan(
-            **common(name, H, B, T, D, dtype, precision, spec), dialect="Gluon", block_b=clusters.BLOCK_B,
-            units=H // ctas, grid=(-(-B // clusters.BLOCK_B), D), ctas=ctas, warps=form.warps,
+            **common(name, H, B, T, D, dtype, precision, spec), dialect="Gluon", block_b=cluster.BLOCK_B,
+            units=H // ctas, grid=(-(-B // cluster.BLOCK_B), D), ctas=ctas, warps=form.warps,
             choices=dict.fromkeys(("forward", "backward"), choices), weight_bytes=0, weight_place="", shared_bytes=0,
         )  # fmt: skip
 
-    with mock.patch.object(clusters, "held", held), tune.trying(arch, tuning.Tuned()):
+    with mock.patch.object(cluster, "held", held), tune.trying(arch, tuning.Tuned()):
         tiers.resident.cache_clear()
         try:
             yield
@@ -127,7 +129,7 @@ def compiled(form: Form, arch: str) -> str | None:
     try:
         with only(form, arch), launches(problem.spec) as found:
             call_of(form, problem, problem.tensors())()
-            chosen = next(iter(compiler._chosen.values()))
+            chosen = next(iter(spills._chosen.values()))
         spilled = spill_bytes(found[0].asm)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:120]}"
@@ -142,7 +144,7 @@ def timed(form: Form, arch: str) -> Record:
             for steps in measure.STEPS:
                 problem = replace(form.problem(arch), seq_len=steps)
                 times.append(measure.median_us(call_of(form, problem, measure.tensors_of(problem))))
-            chosen = next(iter(compiler._chosen.values()))
+            chosen = next(iter(spills._chosen.values()))
     except Exception as error:
         return {"missing": f"{type(error).__name__}: {str(error)[:120]}"}
     return {"us": round((times[1] - times[0]) / (measure.STEPS[1] - measure.STEPS[0]), 4), "form": str(chosen)}

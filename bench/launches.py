@@ -14,8 +14,8 @@ import torch
 
 from fastrnn import ops
 from fastrnn.inspect.compile import Problem
-from fastrnn.kernel_plan import GridTooLargeError
-from tests.cases import Case, make_problem, make_sequences, over_budget
+from fastrnn.planning.kernel_plan import GridTooLargeError
+from tests.support.cases import Case, make_problem, make_sequences, over_budget
 
 from . import prepare
 from .stages import Record
@@ -62,7 +62,7 @@ def check(tier: str, cell: str, H: int, dtype: str, kind: str) -> Record:
         return tuple(None if t is None else t.to(exact) for t in results)
 
     start = time.perf_counter()
-    with mock.patch("fastrnn.planner.torch_precision", lambda: precision):
+    with mock.patch("fastrnn.planning.planner.torch_precision", lambda: precision):
         try:
             faults = over_budget(problem, recurrence)
         except (NotImplementedError, GridTooLargeError) as reason:

@@ -14,9 +14,9 @@ import torch
 import triton
 
 from fastrnn import plan
-from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import launches
-from tests.cases import Case
+from fastrnn.planning.device import DeviceSpec
+from tests.support.cases import Case
 
 from . import prepare
 from .adapters import IMPLEMENTATIONS, Built, ours

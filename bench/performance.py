@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from fastrnn import launch
 from fastrnn.inspect.compile import Problem, compile_problem, launches
 from fastrnn.inspect.timing import modelled
+from fastrnn.ops import launch
 from fastrnn.reference import GATES
 from fastrnn.sequences import Sequences
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastrnn import clusters, tuning
-from fastrnn.device import DeviceSpec
 from fastrnn.inspect import measure
 from fastrnn.inspect.compile import PASSES, Problem, call_backward, call_forward, compile_problem
-from fastrnn.kernel_plan import GridTooLargeError
-from fastrnn.planner import Plan
+from fastrnn.planning import cluster, tuning
+from fastrnn.planning.device import DeviceSpec
+from fastrnn.planning.kernel_plan import GridTooLargeError
+from fastrnn.planning.planner import Plan
 
 from . import clock
 from .processes import jobs
@@ -51,7 +51,7 @@ def planned(job: Job, problem: Problem) -> Iterator[Plan]:
     """The plan of a job, by which launches in the block go; NotImplementedError where there is no such kernel."""
     tuned = tuning.of(problem.arch)
     if job.ctas > 1:
-        tiles = -(-problem.batch_size // clusters.BLOCK_B)
+        tiles = -(-problem.batch_size // cluster.BLOCK_B)
         key = tuning.cluster_key(job.cell, problem.hidden_size, problem.dtype, problem.precision, tiles)
         tuned = tuning.Tuned(tuned.forms, {**tuned.ctas, key: job.ctas})
     with trying(problem.arch, tuned):

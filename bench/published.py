@@ -6,7 +6,7 @@ why. Nothing here was measured by us, and hardware differs: these stand beside o
 
 from typing import NamedTuple
 
-from tests.cases import Case
+from tests.support.cases import Case
 
 from .workload import Workload
 

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.cases import Case
+from tests.support.cases import Case
 
 from . import plots
 from .adapters import IMPLEMENTATIONS

@@ -1,4 +1,4 @@
-"""Measured on this CPU: resets and unequal lengths by fastrnn.segments against what is written today, LSTM, fp32.
+"""Measured on this CPU: resets and unequal lengths by fastrnn.torch_path against what is written today, LSTM, fp32.
 
     python -m bench.segments            print the tables (a few minutes)
     python -m bench.segments --blocks   another table: without gradients, by dense blocks and by torch's packed form
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn import packed, segments
+from fastrnn.torch_path import packed, segments
 
 from . import write
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 
 from fastrnn import FallbackWarning
-from fastrnn.tiers import TIERS
+from fastrnn.planning.tiers import TIERS
 
 from . import clock
 from .adapters import IMPLEMENTATIONS

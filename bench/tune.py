@@ -9,11 +9,12 @@ from unittest import mock
 
 import torch
 
-from fastrnn import clusters, compiler, planner, tuning
-from fastrnn.device import DeviceSpec
+from fastrnn.compat import spills
 from fastrnn.inspect.compile import PASSES, Problem, call_backward, call_forward
 from fastrnn.inspect.measure import us_per_step
-from fastrnn.kernel_plan import KernelPlan
+from fastrnn.planning import cluster, planner, tuning
+from fastrnn.planning.device import DeviceSpec
+from fastrnn.planning.kernel_plan import KernelPlan
 
 from . import clock
 from .processes import read
@@ -39,8 +40,8 @@ def trying(arch: str, tuned: tuning.Tuned) -> Iterator[None]:
     """Plan by this instead of by the file, forgetting what was planned and compiled; to measure it."""
 
     def forget() -> None:
-        clusters.cluster.cache_clear()
-        compiler._chosen.clear()
+        cluster.cluster.cache_clear()
+        spills._chosen.clear()
 
     kept = dict(tuning.TUNED)
     tuning.TUNED[arch] = tuned
@@ -72,9 +73,9 @@ def tune(problem: Problem, setup: Setup) -> list[dict[str, Any]]:
                 tuned = tuning.Tuned({key: {which: form}}, wanted)
                 with trying(setup.arch, tuned):
                     us = _us_per_step(problem, which, setup.dry)
-                    spills = not setup.dry and form not in compiler.taken(which)
+                    spilled = not setup.dry and form not in spills.taken(which)
                 record = {"kernel": key, "cluster": _cluster_key(problem) if ctas > 1 else None, "ctas": ctas}
-                record |= {"pass": which, "form": json.dumps(form), "us": None if spills else us, "spills": spills}
+                record |= {"pass": which, "form": json.dumps(form), "us": None if spilled else us, "spills": spilled}
                 records.append(record | {"planner's own": ctas == own.ctas and number == 0})
     return records
 
@@ -110,7 +111,7 @@ def _kernel(problem: Problem, spec: DeviceSpec) -> KernelPlan:
 
 
 def _cluster_key(problem: Problem) -> str:
-    tiles = -(-problem.batch_size // clusters.BLOCK_B) * problem.directions
+    tiles = -(-problem.batch_size // cluster.BLOCK_B) * problem.directions
     return tuning.cluster_key(problem.cell, problem.hidden_size, problem.dtype, problem.precision, tiles)
 
 
@@ -119,7 +120,7 @@ def _us_per_step(problem: Problem, which: str, dry: bool) -> float:
     if not dry:
         return us_per_step(problem, [which])[which]
     tensors: Any = problem.tensors()
-    with mock.patch("fastrnn.planner.torch_precision", lambda: problem.precision):
+    with mock.patch("fastrnn.planning.planner.torch_precision", lambda: problem.precision):
         started = time.perf_counter()
         outputs = call_forward(problem.cell, tensors, problem.backend)
         if which == "backward":
@@ -141,15 +142,15 @@ def choose(records: list[dict[str, Any]]) -> dict[str, Any]:
         if record["us"] < WORTH * own["us"]:
             forms.setdefault(kernel, {})[which] = json.loads(record["form"])
     ctas: dict[str, int] = {}
-    for cluster in dict.fromkeys(r["cluster"] for r in timed if r["cluster"]):
+    for key in dict.fromkeys(r["cluster"] for r in timed if r["cluster"]):
         both: dict[int, float] = {}  # of a cluster's size, the best of each pass
         for (_, _), record in best.items():
-            if record["cluster"] == cluster:
+            if record["cluster"] == key:
                 both[record["ctas"]] = both.get(record["ctas"], 0.0) + record["us"]
-        own_size = next((r["ctas"] for r in timed if r["cluster"] == cluster and r["planner's own"]), None)
+        own_size = next((r["ctas"] for r in timed if r["cluster"] == key and r["planner's own"]), None)
         fastest = min(both, key=both.__getitem__)
         if own_size is None or both[fastest] < WORTH * both[own_size]:
-            ctas[cluster] = fastest
+            ctas[key] = fastest
     return {"forms": forms, "ctas": ctas}
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrnn.reference import GATES
-from tests.cases import Case
+from tests.support.cases import Case
 
 PASSES = ("forward", "forward+backward")  # without and with gradients of the input and all parameters
 KINDS = ("plain", "ragged", "reset")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import fastrnn
+from fastrnn.planning.planner import BACKENDS
 
 matplotlib.use("Agg")
 
@@ -48,7 +49,7 @@ def parser(doc: str | None, out: str) -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     help = "of the CPU; more gain little on small tensors, and wait for each other where cores are shared"
     made.add_argument("--threads", type=positive, default=1, help=help)
-    made.add_argument("--backend", choices=fastrnn.planner.BACKENDS, default="auto")
+    made.add_argument("--backend", choices=BACKENDS, default="auto")
     made.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER")
     return made
 

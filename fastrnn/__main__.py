@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 
-from . import interpreter, plan
-from .device import SPECS, DeviceSpec
-from .planner import BACKENDS, KERNEL_DTYPES, torch_precision
+from . import plan
+from .compat import interpreter
+from .planning.device import SPECS, DeviceSpec
+from .planning.planner import BACKENDS, KERNEL_DTYPES, torch_precision
+from .planning.tiers import TIERS
 from .reference import GATES
-from .tiers import TIERS
 
 
 def main(arguments: list[str] | None = None) -> int:

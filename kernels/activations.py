@@ -12,7 +12,7 @@ The last two are for 16-bit tensors on NVIDIA, whose special function unit compu
 twice for a function with "exp2", once with "tanh.approx". Absolute errors of "exp2" are below 2^-22, nothing beside the
 rounding to fp16. tanh.approx errs by up to 2^-11 of its result (PTX ISA), a quarter of what rounding to bf16 does; but
 an error in the gate that carries the state (the LSTM's f, the GRU's z) multiplies over time: carry_gate is never
-computed so. fastrnn/tiers.py chooses; docs/performance.md shows both over T = 4096 steps.
+computed so. fastrnn/planning/tiers.py chooses; docs/performance.md shows both over T = 4096 steps.
 """
 
 import triton

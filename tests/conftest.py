@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import needed
+from bench import needed
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fastrnn and triton are imported
@@ -43,7 +44,7 @@ def _seeded_and_exact():
     """Seed, fp32 products in full precision, and torch.nn by torch's own loop, so that it is the truth on a GPU too.
 
     cuDNN is not: in fp32 and "ieee" its gradients were off by 5e-5 (H100, cuDNN of torch 2.11). It also differentiates
-    in training only, once, and takes no states with gaps. tests/test_native.py has the tests of what runs by cuDNN.
+    in training only, once, and takes no states with gaps. tests/gpu/test_native.py has the tests of what runs by cuDNN.
     """
     torch.manual_seed(0)
     cudnn = torch.backends.cudnn.enabled
@@ -87,18 +88,20 @@ def mutate(monkeypatch, tmp_path):
             source = source.replace(old, new)
         name = f"mutant_{next(_numbers)}"
         if path.startswith("fastrnn/"):
-            source = source.replace("from . ", "from fastrnn ").replace("from .", "from fastrnn.")
-            (tmp_path / f"{name}.py").write_text(source)
-        else:
-            shutil.copytree(root / "kernels", tmp_path / name)
-            (tmp_path / name / path.removeprefix("kernels/")).write_text(source)
-        monkeypatch.syspath_prepend(tmp_path)
-        if path.startswith("fastrnn/"):
             original = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-            for attribute, value in vars(importlib.import_module(name)).items():
+            file = tmp_path / f"{name}.py"
+            file.write_text(source)
+            # In the original's package, whose modules it imports.
+            spec = importlib.util.spec_from_file_location(f"{original.__package__}.{name}", file)
+            mutant = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(mutant)
+            for attribute, value in vars(mutant).items():
                 if not attribute.startswith("__"):
                     monkeypatch.setattr(original, attribute, value)
             return
+        shutil.copytree(root / "kernels", tmp_path / name)
+        (tmp_path / name / path.removeprefix("kernels/")).write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
         for module in ("", ".cells", ".tile", ".tile.resident", ".tile.cooperative"):
             monkeypatch.setitem(sys.modules, f"fastrnn.kernels{module}", importlib.import_module(name + module))
 

@@ -23,9 +23,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .. import interpreter, launch
-from ..device import DeviceSpec
-from ..planner import Plan, plan, torch_precision
+from ..compat import interpreter
+from ..ops import launch
+from ..planning.device import DeviceSpec
+from ..planning.planner import Plan, plan, torch_precision
 from ..reference import GATES, HAS_C
 
 PASSES = ("forward", "backward")
@@ -198,7 +199,7 @@ def launches(
         mock.patch.object(driver, "_active", stand_in),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(DeviceSpec, "of", lambda _: spec),
-        mock.patch("fastrnn.compiler.spilled_registers", lambda compiled: resources.spill_bytes(compiled.asm)),
-        mock.patch("fastrnn.planner.torch_precision", lambda: precision or torch_precision()),
+        mock.patch("fastrnn.compat.spills.spilled_registers", lambda compiled: resources.spill_bytes(compiled.asm)),
+        mock.patch("fastrnn.planning.planner.torch_precision", lambda: precision or torch_precision()),
     ):
         yield found

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import __version__, compiler, interpreter
-from ..device import DeviceSpec
-from ..planner import plan
-from ..tiers import TIERS
+from .. import __version__
+from ..compat import interpreter, spills
+from ..planning.device import DeviceSpec
+from ..planning.planner import plan
+from ..planning.tiers import TIERS
 
 # A size that each tier holds on every architecture: whether a tier can run at all, not how far it goes.
 HELD = {"resident": 64, "cluster": 256, "cooperative": 256}
@@ -41,11 +42,9 @@ def gluon() -> str:
     """Which of the kernels in Triton's lower-level dialect the installed Triton compiles."""
     if importlib.util.find_spec("triton") is None:
         return "missing, as Triton"
-    if compiler.triton_version() < (3, 6):
+    if spills.triton_version() < (3, 6):
         return "needs Triton 3.6 or newer; kernels in tile Triton take its place"
-    return (
-        "usable" if compiler.triton_version() >= (3, 8) else "usable, but for clusters: they need Triton 3.8 or newer"
-    )
+    return "usable" if spills.triton_version() >= (3, 8) else "usable, but for clusters: they need Triton 3.8 or newer"
 
 
 def usable(tier: str, device: torch.device) -> str:

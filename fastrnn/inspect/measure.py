@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from ..device import DeviceSpec
+from ..planning.device import DeviceSpec
 from .compile import Problem, call_backward, call_forward
 
 STEPS = (64, 1088)  # two lengths: what a launch costs beside its steps is in both, and drops out of the difference
@@ -34,7 +34,7 @@ def us_per_step(problem: Problem, passes: Sequence[str]) -> dict[str, float]:
     backend = problem.plan().backend
     warm_up()
     medians: dict[str, list[float]] = {which: [] for which in passes}
-    with mock.patch("fastrnn.planner.torch_precision", lambda: problem.precision):
+    with mock.patch("fastrnn.planning.planner.torch_precision", lambda: problem.precision):
         for steps in STEPS:
             tensors = tensors_of(replace(problem, seq_len=steps))
             outputs = call_forward(problem.cell, tensors, backend)

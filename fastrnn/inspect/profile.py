@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import modules, ranges
-from ..planner import BACKENDS, expect
+from ..compat import profiling
+from ..nn import modules
+from ..planning.arguments import check_checkpoint_every, expect
+from ..planning.planner import BACKENDS
 from ..reference import GATES
-from ..validation import check_checkpoint_every
 from .measure import WARM_UPS
 from .memory import memory_of
 
@@ -125,11 +126,11 @@ class Run:
         self.leaves = [self.input, *self.layer.parameters()]
 
     def forward(self) -> Tensor:
-        with ranges.named("forward"):
+        with profiling.named("forward"):
             return self.layer(self.input)[0]
 
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
-        with ranges.named("backward"):
+        with profiling.named("backward"):
             return torch.autograd.grad(y, self.leaves, self.upstream)
 
     def backend(self) -> str:

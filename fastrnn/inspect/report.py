@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..kernel_plan import GridTooLargeError
+from ..planning.kernel_plan import GridTooLargeError
 from . import sass
 from .compile import Compiled, Problem, compile_problem
 from .resources import resources

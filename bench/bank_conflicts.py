@@ -1,0 +1,95 @@
+"""Sums in the Gluon kernels' shared memory meet no bank twice, in any form that the planner may take: else an error.
+
+    python -m bench.bank_conflicts        prints how many forms were compiled, and that the check notices another layout
+
+By Triton's own count (gl.bank_conflicts, 3.9), from the layouts that the kernels use. Operands of products come by
+ldmatrix, which it does not count.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from triton.compiler.errors import CompilationError
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from fastrnn import plan
+from fastrnn.inspect.compile import launches
+from fastrnn.kernels.gluon import cooperative, layouts, operands
+from fastrnn.planning.device import DeviceSpec
+from tests.support.cases import CELLS
+
+SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
+Form = tuple[str, tuple, dict]  # kernel, constants, options
+
+
+@gluon.jit
+def summands(
+    unused_ptr, H: gl.constexpr, SHARES: gl.constexpr, SUMMANDS: gl.constexpr, DIM: gl.constexpr, MUTANT: gl.constexpr
+):
+    """Those of the resident and cluster kernels; DIM 2 is forward."""
+    CTAS: gl.constexpr = gl.num_ctas()
+    PRODUCT: gl.constexpr = layouts.product(gl.num_warps(), SHARES, CTAS, DIM)
+    SUMMED: gl.constexpr = layouts.summed(SUMMANDS, 16, H, gl.num_warps(), CTAS)
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0]) if MUTANT else layouts.partial(H, CTAS, DIM)
+    tile = gl.allocate_shared_memory(gl.float32, [SUMMANDS, 16, H], LAYOUT)
+    stored = gl.zeros([SUMMANDS, 16, H], gl.float32, PRODUCT)
+    loaded = gl.zeros([SUMMANDS, 16, H], gl.float32, SUMMED)
+    gl.static_assert(gl.bank_conflicts(stored.type, tile.type) == 0, "conflicts when stored")
+    gl.static_assert(gl.bank_conflicts(loaded.type, tile.type) == 0, "conflicts when loaded")
+
+
+@gluon.jit
+def sums_of_warps(unused_ptr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Those of the cooperative kernels."""
+    WARPS: gl.constexpr = gl.num_warps()
+    LAYOUT: gl.constexpr = cooperative.sums_layout(WARPS, BLOCK_B, BLOCK_N)
+    tile = gl.allocate_shared_memory(gl.float32, [WARPS, BLOCK_B, BLOCK_N], LAYOUT)
+    stored = gl.zeros([WARPS, BLOCK_N, BLOCK_B], gl.float32, operands.product_layout(WARPS)).permute([0, 2, 1])
+    loaded = gl.zeros([WARPS, BLOCK_B, BLOCK_N], gl.float32, cooperative.cell_layout(WARPS))
+    gl.static_assert(gl.bank_conflicts(stored.type, tile.type) == 0, "conflicts when stored")
+    gl.static_assert(gl.bank_conflicts(loaded.type, tile.type) == 0, "conflicts when loaded")
+
+
+def check(name: str, constants: tuple, options: dict) -> None:
+    with launches(DeviceSpec.named("sm_90")):
+        {"summands": summands, "sums_of_warps": sums_of_warps}[name][(1,)](torch.zeros(1), *constants, **options)
+
+
+def forms() -> Iterator[Form]:
+    """Of everything that is planned and has shared sums."""
+    for cell in CELLS:
+        for H in SIZES:
+            for dtype in (torch.bfloat16, torch.float32):
+                sizes = {"hidden_size": H, "batch_size": 16, "dtype": dtype, "precision": "tf32"}
+                kernel = plan(cell, device="sm_90", **sizes).kernel
+                if kernel is None or kernel.dialect != "Gluon":
+                    continue
+                options = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
+                if len(kernel.grid) > 2:
+                    yield "sums_of_warps", (kernel.block_b, kernel.units), options
+                    continue
+                for which, dim in (("forward", 2), ("backward", 0)):
+                    for shares in {form["SHARES"] for form in kernel.choices[which]}:
+                        count = shares * (1 if dim == 2 else kernel.ctas)
+                        yield "summands", (kernel.units * kernel.ctas, shares, count, dim, False), options
+
+
+def main() -> None:
+    done: list[Form] = []
+    for form in forms():
+        if form not in done:
+            try:
+                check(*form)
+            except CompilationError as error:
+                raise SystemExit(f"{form}: {error}") from None
+            done.append(form)
+    print(f"{len(done)} forms without conflicts")
+    try:
+        check("summands", (64, 2, 2, 2, True), {"num_warps": 8, "num_ctas": 1, "enable_fp_fusion": True})
+    except CompilationError as error:
+        print("noticed:", "conflicts when stored" in str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""One layer: the input's product and the recurrence, over all of time or chunk by chunk.
+
+A Step runs a layer over some of time: from the inputs of its D directions and the state before, y and the state after.
+
+    x_gates = W_ih x + b_ih;    y, state = recurrence(x_gates, W_hh, b_hh, state)
+
+`in_chunks` walks time with a Step in chunks of K time steps, each from the state that the one before it left;
+`recomputed` makes a Step that keeps only its inputs and runs again in backward. Together they need gates for K steps
+and T/K states, instead of gates for T steps. Chunks are counted from each direction's own start: chunk j of direction
+1 is times T - (j+1)K to T - jK.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops, reference
+from ..compat import profiling
+from ..reference import GATES
+from ..sequences import PLAIN, Sequences, Window
+from ..torch_path import packed
+from . import projection
+from .options import Options
+
+State = tuple[Tensor, ...]  # (h,) or (h, c), each (D, B, H); of a projected layer see projection.py
+Inputs = tuple[Tensor, ...]  # x of each direction, (K, B, I): the same times over all of time, other times in a chunk
+# y, the state after, and c of every step where it is asked for.
+Step = Callable[[Inputs, State, Window], tuple[Tensor, State, Tensor | None]]
+# Of one use of a layer: W_ih, W_hh, b_ih and b_hh if there are biases, W_hr if projected, of each direction in turn.
+Weights = Callable[[], list[Tensor]]
+
+
+def weights_of(params: Sequence[Tensor], dtype: torch.dtype, chunked: bool) -> Weights:
+    """A layer's parameters in the dtype to compute in; gradients of many chunks are summed in fp32, or fp64."""
+    rounded = [p.to(dtype) for p in params]
+    if not chunked or dtype.itemsize > 2:
+        return lambda: rounded
+    sums = [p.float() for p in params]
+    return lambda: [_Rounded.apply(s, r.detach()) for s, r in zip(sums, rounded, strict=True)]
+
+
+class _Rounded(torch.autograd.Function):
+    """The second tensor; its gradient goes to the first, in fp32, where autograd sums those of all uses."""
+
+    @staticmethod
+    def forward(ctx, exact: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.float(), None
+
+
+def windows_of(options: Options, T: int, B: int, num_layers: int, D: int, dtype: torch.dtype) -> list[Window]:
+    """What checked options say to each layer."""
+    lengths, cu_seqlens, reset, reset_state, cell_states = options
+    sequences = Sequences.of(T, B, lengths=lengths, cu_seqlens=cu_seqlens, reset=reset)
+    by_step = reset_state is not None and len(reset_state) > 0 and reset_state[0].dim() == 4
+    windows = []
+    for layer in range(num_layers):
+        starts = []
+        for state in reset_state or ():
+            of_layer = state.narrow(-3, layer * D, D).to(dtype)
+            of_layer = of_layer.expand(*of_layer.shape[:-2], 1 if by_step and cu_seqlens is not None else B, -1)
+            if by_step:  # (T, D, B, H) as (T, B, D, H), or (total, D, 1, H) as (total, D, H)
+                of_layer = of_layer.squeeze(-2) if cu_seqlens is not None else of_layer.transpose(1, 2)
+            starts.append(of_layer)
+        windows.append(Window(sequences, tuple(starts), by_step, cell_states and layer == num_layers - 1))
+    return windows
+
+
+def step_of(cell: str, backend: str, weights: Weights, bias: bool, training: bool) -> Step:
+    """The Step of a layer by a backend: "torch", "reference" or a tier."""
+    if backend == "torch":
+        return functools.partial(_torch_step, cell, weights, bias, training)
+    recurrence = _reference if backend == "reference" else functools.partial(ops.recurrence, backend=backend)
+    return functools.partial(_step, cell, recurrence, weights, bias)
+
+
+def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
+    """W_ih, W_hh, b_ih, b_hh and W_hr of each direction, as far as a layer has them."""
+    per_direction = len(params) // directions
+    return [params[role::per_direction] for role in range(per_direction)]
+
+
+@profiling.inside("recurrence")
+def _reference(*inputs, source, **options) -> tuple[Tensor | None, ...]:
+    return reference.recurrence(*inputs, **options)  # differentiable any number of times: needs no source
+
+
+def _step(
+    cell: str,
+    recurrence: Callable,
+    weights: Weights,
+    bias: bool,
+    xs: Inputs,
+    state: State,
+    window: Window = PLAIN,
+) -> tuple[Tensor, State, Tensor | None]:
+    W_ih, W_hh, *b = by_role(weights(), len(xs))
+    b = list(b)
+    W_hr = b.pop() if len(b) in (1, 3) else None
+    if W_hr is not None:
+        xs, W_ih = projection.with_starts(xs, W_ih, W_hh, state, window)
+    b_ih, b_hh = b if bias else (None, None)
+    gates = (GATES[cell], W_ih[0].shape[0] // GATES[cell])
+    source = None
+    with profiling.named("input product"):
+        if all(x is xs[0] for x in xs):  # one product for both directions
+            source = xs[0], _stack(W_ih).flatten(0, 1), None if b_ih is None else _stack(b_ih).flatten()
+            x_gates = linear(*source).unflatten(-1, (len(xs), *gates))
+        else:
+            biases = b_ih or [None] * len(xs)
+            x_gates = torch.stack([linear(*of_one) for of_one in zip(xs, W_ih, biases, strict=True)], -2)
+            x_gates = x_gates.unflatten(-1, gates)
+    b_hh = None if b_hh is None else _stack(b_hh)
+    if W_hr is not None:
+        return projection.run(recurrence, x_gates, _stack(W_hh), b_hh, _stack(W_hr), state, window, source)
+    h_0, c_0 = (*state, None)[:2]
+    y, h_n, c_n, *c = recurrence(cell, x_gates, _stack(W_hh), b_hh, h_0, c_0, source=source, **window.options())
+    return y, (h_n,) if c_n is None else (h_n, c_n), c[0] if c else None
+
+
+@profiling.inside("layer of torch's")
+def _torch_step(
+    cell: str,
+    weights: Weights,
+    bias: bool,
+    training: bool,
+    xs: Inputs,
+    state: State,
+    window: Window = PLAIN,
+) -> tuple[Tensor, State, None]:
+    """By torch's own kernel, each direction on its own: its bidirectional one walks the same times both ways."""
+    params, outputs, finals = weights(), [], []
+    per_direction = len(params) // len(xs)
+    for d, x in enumerate(xs):
+        hidden = tuple(s[d : d + 1] for s in state)
+        of_direction = packed.on_its_own(params[d * per_direction : (d + 1) * per_direction], bias)
+        y, *final = getattr(torch._VF, cell)(
+            x.flip(0) if d else x,
+            hidden if len(hidden) == 2 else hidden[0],
+            of_direction,
+            bias,
+            1,
+            0.0,
+            training,
+            False,
+            False,
+        )
+        outputs.append(y.flip(0) if d else y)
+        finals.append(final)
+    return torch.stack(outputs, 2), tuple(torch.cat(states) for states in zip(*finals, strict=True)), None
+
+
+def recomputed(step: Step) -> Step:
+    """The step, keeping nothing for backward but its inputs: backward runs it again."""
+    return functools.partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
+
+
+def split(x: Tensor, K: int, directions: int) -> list[Inputs]:
+    """x (T, B, I) in chunks of K time steps, counted from each direction's own start; the last may be shorter."""
+    T = x.shape[0]
+    if K >= T:
+        return [(x,) * directions]
+    lengths = [min(K, T - start) for start in range(0, T, K)]
+    # Of one split all gradients are joined at once; a slice's own gradient would be as long as x.
+    ahead = x.split(lengths)
+    if directions == 1:
+        return [(chunk,) for chunk in ahead]
+    return list(zip(ahead, reversed(x.split(lengths[::-1])), strict=True))
+
+
+def join(ys: Sequence[Tensor]) -> Tensor:
+    """y (T, B, D*H) of its chunks (K, B, D, H): the inverse of `split`."""
+    if len(ys) == 1:
+        return ys[0].flatten(-2)
+    by_direction = zip(*(y.unbind(2) for y in ys), strict=True)
+    whole = [torch.cat(of_one[::-1] if d else of_one) for d, of_one in enumerate(by_direction)]
+    return torch.cat(whole, -1) if len(whole) > 1 else whole[0]
+
+
+def in_chunks(
+    step: Step, x: Tensor, state: State, K: int, window: Window = PLAIN
+) -> tuple[Tensor, State, Tensor | None]:
+    """Run a layer over x (T, B, I) in chunks of K time steps; y (T, B, D*H), the final state, and c like y.
+
+    A window that is not plain is cut along time for layers of one direction only. Ragged x (total, I) is one chunk.
+    """
+    ys, cs = [], []
+    for chunk, xs in enumerate(split(x, K, state[0].shape[0])):
+        of_chunk = window if x.shape[0] <= K else window.of_times(chunk * K, xs[0].shape[0])
+        y, state, c = step(xs, state, of_chunk)
+        ys.append(y)
+        cs.append(c)
+    return join(ys), state, join(cs) if window.cell_states else None
+
+
+def _stack(directions: Sequence[Tensor]) -> Tensor:
+    """(D, ...) of D tensors; a view where there is one."""
+    return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(tuple(directions))

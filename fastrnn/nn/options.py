@@ -1,0 +1,156 @@
+"""What a call says of its sequences beside input and state: lists and arrays made tensors, and everything checked.
+
+Nothing here may turn a size or a tensor into a Python value while torch.compile or torch.export traces it: the graph
+would then hold for that value alone.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops.torch_func import transforming
+
+
+class Options(NamedTuple):
+    """What a call says of its sequences, beside input and state; checked, tensors are on the input's device."""
+
+    lengths: Any = None  # (B,); a tensor, a list or an array, as the two below; checked, a tensor
+    cu_seqlens: Any = None  # (N + 1,)
+    reset: Any = None  # (T, B) or (total,)
+    reset_state: Any = None  # a tensor, or a pair; checked, a tuple or None
+    cell_states: bool = False
+
+    @property
+    def plain(self) -> bool:
+        return not self.cell_states and all(given is None for given in self[:-1])
+
+
+PLAIN = Options()
+
+
+def check_options(
+    options: Options, input: Tensor, batch_first: bool, cell: str, states: int, sizes: tuple[int, int]
+) -> tuple[int, int, Options]:
+    """T, or total of a ragged input, and B; options with time first, each tensor on the input's device.
+
+    Values are checked on the CPU; on a GPU, where that would have to wait, by an assertion on the device.
+    """
+    lengths, cu_seqlens, reset, reset_state, cell_states = options
+    if cu_seqlens is not None:
+        if lengths is not None:
+            raise ValueError("lengths: expected None beside cu_seqlens, got both")
+        if input.dim() != 2:
+            raise ValueError(f"input: expected (total, input_size) beside cu_seqlens, got {tuple(input.shape)}")
+        cu_seqlens = _integers("cu_seqlens", cu_seqlens, input)
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"cu_seqlens: expected (N + 1,), got {tuple(cu_seqlens.shape)}")
+        T, B = input.shape[0], cu_seqlens.shape[0] - 1
+        right = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
+        _check_values(right, "cu_seqlens: expected not to decrease, from 0 to total", T, cu_seqlens)
+        options = options._replace(cu_seqlens=cu_seqlens.to(input.device, non_blocking=True))
+        slots: tuple[int, ...] = (T,)
+    else:
+        if input.dim() != 3:
+            raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
+        T, B = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
+        slots = (B, T) if batch_first else (T, B)
+    if lengths is not None:
+        lengths = _integers("lengths", lengths, input)
+        if lengths.shape != (B,):
+            raise ValueError(f"lengths: expected ({B},), one for each sequence; got {tuple(lengths.shape)}")
+        right = ((lengths >= 0) & (lengths <= T)).all()
+        _check_values(right, "lengths: expected 0 to T", T, lengths)
+        options = options._replace(lengths=lengths.to(input.device, non_blocking=True))
+    if reset is not None:
+        if not isinstance(reset, Tensor):
+            reset = _as_tensor("reset", reset, torch.bool).to(input.device, non_blocking=True)
+        if reset.dtype != torch.bool or reset.device != input.device or reset.shape != slots:
+            raise ValueError(
+                f"reset: expected {slots} of torch.bool on {input.device}; "
+                f"got {tuple(reset.shape)} of {reset.dtype} on {reset.device}"
+            )
+        options = options._replace(reset=reset.T if batch_first and cu_seqlens is None else reset)
+    if reset_state is not None:
+        if reset is None:
+            raise ValueError("reset_state: expected None without reset, which says where it is taken")
+        options = options._replace(
+            reset_state=_check_reset_state(reset_state, input, cell, states, T, B, sizes, len(slots))
+        )
+    if cell_states and cell != "lstm":
+        raise ValueError(f"return_cell_states: expected False for {cell!r}, which has no cell state; got True")
+    return T, B, options
+
+
+def _as_tensor(name: str, given: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor of what may be a list or a NumPy array; empty ones say nothing of their dtype, and have this."""
+    if isinstance(given, Tensor):
+        return given
+    try:
+        # A copy has no negative strides, as an array sorted backwards has, and is torch's to keep.
+        found = torch.as_tensor(given.copy() if isinstance(given, np.ndarray) else given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected a tensor, a list or an array of {dtype}; got {given!r:.200}") from None
+    return found if found.numel() else found.to(dtype)
+
+
+def _integers(name: str, given: Any, input: Tensor) -> Tensor:
+    tensor = _as_tensor(name, given, torch.int64)
+    if tensor.dtype not in (torch.int32, torch.int64) or tensor.device.type not in ("cpu", input.device.type):
+        raise ValueError(
+            f"{name}: expected torch.int64 or torch.int32 on {input.device} or the CPU; "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
+    return tensor
+
+
+def _check_values(right: Tensor, expected: str, size: int, got: Tensor) -> None:
+    """Raise where values are not right; size, which belongs behind the text, may be a symbol: no traced text has it."""
+    if not torch.compiler.is_compiling():
+        if transforming():  # each call of a vmap has values of its own: all are looked at
+            right, got = _unwrapped(right).all(), _unwrapped(got)
+        if got.device.type == "cpu":
+            try:
+                wrong = not right
+            except RuntimeError:  # make_fx and the like: there are no values yet
+                pass
+            else:
+                if wrong:
+                    raise ValueError(f"{expected}={size}; got {got.tolist()}")
+                return
+    torch._assert_async(right, expected)
+
+
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside of torch.func's wrappers."""
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _check_reset_state(
+    reset_state: Any, input: Tensor, cell: str, states: int, T: int, B: int, sizes: tuple[int, int], slot_dims: int
+) -> tuple[Tensor, ...]:
+    """A tuple of (states, B or 1, H), or by step of (T, states, B or 1, H), (total, states, 1, H) if ragged."""
+    count = 2 if cell == "lstm" else 1
+    given = tuple(reset_state) if count == 2 and isinstance(reset_state, tuple | list) else (reset_state,)
+    if len(given) != count or not all(isinstance(state, Tensor) for state in given):
+        raise ValueError(f"reset_state: expected {'a pair of tensors' if count == 2 else 'a tensor'}, as hx")
+    rows = (B,) if slot_dims == 2 else (1,)
+    for state, H in zip(given, sizes, strict=False):  # h, and c, of another size where h is projected
+        by_row, by_step = (states, B, H), (T, states, *rows, H)
+        expected = by_step if state.dim() == 4 else by_row
+        fits = state.dim() in (3, 4) and state.shape[-1] == H and state.shape[-3] == states
+        fits = fits and state.shape[-2] in (1, expected[-2]) and (state.dim() == 3 or state.shape[0] == T)
+        if not fits or state.dim() != given[0].dim():
+            raise ValueError(
+                f"reset_state: expected {by_row}, or by step {by_step}, with 1 for {B} where all sequences share it; "
+                f"got {tuple(state.shape)}"
+            )
+        if state.device != input.device or not state.is_floating_point():
+            raise ValueError(
+                f"reset_state: expected floating point on {input.device}; got {state.dtype} on {state.device}"
+            )
+    return given

@@ -1,0 +1,31 @@
+"""Checks of plain arguments that a planner and a layer share."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def as_int(size: Any) -> Any:
+    """An int of NumPy's, or of torch.jit.trace's, as Python's own, which torch and the planner want; else as it is.
+
+    >>> import numpy as np
+    >>> from fastrnn.planning.arguments import as_int
+    >>> type(as_int(np.int64(4))), as_int(None)
+    (<class 'int'>, None)
+    """
+    traced = isinstance(size, Tensor) and torch.jit.is_tracing()
+    return int(size) if traced or isinstance(size, np.integer) else size
+
+
+def check_checkpoint_every(K: int | None) -> None:
+    """Steps of a chunk, or None."""
+    if K is not None and (not isinstance(K, int) or isinstance(K, bool) or K < 1):
+        raise ValueError(f"checkpoint_every: expected a positive int or None, got {K!r}")
+
+
+def expect(name: str, got: object, allowed: tuple) -> None:
+    """Raise ValueError, with expected and got, where an argument is none of those allowed."""
+    if got not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}; got {got!r}")

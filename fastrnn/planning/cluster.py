@@ -1,0 +1,139 @@
+"""Plans of kernels/gluon/resident.py: W_hh in the registers and shared memory of one program, or of a cluster's.
+
+Thresholds are what compiled without spilling in Triton 3.9.0; times were measured on an H100 (bench/measured/).
+"""
+
+import math
+
+import torch
+
+from ..compat import spills
+from ..compat.cached import cached
+from ..reference import GATES
+from . import tuning
+from .device import CLUSTERS, DeviceSpec
+from .kernel_plan import KIB, KernelPlan, as_text, common, registers, runs_gluon, tiles
+
+BLOCK_B = 16  # the least that tensor cores take: more programs serve a large batch
+# 256 KiB in a program alone spill in every form (LSTM, H=128, fp32), 192 KiB in one of a cluster (GRU, H=384 on eight).
+MOST_WEIGHTS = 192 * KIB
+MOST_WEIGHTS_OF_CLUSTER = 128 * KIB
+# A pass that must leave more in registers, for want of shared memory, may spill (GRU, H=128, tf32, sm_120, backward:
+# 128 KiB); the RNN, which needs the fewest beside it, does not.
+LEAST_IN_REGISTERS = 96 * KIB
+
+
+def held(
+    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec, ctas: int
+) -> KernelPlan | None:
+    """The plan for clusters of so many programs, None where they do not hold W_hh or cannot run."""
+    if not runs_gluon(dtype, precision, spec):
+        return None
+    gates = GATES[name]
+    block_h = max(16, 1 << (H - 1).bit_length())  # Triton's ranges are powers of two
+    units = block_h // ctas
+    weight_bytes = gates * block_h * units * dtype.itemsize
+    gate_bytes = weight_bytes // gates
+    # Measured (H100, bf16, B=16, us a step forward and backward): at the LSTM's H=128, 8 warps take 1.53 and 1.28, 16
+    # take 1.68 and 1.38. Only 16 keep a gate of 128 KiB in registers: RNN, H=256, 0.93 and 1.01 against 0.85 and 1.38.
+    warps = 16 if gate_bytes >= 128 * KIB else min(8, block_h // 8)
+    if weight_bytes > (MOST_WEIGHTS if ctas == 1 else MOST_WEIGHTS_OF_CLUSTER):
+        return None
+    choices, shared_bytes = {}, 0
+    for which in ("forward", "backward"):
+        shares = _shares(which, gates, block_h, units, warps, ctas, dtype.itemsize)
+        forms: list[dict[str, int]] = []
+        for in_registers in range(gates, -1, -1):
+            in_shared = (gates - in_registers) * gate_bytes
+            fitting = [(count, kept) for count, kept in shares if kept + in_shared <= spec.shared_bytes]
+            if fitting and in_registers * gate_bytes <= _register_room(spec, warps):
+                count, kept = fitting[0]
+                form = {"SHARES": count, "IN_REGISTERS": in_registers}
+                forms += [form] if which == "backward" else [form | {"BIAS_KEPT": stays} for stays in (True, False)]
+                shared_bytes = max(shared_bytes, kept + in_shared)
+        if not forms or (gates > 1 and forms[-1]["IN_REGISTERS"] * gate_bytes > LEAST_IN_REGISTERS):
+            return None
+        choices[which] = tuple(forms)
+    return KernelPlan(
+        **common(name, H, B, T, D, dtype, precision, spec),
+        dialect="Gluon",
+        block_b=BLOCK_B,
+        units=units,
+        grid=(tiles(B, BLOCK_B), D),
+        ctas=ctas,
+        warps=warps,
+        choices=choices,
+        weight_bytes=weight_bytes,
+        weight_place="registers and shared memory",
+        shared_bytes=shared_bytes,
+    )
+
+
+def _register_room(spec: DeviceSpec, warps: int) -> int:
+    """Bytes of registers that W_hh may take: no kernel compiled with fewer than 60 a thread beside it."""
+    return (registers(spec, warps) - 60) * 4 * 32 * warps
+
+
+def _shares(
+    which: str, gates: int, block_h: int, units: int, warps: int, ctas: int, itemsize: int
+) -> list[tuple[int, int]]:
+    """How many groups of warps may share a product's sum, and the bytes of shared memory that it takes beside W_hh.
+
+    Those that leave each warp 8 columns and 16 units at least; first those that move the fewest bytes through shared
+    memory in a step: operands, which each warp of a group reads whole, and summands, written and read once.
+    """
+    found = []
+    depth, columns = (block_h, units) if which == "forward" else (units, block_h)
+    operands = 1 if which == "forward" else gates
+    sums = gates if which == "forward" else 1
+    for shares in (1, 2, 4, 8, 16):
+        if depth // shares >= 16 and 1 <= warps // shares <= columns // 8:
+            operand = operands * BLOCK_B * depth * itemsize
+            summand = sums * shares * BLOCK_B * columns * 4
+            moved = operand * warps // shares + 2 * summand
+            if which == "forward":  # h, double in the exchange between programs or for the only one
+                kept = (2 * operand if ctas == 1 else operand + 2 * operand // ctas) + summand
+            else:
+                kept = operand + 2 * summand
+            found.append((moved, shares, kept))
+    return [(shares, kept) for _, shares, kept in sorted(found)]
+
+
+@cached
+def cluster(
+    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
+) -> KernelPlan:
+    """W_hh over the programs of a cluster: of as many as shorten a step while all of the batch's run at once."""
+    if spec.cluster_limit == 1:
+        raise NotImplementedError(f"{spec.arch} has no thread-block clusters")
+    if spills.triton_version() < (3, 8):
+        raise NotImplementedError("clusters in Gluon need Triton 3.8 or newer")
+    if dtype == torch.float32 and precision == "ieee":
+        raise NotImplementedError("a kernel for full-precision float32 products over clusters is missing; tf32 runs")
+    fits = None
+    for ctas in CLUSTERS:
+        # Measured (H100, bf16, B=16, us a step forward and backward): LSTM, H=256, eight programs take 1.31 and 1.33,
+        # four 1.55 and 1.53; H=128, four 1.02 and 0.75, two 1.13 and 0.95. Fewer than 32 units were not tried.
+        # Clusters of 16 are for what fits no smaller one: an H100 runs 7 of them at once.
+        if ctas > spec.cluster_limit or (fits and (ctas == 16 or fits.units // 2 < 32)):
+            break
+        plan = held(name, H, B, T, D, dtype, precision, spec, ctas) if spec.at_once(ctas) else None
+        if plan and (fits is None or run_at_once(plan, spec)):
+            fits = plan
+    key = tuning.cluster_key(name, H, dtype, precision, tiles(B, BLOCK_B) * D)
+    ctas = tuning.of(spec.arch).ctas.get(key, 0)
+    if 0 < ctas <= spec.cluster_limit and spec.at_once(ctas):
+        fits = held(name, H, B, T, D, dtype, precision, spec, ctas) or fits
+    if fits is None:
+        block_h = 1 << (H - 1).bit_length()
+        largest = max([1, *(size for size in CLUSTERS if size <= spec.cluster_limit and spec.at_once(size))])
+        raise NotImplementedError(
+            f"W_hh does not fit a cluster of {largest} programs: "
+            f"{as_text(GATES[name] * block_h**2 * dtype.itemsize)} at H={H} (padded to {block_h}) on {spec.arch}"
+        )
+    return fits
+
+
+def run_at_once(kernel: KernelPlan, spec: DeviceSpec, launches: int = 1) -> bool:
+    """Whether no program of so many launches must wait for a multiprocessor."""
+    return launches * math.prod(kernel.grid) <= spec.at_once(kernel.ctas)

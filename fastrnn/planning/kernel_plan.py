@@ -1,0 +1,96 @@
+"""How a persistent kernel is launched: what the rules of a tier's file decide, and the launcher follows."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..compat import spills
+from .device import DeviceSpec
+
+KIB = 1024
+# Not exact where the tensors' rounding hides it: `python -m bench.accuracy` and kernels/activations.py.
+ACTIVATIONS = {torch.bfloat16: "tanh.approx", torch.float16: "exp2"}
+
+
+class GridTooLargeError(ValueError):
+    """More programs would have to run at once than the device has room for."""
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """How a persistent kernel is launched: tiles, warps, programs, and where W_hh stays."""
+
+    dialect: str
+    block_b: int  # rows of a batch tile
+    units: int  # hidden units that a program owns, padding included
+    grid: tuple[int, ...]  # (batch tiles, directions), or (slices of H, batch tiles, directions)
+    ctas: int  # programs of a cluster; an entry of the grid is a cluster
+    warps: int
+    # By pass: ways of compiling it, as launch options and constants of the kernel, in the order to try them. The first
+    # that spills no register is taken: which one does follows no rule that was found.
+    choices: Mapping[str, tuple[dict[str, Any], ...]] = field(hash=False)
+    spin_on_load: bool  # how a program waits at the grid barrier
+    precision: str  # of fp32 products, as Triton's input_precision: "ieee" or "tf32"
+    activations: str  # how they are computed, as kernels/activations.py names it
+    weight_bytes: int  # of W_hh in one program, padding included
+    weight_place: str
+    shared_bytes: int  # upper bound for one program
+    shared_limit: int  # what the device gives one program
+    saved_bytes: int  # kept for backward
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid) * self.ctas
+
+
+def common(
+    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
+) -> dict[str, Any]:
+    """What a plan says whatever its tiles."""
+    from ..kernels.cells import CELLS
+
+    return {
+        "spin_on_load": spec.is_amd,
+        "precision": precision,
+        "activations": ACTIVATIONS.get(dtype, "exact") if spec.arch.startswith("sm_") else "exact",
+        "shared_limit": spec.shared_bytes,
+        "saved_bytes": T * B * D * H * (CELLS[name].saved + CELLS[name].has_c) * dtype.itemsize,
+    }
+
+
+def as_text(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / KIB:,.0f} KiB" if size < 1024 * KIB else f"{size / KIB**2:,.1f} MiB"
+
+
+def registers(spec: DeviceSpec, warps: int) -> int:
+    """The most registers that a thread of an only program can have."""
+    return min(255, spec.register_bytes // (4 * spec.warp_size * warps))
+
+
+def weight_place(spec: DeviceSpec) -> str:
+    """Where a program's W_hh stays: what Triton does with a product's operand that is loaded before the loop."""
+    return "arrays" if spec.arch == "interpreter" else "registers" if spec.is_amd else "shared memory"
+
+
+def runs_gluon(dtype: torch.dtype, precision: str, spec: DeviceSpec) -> bool:
+    on_tensor_cores = spec.arch.startswith("sm_") and (dtype != torch.float32 or precision == "tf32")
+    return on_tensor_cores and spills.triton_version() >= (3, 6)
+
+
+def register_limits(spec: DeviceSpec, warps: int) -> tuple[dict[str, Any], ...]:
+    """The compiler's choice, all that a thread of an only program can have, and a few less: launch options to try.
+
+    ptxas, left alone, saves registers for a second program and spills 8 bytes of one kernel in fifty; told how many
+    there are, it spills more of others; and given registers for it, it loads all pieces of the state at once.
+    """
+    most = registers(spec, warps)
+    return ({},) if spec.is_amd else ({}, {"maxnreg": most}, {"maxnreg": most - 8})
+
+
+def tiles(size: int, tile: int) -> int:
+    """How many of a tile cover a size."""
+    return -(-size // tile)

@@ -1,0 +1,219 @@
+"""Which kernel runs a recurrence, in which tiles, and why: a pure function from shapes and a device to a Plan."""
+
+import functools
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+
+import torch
+
+from ..compat import driver
+from ..reference import GATES, OF_TORCH
+from . import cluster, tuning
+from .arguments import as_int, check_checkpoint_every, expect
+from .device import SPECS, DeviceSpec
+from .kernel_plan import GridTooLargeError, KernelPlan, as_text
+from .tiers import TIERS, in_order
+
+# Asked on import: torch.compile cannot trace the question before torch 2.12.
+_HAS_TRITON = find_spec("triton") is not None
+BACKENDS = ("auto", "torch", "reference", *TIERS)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Steps, for each layer of a stack, of the shortest chunk that a wavefront runs. Python issues a layer's chunk in 0.25
+# ms forward and 0.7 backward (measured with stubs for kernels, one core of a Xeon, torch 2.13), and kernels are
+# modelled at 1 to 3 us a step: with shorter chunks the streams would wait for Python. A chunk also reads W_hh again.
+CHUNK_STEPS_PER_LAYER = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run: a backend, the reason, and the kernel's launch if it is one of ours."""
+
+    cell: str
+    hidden_size: int
+    batch_size: int
+    seq_len: int
+    directions: int
+    dtype: torch.dtype
+    device: str
+    backend: str
+    why: str
+    kernel: KernelPlan | None = None
+    num_layers: int = 1
+    checkpoint_every: int | None = None  # steps
+    wavefront: int | None = None  # steps of a chunk, where layers run beside one another
+    order: str = ""  # why they do or do not
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"T={self.seq_len}, B={self.batch_size}, H={self.hidden_size}"
+        rows = {"why": self.why}
+        if k := self.kernel:
+            *slices, batch_tiles, directions = k.grid
+            groups = f"{batch_tiles} batch tile(s) of {k.block_b} rows x {directions} direction(s)"
+            split = f"{slices[0]} slices of {k.units} units x " if slices else ""
+            split = f"clusters of {k.ctas} with {k.units} units each x " if k.ctas > 1 else split
+            rows |= {
+                "kernel": f"{k.dialect}, {k.warps} warps a program",
+                "programs": f"{k.programs} = {split}{groups}",
+                "on chip": f"{as_text(k.weight_bytes)} of W_hh a program in {k.weight_place}; shared memory: "
+                f"{as_text(k.shared_bytes)} of {as_text(k.shared_limit)}",
+                "math": f"products of {k.precision if self.dtype == torch.float32 else dtype}, summed in fp32; "
+                f"activations: {k.activations}",
+                "saved": f"{as_text(k.saved_bytes)} for backward, nothing for inference",
+            }
+            if K := self.checkpoint_every:
+                rows["saved"] = f"{as_text(k.saved_bytes)} for backward, of one chunk of {K} steps at a time"
+            if self.num_layers > 1:
+                how = f"as a wavefront of chunks of {self.wavefront} steps" if self.wavefront else "one after the other"
+                rows["layers"] = f"{self.num_layers}, {how}: {self.order}"
+        head = f"{self.cell}, {shape}, {dtype}, on {self.device}: backend {self.backend}"
+        return "\n".join([head, *(f"  {key:<9} {value}" for key, value in rows.items())])
+
+
+def plan(
+    cell: str,
+    *,
+    hidden_size: int,
+    batch_size: int,
+    seq_len: int = 1,
+    directions: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: "str | torch.device | DeviceSpec | None" = None,
+    backend: str = "auto",
+    precision: str | None = None,
+    num_layers: int = 1,
+    checkpoint_every: int | None = None,
+) -> Plan:
+    """Say which kernel would run a recurrence, in which tiles, and why; no GPU is needed.
+
+    cell is "lstm", "gru", "rnn_tanh", "rnn_relu" or one that fastrnn.cells.register added; hidden_size (H), batch_size
+    (B), seq_len (T) and directions (D, 1 or 2) are those of one layer; device is an architecture ("sm_90", "gfx942"), a
+    torch device, or None for the current GPU; precision is "ieee" or "tf32" for float32 and defaults to torch's own
+    setting for RNNs; num_layers is that of the stack and checkpoint_every that of fastrnn.LSTM. Sizes in the Plan are
+    bytes.
+
+    Raises ValueError for an unknown cell, backend, device or a size below 1, and if more programs would have to run at
+    once than the device has room for; NotImplementedError, naming what is missing, if a named tier cannot run this.
+    "auto" takes the fastest tier that can, as far as was measured, else torch's own kernel, and keeps the reasons; CPU
+    tensors take torch's.
+    Cells that torch lacks take "reference" in its place.
+
+    >>> import torch, fastrnn
+    >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_80"))
+    lstm, T=1000, B=64, H=128, bfloat16, on sm_80: backend resident
+      why       W_hh fits one program
+      kernel    Gluon, 8 warps a program
+      programs  4 = 4 batch tile(s) of 16 rows x 1 direction(s)
+      on chip   128 KiB of W_hh a program in registers and shared memory; shared memory: 160 KiB of 163 KiB
+      math      products of bfloat16, summed in fp32; activations: tanh.approx
+      saved     78.1 MiB for backward, nothing for inference
+    """
+    expect("cell", cell, tuple(GATES))
+    expect("backend", backend, BACKENDS)
+    expect("precision", precision, ("ieee", "tf32", None))
+    expect("directions", directions, (1, 2))
+    hidden_size, batch_size, seq_len, num_layers, directions, checkpoint_every = map(
+        as_int, (hidden_size, batch_size, seq_len, num_layers, directions, checkpoint_every)
+    )
+    sizes = {"hidden_size": hidden_size, "batch_size": batch_size, "seq_len": seq_len, "num_layers": num_layers}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}: expected a positive int, got {size!r}")
+    check_checkpoint_every(checkpoint_every)
+    where = device.arch if isinstance(device, DeviceSpec) else str(device or "the current GPU")
+    steps = min(seq_len, checkpoint_every or seq_len)  # of one launch that saves for backward
+    problem = functools.partial(
+        Plan, cell, hidden_size, batch_size, seq_len, directions, dtype, num_layers=num_layers,
+        checkpoint_every=checkpoint_every,
+    )  # fmt: skip
+    if backend == "torch" and cell not in OF_TORCH:
+        raise NotImplementedError(f"backend='torch': torch has no kernel for the cell {cell!r}")
+    if backend in ("torch", "reference"):
+        return problem(where, backend, "asked for")
+    fallback = "torch" if cell in OF_TORCH else "reference"
+    if backend == "auto" and where == "cpu":
+        kernel = "torch's own kernel" if fallback == "torch" else "the reference: torch has no kernel for this cell"
+        return problem(where, fallback, f"CPU tensors take {kernel}")
+    try:
+        if not _HAS_TRITON:
+            raise NotImplementedError("fastrnn's kernels are written in Triton, which is missing here")
+        spec = _spec(device)
+        if dtype not in KERNEL_DTYPES:
+            raise NotImplementedError(f"a kernel for {dtype} is missing; there are float32, bfloat16 and float16")
+        precision = precision or torch_precision()
+        reasons = []
+        request = (cell, hidden_size, batch_size, steps, directions, dtype, precision, spec)
+        for tier, why in (in_order(*request) if backend == "auto" else {backend: TIERS[backend].why}).items():
+            try:
+                kernel = TIERS[tier].plan(*request)
+                if backend == "auto" and driver.refused:
+                    why_not = driver.refused.get(driver.key(cell, hidden_size, dtype, kernel, spec))
+                    if why_not is not None:
+                        raise NotImplementedError(why_not)
+            except (NotImplementedError, GridTooLargeError) as reason:
+                if backend != "auto":
+                    raise
+                reasons.append(f"{tier}: {reason.args[0]}")  # torch.compile joins no text of an exception itself
+            else:
+                kernel = tuning.ordered(kernel, cell, hidden_size, dtype, spec)
+                found = problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)
+                chunk, order = _wavefront(found, spec)
+                return replace(found, wavefront=chunk, order=order)
+        return problem(where, fallback, "; ".join(reasons))
+    except (NotImplementedError, GridTooLargeError) as reason:
+        if backend == "auto":
+            return problem(where, fallback, str(reason))
+        raise type(reason)(f"backend={backend!r}: {reason}") from None
+
+
+def _wavefront(found: Plan, spec: DeviceSpec) -> tuple[int | None, str]:
+    """Steps of a chunk if a stack should run as a wavefront, None if not, and why; reckoned, not measured."""
+    L, T, kernel = found.num_layers, found.seq_len, found.kernel
+    assert kernel is not None
+    if L == 1:
+        return None, ""
+    if found.directions == 2:
+        return None, "a bidirectional layer needs all of the one below"
+    if spec.arch == "interpreter":
+        return None, "the interpreter has no streams"
+    # A program has a multiprocessor to itself; a cooperative launch must, since its programs wait for each other.
+    if not cluster.run_at_once(kernel, spec, L):
+        clustered = f" in clusters of {kernel.ctas}" if kernel.ctas > 1 else ""
+        many = f"{L} x {kernel.programs} programs{clustered}"
+        return None, f"{many} do not fit {spec.multiprocessors} multiprocessors at once"
+    shortest = CHUNK_STEPS_PER_LAYER * L
+    # Filling and draining takes L - 1 chunks: an eighth of the time, unless chunks would be too short.
+    chunks = max(1, min(8 * (L - 1), T // shortest))
+    K = found.checkpoint_every or -(-T // chunks)
+    if found.checkpoint_every and shortest > K:
+        return None, f"chunks of {K} steps are over before Python has issued the others; {shortest} would do"
+    steps = T + (L - 1) * K
+    if steps * 5 > L * T * 4:
+        return None, f"it would take {steps} steps of time instead of {L * T}, too little for more launches"
+    return K, f"{steps} steps of time instead of {L * T}, not measured"
+
+
+def _spec(device: "str | torch.device | DeviceSpec | None") -> DeviceSpec:
+    if isinstance(device, DeviceSpec):
+        return device
+    if isinstance(device, str) and device.startswith(("sm_", "gfx")):
+        return DeviceSpec.named(device)
+    if device is None and not torch.cuda.is_available():
+        raise ValueError("device: expected an architecture such as 'sm_90', since there is no GPU here; got None")
+    try:
+        found = torch.device(device or "cuda")
+    except RuntimeError:
+        raise ValueError(
+            f"device: expected an architecture ({', '.join(SPECS)}) or a torch device; got {device!r}"
+        ) from None
+    return DeviceSpec.of(found)
+
+
+def torch_precision() -> str:
+    """Triton's input_precision for fp32 recurrent products: torch's own setting for RNNs ("tf32" unless changed).
+
+    Source: torch.backends.cudnn.rnn.fp32_precision, before torch 2.9 torch.backends.cudnn.allow_tf32.
+    """
+    setting = getattr(getattr(torch.backends.cudnn, "rnn", None), "fp32_precision", None)
+    allowed = torch.backends.cudnn.allow_tf32 if setting is None else setting == "tf32"
+    return "tf32" if allowed else "ieee"

@@ -1,0 +1,133 @@
+"""torch's kernels over a packed batch: as dense blocks on a CPU, and elsewhere by its own packed form.
+
+A packed batch lists step 0 of all sequences, the longest first, then step 1 of those that have it, and so on. From one
+sequence's end to the next's it is dense, a block (steps, sequences, I) without padding: as many blocks as there are
+different lengths.
+
+On a CPU torch's packed form slices each step out of the whole batch, and each slice's gradient is as long as the batch:
+backward costs the square of the steps. Nor has it a fused LSTM, as dense batches have (oneDNN's). But it has less to do
+where no gradient is wanted and blocks are short or not fused, takes projections without a warning, and autocast on CPUs
+where oneDNN lacks bfloat16. bench/segments.py measures both.
+
+Source: aten/src/ATen/native/RNN.cpp of torch (PackedLayer, use_mkldnn).
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as _dropout
+
+# Of a block, on the average, for which oneDNN's LSTM beats the packed form without gradients; the GRU and the RNN have
+# nothing fused to gain. `python -m bench.segments --blocks` measures it; docs/performance.md has the table.
+LEAST_STEPS = 3
+
+State = tuple[Tensor, ...]  # (h,) or (h, c), each (L*D, S, H) of S sequences; of a block (1, those that go on, H)
+Kernel = Callable[[Tensor, State], tuple[Tensor, State]]  # one layer, one direction of a block
+
+
+def run(
+    cell: str,
+    data: Tensor,
+    batch_sizes: Tensor,
+    state: State,
+    params: Sequence[Tensor],
+    num_layers: int,
+    bias: bool,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+) -> tuple[Tensor, State]:
+    """Run all layers over a packed batch of S sequences, M steps in all; nothing is validated.
+
+    data (M, I) and batch_sizes (longest,), on the CPU, are those of a torch.nn.utils.rnn.PackedSequence; state, each
+    (L*D, S, H), and params as in segments.run. Returns output (M, D*H) and the final states, as state.
+
+    >>> import torch
+    >>> from fastrnn.torch_path import packed
+    >>> gru, data, h_0 = torch.nn.GRU(3, 4), torch.randn(4, 3), torch.zeros(1, 2, 4)
+    >>> sizes = torch.tensor([2, 1, 1])  # sequences of 3 steps and of 1
+    >>> y, _ = packed.run("gru", data, sizes, (h_0,), list(gru.parameters()), 1, True, 0.0, True, False)
+    >>> torch.allclose(y[[0, 2, 3]], gru(data[[0, 2, 3]])[0], atol=1e-6)
+    True
+    """
+    kernel = getattr(torch._VF, cell)
+    shapes = list(zip(*(sizes.tolist() for sizes in batch_sizes.unique_consecutive(return_counts=True)), strict=True))
+    if not in_blocks(cell, data, state, params, len(batch_sizes) / len(shapes)):
+        y, *final = kernel(
+            data, batch_sizes, _hidden(state), list(params), bias, num_layers, dropout, training, bidirectional
+        )
+        return y, tuple(final)
+
+    D = 2 if bidirectional else 1
+    per_direction = len(params) // (num_layers * D)
+    finals = []
+    for layer in range(num_layers):
+        if layer:
+            data = _dropout(data, dropout, training)
+        # Of one split all gradients are joined at once.
+        parts = data.split([B * steps for B, steps in shapes])
+        blocks = [part.unflatten(0, (steps, B)) for part, (B, steps) in zip(parts, shapes, strict=True)]
+        outputs = []
+        for k, walk in zip(range(layer * D, layer * D + D), (_ahead, _back), strict=False):
+            weights = list(params[k * per_direction : (k + 1) * per_direction])
+
+            def block(x: Tensor, state: State, weights=weights) -> tuple[Tensor, State]:
+                y, *final = kernel(x, _hidden(state), weights, bias, 1, 0.0, training, False, False)
+                return y, tuple(final)
+
+            y, final = walk(block, blocks, tuple(s[k : k + 1] for s in state))
+            outputs.append(torch.cat([of_block.flatten(0, 1) for of_block in y]))
+            finals.append(final)
+        data = torch.cat(outputs, -1) if D == 2 else outputs[0]
+    return data, tuple(torch.cat(of_all) for of_all in zip(*finals, strict=True))
+
+
+def on_its_own(params: Sequence[Tensor], bias: bool) -> list[Tensor]:
+    """Parameters of some of a module's layers or directions, as torch's kernels for GPUs may take them.
+
+    Where the first one begins the memory that all of a module's share, and the others follow as cuDNN wants, torch
+    gives cuDNN that memory. It does not look at what stands where biases would be: without biases, the next layer's
+    weights, which are added as if they were biases. A copy of the first parameter has memory of its own.
+
+    Source: try_get_weight_buf in aten/src/ATen/native/cudnn/RNN.cpp.
+    """
+    return list(params) if bias or params[0].device.type == "cpu" else [params[0].clone(), *params[1:]]
+
+
+def in_blocks(cell: str, data: Tensor, state: State, params: Sequence[Tensor], steps: float) -> bool:
+    """Whether dense blocks are faster, of so many steps on the average, than torch's packed form."""
+    projected = state[0].shape[-1] != state[-1].shape[-1]
+    if data.device.type != "cpu" or projected or torch.is_autocast_enabled("cpu"):
+        return False
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *state, *params))
+    return differentiated or (cell == "lstm" and steps >= LEAST_STEPS)
+
+
+def _hidden(state: State) -> "Tensor | State":
+    return state if len(state) == 2 else state[0]
+
+
+def _ahead(kernel: Kernel, blocks: Sequence[Tensor], state: State) -> tuple[list[Tensor], State]:
+    """Forward in time: the shortest sequences end at each block's end, and leave their final states."""
+    ys, ended = [], []
+    for x, later in zip(blocks, [*(block.shape[1] for block in blocks[1:]), 0], strict=True):
+        y, state = kernel(x, state)
+        ys.append(y)
+        state, final = zip(*(s.split([later, x.shape[1] - later], 1) for s in state), strict=True)
+        ended.append(final)
+    return ys, tuple(torch.cat(finals, 1) for finals in zip(*reversed(ended), strict=True))
+
+
+def _back(kernel: Kernel, blocks: Sequence[Tensor], state: State) -> tuple[list[Tensor], State]:
+    """From the end: sequences that are a block shorter join at each block's end, with their first states."""
+    sizes = [0, *(block.shape[1] for block in reversed(blocks))]
+    joining = zip(*(s.split([now - before for before, now in pairwise(sizes)], 1) for s in state), strict=True)
+    state = tuple(s[:, :0] for s in state)
+    ys = []
+    for x, first in zip(reversed(blocks), joining, strict=True):
+        state = tuple(torch.cat(both, 1) for both in zip(state, first, strict=True))
+        y, state = kernel(x.flip(0), state)
+        ys.append(y.flip(0))
+    return ys[::-1], state

@@ -1,0 +1,87 @@
+"""Compiled kernels of fastrnn, executed on the CPU: outputs, gradients, schedules, windows, and PTX that was broken."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastrnn.planning.tiers import TIERS
+
+from ..support.cases import CELLS, Problem, beyond_budget, over_budget
+
+ROOT = Path(__file__).parents[2]
+
+
+def child(*arguments: str) -> list[dict]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", "-m", "tests.support.executed", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("command", "arch", "backend"),
+    (
+        *(
+            ("kernels", arch, backend)
+            for arch in ("sm_80", "sm_90", "sm_100")
+            for backend in ("resident", "cooperative")
+        ),
+        *(("kernels", arch, "cluster") for arch in ("sm_90", "sm_100")),
+        *(("tile", "sm_90", backend) for backend in ("resident", "cooperative")),
+    ),
+)
+def test_compiled_kernels_compute_what_the_reference_does(command, arch, backend):
+    """Outputs, final states and every gradient, from the PTX of both passes, under a schedule a cell."""
+    records = child(command, arch, backend)
+    assert {record["cell"] for record in records} == set(CELLS)
+    for record in records:
+        assert record["faults"] == {}, record
+
+
+@pytest.mark.parametrize("backend", TIERS)
+def test_compiled_kernels_run_sequences_of_their_own(backend):
+    """Lengths and resets, dense and ragged, with gradients of the states that segments start from."""
+    records = child("sequences", "sm_90", backend, "by step")
+    assert len(records) == 4
+    for record in records:
+        assert record["faults"] == {} and record["spills"] == [], record
+
+
+@pytest.mark.parametrize("H", (64, 96, 128, 192, 256, 384, 512, 1024))
+def test_plans_agree_with_tile_triton_under_the_interpreter(H, tmp_path):
+    """Both passes of every cell, from one problem: "auto"'s plans for sm_90 executed, tile Triton interpreted."""
+    planned = {record["cell"]: record["backend"] for record in child("plans", str(H), str(tmp_path))}
+    tier = "resident" if H <= 64 else "cluster" if H <= 512 else "cooperative"
+    assert planned["lstm"] == planned["gru"] == tier
+    for cell in CELLS:
+        inputs, upstream, executed = torch.load(tmp_path / f"{cell}.pt")
+        problem = Problem(cell, inputs, upstream)
+        assert beyond_budget(problem, executed) == {}
+        assert over_budget(problem) == {}  # the resident kernel: the interpreter holds any H
+
+
+def test_clusters_are_right_under_fifty_schedules():
+    records = child("schedules", "sm_90", "cluster", "50")
+    assert len(records) == 50 * len(CELLS)
+    assert [record for record in records if record["faults"]] == []
+
+
+def test_broken_ptx_is_noticed():
+    records = child("mutations")
+    assert len(records) > 8
+    for record in records:
+        assert record["noticed"] and record["noticed"].startswith(record["expected"]), record
+
+
+@pytest.mark.parametrize("backend", ("resident", "cooperative"))
+def test_compiled_windows_give_the_bits_of_one_run(backend):
+    """What checkpoint_every and the wavefront rest on; a state that is rounded between the windows is noticed."""
+    *exact, rounded = child("windows", "sm_90", backend)
+    assert [record["differ"] for record in exact] == [[], []]
+    assert rounded["kept"] == "torch.bfloat16" and rounded["differ"]

@@ -1,0 +1,142 @@
+"""Sequences of their own lengths, resets inside them and every cell state: each tier against the fp64 reference.
+
+The reference itself is held to runs of every segment on its own.
+"""
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+from fastrnn import reference
+from fastrnn.compat import interpreter
+from fastrnn.ops import recurrence
+from fastrnn.sequences import Sequences
+
+from ..support.cases import CELLS, SEQUENCES, Case, make_sequences, over_budget, require_kernel
+
+BACKENDS = ("resident", "cooperative")
+SHAPES = {"resident": Case(T=5, B=18, H=20, D=2), "cooperative": Case(T=5, B=5, H=40, D=2)}
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_matches_reference(cell, kind, backend, device):
+    case = SHAPES[backend]
+    require_kernel(cell, case, torch.float32, device, backend)
+    problem = make_sequences(cell, case, torch.float32, device, kind)
+    assert not over_budget(problem, functools.partial(recurrence, backend=backend))
+
+
+@pytest.mark.parametrize("kind", SEQUENCES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_reference_runs_every_segment_on_its_own(cell, kind):
+    """Cut by hand, and run one by one: outputs of each segment, and the states at each sequence's end."""
+    _, B, _, D = case = Case(T=6, B=4, H=3, D=2)
+    problem = make_sequences(cell, case, torch.float64, "cpu", kind)
+    x_gates, W_hh, b_hh, h_0, c_0 = problem.inputs
+    found = dict(zip(("reset_h", "reset_c"), problem.starts))  # noqa: B905 - only the LSTM has a c
+    y, h_n, c_n, *c = reference.recurrence(cell, *problem.inputs, **found, **problem.options)
+    rows, reset = problem.options["sequences"]
+    by_step, ragged = problem.options["by_step"], x_gates.dim() == 4
+    segments = 0
+    for b, start, length in rows.T.tolist():
+        slots = [start + t if ragged else (t, b) for t in range(length)]
+        edges = [t for t in range(1, length) if reset is not None and reset[slots[t]]]
+        for d in range(D):
+            first_is_reset = d == 0 and reset is not None and bool(reset[slots[0]])
+            bounds = [0, *edges, length]
+            pieces = list(itertools.pairwise(bounds))
+            for piece, (begin, end) in enumerate(pieces if d == 0 else reversed(pieces)):
+                state = [s if s is None else s[d : d + 1, b : b + 1] for s in (h_0, c_0)]
+                if piece or first_is_reset:
+                    edge = begin if d == 0 else end
+                    given = problem.starts or [torch.zeros_like(h_0)] * 2
+                    anew = iter(s[slots[edge]][d] if problem.starts and by_step else s[d, b] for s in given)
+                    state = [None if s is None else next(anew)[None, None] for s in state]
+                x = torch.stack([x_gates[slots[t]][d] for t in range(begin, end)])[:, None, None]
+                x = x.flip(0) if d else x
+                alone, *last = reference.recurrence(cell, x, W_hh[d : d + 1], b_hh[d : d + 1], *state, cell_states=True)
+                places = [slots[t] for t in range(begin, end)]
+                for of_all, of_one in zip((y, *c), (alone, *last[2:]), strict=True):
+                    whole = torch.stack([of_all[place][d] for place in places])
+                    torch.testing.assert_close(whole.flip(0) if d else whole, of_one[:, 0, 0])
+                segments += 1
+            for final, of_one in zip((h_n, c_n), last[:2], strict=True):
+                if of_one is not None:
+                    torch.testing.assert_close(final[d, b], of_one[0, 0])
+        if not ragged:
+            assert not y[length:, b].any()
+    assert segments > 2 * B or "reset" not in kind
+
+
+@pytest.mark.skipif(not interpreter.ENABLED, reason="counts what the interpreter does: set TRITON_INTERPRET=1")
+@pytest.mark.parametrize("broken", (False, True))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tile_stops_at_its_longest_row(backend, broken, mutate, device, monkeypatch):
+    """Rows of 2 steps take the products of 2 steps, however long their batch is; broken, of all of them."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    if broken:
+        mutate(ROWS, {"longest = tl.maximum(": "longest = T + 0 * tl.maximum("})
+    products, dot = [], InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: [products.append(1), dot(*args)][1])
+    counts = []
+    for T in (2, 9):
+        problem = make_sequences("gru", Case(T, 3, 12, 1), torch.float32, device, "lengths")
+        rows = Sequences.of(T, 3, lengths=torch.tensor([2, 1, 2]))
+        problem._replace(options=problem.options | {"sequences": rows}).run(
+            functools.partial(recurrence, backend=backend)
+        )
+        counts.append(len(products))
+        products.clear()
+    assert (counts[0] == counts[1] > 0) != broken
+
+
+LOOP, ROWS, LAUNCH = "kernels/loop.py", "kernels/rows.py", "fastrnn/ops/launch.py"
+# What is broken: where, which text, by what, and the cell and kind of sequences that show it.
+MUTATIONS = {
+    "frozen rows go on": (
+        LOOP, "rows, step, K.own_lengths), after", "rows, step, False), after", "lstm", "lengths"),
+    "frozen rows have gradients": (
+        LOOP, "keep(alive, d_rec,", "keep(alive | True, d_rec,", "rnn_tanh", "lengths"),
+    "gradients stop at an end": (
+        LOOP, "keep(alive, d_before,", "keep(alive | True, d_before,", "lstm", "lengths"),
+    "a row kept that is past its end": (
+        LOOP, "(t < rows.lengths)", "(t < t + rows.lengths)", "gru", "lengths"),
+    "another row's states": (
+        ROWS, "direction * rows, sequence", "direction * rows, offs_b", "rnn_tanh", "ragged"),
+    "the tile's last row for its longest": (
+        ROWS, "tl.load(table_ptr + 2 * rows + first_row)", "tl.load(table_ptr + 3 * rows - 1)", "gru", "lengths"),
+    "segments of direction 1 a step late": (
+        ROWS, "step, rows.T - step)", "step, rows.T - 1 - step)", "lstm", "resets"),
+    "resets past an end": (
+        ROWS, "edge < rows.lengths", "edge < rows.T + 0 * rows.lengths", "rnn_tanh", "lengths, resets by step"),
+    "states by step from another step": (
+        ROWS, "(_edge(rows, step) * rows", "(tl.maximum(step - 1, 0) * rows", "gru", "lengths, resets by step"),
+    "gradients go past a reset": (
+        LOOP, "return keep(restart, zeros, d_state)", "return d_state", "lstm", "resets"),
+    "the state before a reset for what follows it": (
+        LOOP, "tiles[len(tiles) - 2], before)", "before, before)", "gru", "resets to a state"),
+    "gradient of c dropped": (
+        LOOP, "d_state[n] + tiles[S + 1 + n].to(tl.float32)", "d_state[n]", "lstm", "lengths"),
+    "h_0 dropped from dW_hh": (
+        LAUNCH, "h_0[d], sequences, start", "0 * h_0[d], sequences, start", "gru", "lengths"),
+    "resets dropped from dW_hh": (
+        LAUNCH, "sequences, start, by_step).flatten", "sequences, None, by_step).flatten", "lstm", "resets to a state"),
+    "gradients of starts not summed": (
+        LAUNCH, "of.summed(d)", "of.summed(d * 0)", "gru", "resets to a state"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_error_budget_catches(name, mutate, device):
+    path, old, new, cell, kind = MUTATIONS[name]
+    problem = make_sequences(cell, Case(T=5, B=18, H=12, D=2), torch.float32, device, kind)
+    assert not over_budget(problem)
+    mutate(path, {old: new})
+    assert over_budget(problem)

@@ -1,0 +1,152 @@
+"""Every code block of the README and of docs/ is run, as a reader would: in the repository, with python and make.
+
+The Python of a page is one script, in a process of its own. A block of sh that takes minutes or needs a GPU says so
+behind its language (```sh minutes, ```sh gpu): of it is checked that the commands exist and take their arguments.
+"""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from fastrnn.compat import spills
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NO_CODE = {"text", "mlir"}
+MARKS = {"", "minutes", "gpu"}
+NEEDS_TRITON = {"upstream-num-ctas.md": (3, 9)}  # the first that compiles the program which the report is about
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int  # of its first line of code
+    language: str
+    mark: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    assert text.count("\n```") % 2 == 0, f"{page.name}: a block without an end"
+    found = re.finditer(r"^```(\w*) *(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
+    return [Block(page, text[: m.start(3)].count("\n") + 1, m[1], m[2], m[3]) for m in found]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+SHELL = [block for block in BLOCKS if block.language == "sh"]
+SCRIPTED = sorted({block.page for block in BLOCKS if block.language == "python"})
+LIMIT = 300  # seconds: ten times what the longest block takes
+HAS_GPU = torch.cuda.is_available()
+
+
+def run(command: list[str]) -> None:
+    """As from a shell with the tests' Python first on its path, and nothing set that a reader has not set."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, **options) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"not over in {LIMIT} s: a block that takes minutes says so, ```sh minutes")
+        finally:  # whatever it started ends with it, `make bench` too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, stdout[-3000:] + stderr[-3000:]
+
+
+def test_every_block_is_run_or_says_why_not():
+    assert SCRIPTED and SHELL
+    for block in BLOCKS:
+        allowed = MARKS if block.language == "sh" else {""}
+        assert block.language in {"python", "sh"} | NO_CODE, f"{block}: a language that no test runs"
+        assert block.mark in allowed, f"{block}: expected one of {allowed} behind the language, got {block.mark!r}"
+
+
+@pytest.mark.parametrize("page", SCRIPTED, ids=lambda page: page.name)
+def test_python_runs(page, tmp_path):
+    needed = NEEDS_TRITON.get(page.name, (0, 0))
+    if spills.triton_version() < needed:
+        pytest.skip(f"needs Triton {needed[0]}.{needed[1]}")
+    script = ""
+    for block in blocks_of(page):
+        if block.language == "python":  # at its own line numbers, which errors then name
+            script += "\n" * (block.line - 1 - script.count("\n")) + block.code
+    path = tmp_path / f"{page.stem}.py"
+    path.write_text(script)
+    run([sys.executable, str(path)])
+
+
+def skip_without_packages(code: str) -> None:
+    """Tables of `inspect` need rich, and the examples' --help needs what they import."""
+    needed = [
+        ("matplotlib", "examples/"),
+        ("tqdm", "examples/"),
+        ("sklearn", "classify.py"),
+        ("statsmodels", "forecast.py"),
+    ]
+    missing = [module for module, text in needed if text in code and find_spec(module) is None]
+    tables = [line for line in code.splitlines() if re.search("fastrnn inspect|mgu.py inspect", line)]
+    if find_spec("rich") is None and any("--json" not in line for line in tables):
+        missing.append("rich")
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+def rehearsed(line: str) -> str:
+    """A command that checks another's words and does nothing: make -n, or --help behind what argparse reads first."""
+    words = line.split("#")[0].split()
+    program = next(word for word in words if "=" not in word)
+    assert program in ("make", "python", "torchrun"), f"no rehearsal is known for {line!r}"
+    return line.replace("make", "make -n", 1) if program == "make" else " ".join([*words, "--help"])
+
+
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_shell_runs(block):
+    code = block.code
+    skip_without_packages(code)
+    if block.mark == "minutes" or (block.mark == "gpu" and not HAS_GPU):
+        code = "\n".join(map(rehearsed, code.splitlines()))
+    run(["bash", "-euo", "pipefail", "-c", code])
+
+
+@pytest.mark.parametrize(
+    "line",
+    ("make nothing", "python examples/nothing.py", "python -m fastrnn inspect --cell nothing --hidden 64", "true"),
+)
+def test_rehearsal_notices_what_would_not_run(line):
+    with pytest.raises(AssertionError):
+        run(["bash", "-euo", "pipefail", "-c", rehearsed(line)])
+
+
+def test_a_block_that_does_not_say_it_takes_minutes_is_ended(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT", 1)
+    with pytest.raises(pytest.fail.Exception, match="not over in 1 s"):
+        run(["bash", "-c", "sleep 600 & sleep 600"])
+
+
+def test_the_page_on_cells_has_the_code_of_the_example():
+    example = (ROOT / "examples/mgu.py").read_text()
+    kernels = [block.code for block in blocks_of(ROOT / "docs/writing-a-cell.md") if "@triton.jit" in block.code]
+    assert len(kernels) == 2
+    for code in kernels:
+        assert code in example
+
+
+def test_links_between_pages():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
