@@ -85,7 +85,14 @@ def tests_of(setup: Setup, key: str, names: list[str], limit: float, chosen: str
             command += ["-n", "8"]
         if importlib.util.find_spec("pytest_timeout"):
             command += ["--timeout", str(TEST_LIMIT)]
-        done = run([*command, *(f"tests/test_{name}.py" for name in names)], seconds, setup.dry)
+        done = run(
+            [
+                *command,
+                *(str(file.relative_to(ROOT)) for name in names for file in (ROOT / "tests").rglob(f"test_{name}.py")),
+            ],
+            seconds,
+            setup.dry,
+        )
         write_log(setup, f"tests {name}", done)
         return [tally(key, done)]
 
@@ -193,7 +200,7 @@ def suite(setup: Setup) -> list[Item]:
     items = [Item(group, lambda s, group=group: measure(group, s), 60) for group in chosen]
     if setup.dry:
         return items
-    names = {file.stem.removeprefix("test_") for file in (ROOT / "tests").glob("test_*.py")}
+    names = {file.stem.removeprefix("test_") for file in (ROOT / "tests").rglob("test_*.py")}
     rest = sorted(names - ELSEWHERE - {*KERNELS, *LAYERS})
     return [*items, tests_of(setup, "the rest", rest, 150)]
 

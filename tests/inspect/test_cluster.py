@@ -278,7 +278,7 @@ def test_inspect_counts_it():
 @compiles_clusters
 def test_the_report_is_what_the_compiler_does():
     """Its program is tests/support/cluster_race.py; what it says the program prints is what it prints."""
-    program = ROOT / "tests" / "cluster_race.py"
+    program = ROOT / "tests" / "support" / "cluster_race.py"
     report = (ROOT / "docs" / "upstream-num-ctas.md").read_text()
     blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", report, re.MULTILINE | re.DOTALL))
     assert blocks["python"] == program.read_text()

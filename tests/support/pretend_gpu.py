@@ -32,6 +32,7 @@ NOT_PRETENDED = {
     "another device": "a third device",
     "elsewhere": "a third device",
     "compile": "torch.compile",
+    "jit": "torch.jit",
     "on_streams": "streams",
     "memory": "memory",
     "kept": "memory",
