@@ -14,9 +14,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from fastrnn import plan
+from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import launches
 from fastrnn.kernels.gluon import cooperative, layouts, operands
-from fastrnn.planning.device import DeviceSpec
 from tests.support.cases import CELLS
 
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)

@@ -18,12 +18,12 @@ import torch
 import triton
 
 from fastrnn.compat import spills
+from fastrnn.device import DeviceSpec
 from fastrnn.inspect import measure
 from fastrnn.inspect.compile import Problem, call_backward, call_forward, compile_problem, launches
 from fastrnn.inspect.resources import spill_bytes
 from fastrnn.ops import launch
 from fastrnn.planning import cluster, tiers, tuning
-from fastrnn.planning.device import DeviceSpec
 from fastrnn.planning.kernel_plan import KernelPlan, common, registers
 from fastrnn.reference import GATES
 

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
-    from fastrnn.planning.device import DeviceSpec
+    from fastrnn.device import DeviceSpec
 
     from . import packing
 

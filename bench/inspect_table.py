@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from fastrnn.planning.device import SPECS, DeviceSpec
+from fastrnn.device import SPECS, DeviceSpec
 
 ROOT = Path(__file__).parents[1]
 SNAPSHOT = ROOT / "tests" / "snapshots" / "inspect.jsonl"

@@ -14,8 +14,8 @@ import torch
 import triton
 
 from fastrnn import plan
+from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import launches
-from fastrnn.planning.device import DeviceSpec
 from tests.support.cases import Case
 
 from . import prepare

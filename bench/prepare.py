@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastrnn.device import DeviceSpec
 from fastrnn.inspect import measure
 from fastrnn.inspect.compile import PASSES, Problem, call_backward, call_forward, compile_problem
 from fastrnn.planning import cluster, tuning
-from fastrnn.planning.device import DeviceSpec
 from fastrnn.planning.kernel_plan import GridTooLargeError
 from fastrnn.planning.planner import Plan
 

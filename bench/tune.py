@@ -10,10 +10,10 @@ from unittest import mock
 import torch
 
 from fastrnn.compat import spills
+from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import PASSES, Problem, call_backward, call_forward
 from fastrnn.inspect.measure import us_per_step
 from fastrnn.planning import cluster, planner, tuning
-from fastrnn.planning.device import DeviceSpec
 from fastrnn.planning.kernel_plan import KernelPlan
 
 from . import clock

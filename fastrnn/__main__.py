@@ -21,7 +21,7 @@ import torch
 
 from . import plan
 from .compat import interpreter
-from .planning.device import SPECS, DeviceSpec
+from .device import SPECS, DeviceSpec
 from .planning.planner import BACKENDS, KERNEL_DTYPES, torch_precision
 from .planning.tiers import TIERS
 from .reference import GATES

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..compat import interpreter
+from ..device import DeviceSpec
 from ..ops import launch
-from ..planning.device import DeviceSpec
 from ..planning.planner import Plan, plan, torch_precision
 from ..reference import GATES, HAS_C
 

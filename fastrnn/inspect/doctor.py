@@ -9,7 +9,7 @@ import torch
 
 from .. import __version__
 from ..compat import interpreter, spills
-from ..planning.device import DeviceSpec
+from ..device import DeviceSpec
 from ..planning.planner import plan
 from ..planning.tiers import TIERS
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from ..planning.device import DeviceSpec
+from ..device import DeviceSpec
 from .compile import Problem, call_backward, call_forward
 
 STEPS = (64, 1088)  # two lengths: what a launch costs beside its steps is in both, and drops out of the difference

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..planning.device import DeviceSpec
+from ..device import DeviceSpec
 from . import cluster, flow, sass
 from .compile import Launch
 
@@ -85,7 +85,7 @@ def spill_bytes(asm: Mapping[str, Any]) -> int:
 def occupancy(spec: DeviceSpec, registers: int, warps: int, shared_bytes: int) -> int:
     """Programs that one multiprocessor runs at once, by registers, shared memory and warps.
 
-    >>> from fastrnn.planning.device import DeviceSpec
+    >>> from fastrnn.device import DeviceSpec
     >>> occupancy(DeviceSpec.named("sm_90"), registers=64, warps=8, shared_bytes=100_000)
     2
     """

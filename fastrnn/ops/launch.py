@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..compat import driver, interpreter, profiling, spills
-from ..planning.device import DeviceSpec
+from ..device import DeviceSpec
 from ..planning.planner import plan
 from ..reference import GATES
 from ..sequences import Sequences, Slots, states_before

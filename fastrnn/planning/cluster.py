@@ -9,9 +9,9 @@ import torch
 
 from ..compat import spills
 from ..compat.cached import cached
+from ..device import CLUSTERS, DeviceSpec
 from ..reference import GATES
 from . import tuning
-from .device import CLUSTERS, DeviceSpec
 from .kernel_plan import KIB, KernelPlan, as_text, common, registers, runs_gluon, tiles
 
 BLOCK_B = 16  # the least that tensor cores take: more programs serve a large batch

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..compat.cached import cached
+from ..device import DeviceSpec
 from ..reference import GATES
-from .device import DeviceSpec
 from .kernel_plan import (
     KIB,
     GridTooLargeError,

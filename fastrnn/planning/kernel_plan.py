@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..compat import spills
-from .device import DeviceSpec
+from ..device import DeviceSpec
 
 KIB = 1024
 # Not exact where the tensors' rounding hides it: `python -m bench.accuracy` and kernels/activations.py.

@@ -7,10 +7,10 @@ from importlib.util import find_spec
 import torch
 
 from ..compat import driver
+from ..device import SPECS, DeviceSpec
 from ..reference import GATES, OF_TORCH
 from . import cluster, tuning
 from .arguments import as_int, check_checkpoint_every, expect
-from .device import SPECS, DeviceSpec
 from .kernel_plan import GridTooLargeError, KernelPlan, as_text
 from .tiers import TIERS, in_order
 

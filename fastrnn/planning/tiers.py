@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from ..compat.cached import cached
+from ..device import DeviceSpec
 from ..reference import GATES
 from . import cluster, cooperative
-from .device import DeviceSpec
 from .kernel_plan import KIB, KernelPlan, as_text, common, register_limits, tiles, weight_place
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .device import DeviceSpec
+from ..device import DeviceSpec
 from .kernel_plan import KernelPlan
 
 FOLDER = Path(__file__).parents[1] / "tuned"

@@ -41,7 +41,7 @@ from bench.adapters import IMPLEMENTATIONS, Built, Missing
 from bench.workload import Data, Workload
 from fastrnn import plan, reference
 from fastrnn.compat import spills
-from fastrnn.planning.device import DeviceSpec
+from fastrnn.device import DeviceSpec
 from fastrnn.planning.kernel_plan import KernelPlan
 from fastrnn.planning.tiers import TIERS
 from tests.support.cases import CASES, SEQUENCES, Case

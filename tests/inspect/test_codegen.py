@@ -16,7 +16,7 @@ import pytest
 
 from bench import inspect_table
 from bench.inspect_table import ARCHS, GROUPS
-from fastrnn.planning.device import DeviceSpec
+from fastrnn.device import DeviceSpec
 
 ROOT = Path(__file__).parents[2]
 

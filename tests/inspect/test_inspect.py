@@ -12,10 +12,10 @@ import torch
 
 from fastrnn.__main__ import main
 from fastrnn.compat import spills
+from fastrnn.device import DeviceSpec
 from fastrnn.inspect import doctor, flow, sass
 from fastrnn.inspect.resources import occupancy
 from fastrnn.inspect.timing import RATES, bounds, chain
-from fastrnn.planning.device import DeviceSpec
 
 ROOT = Path(__file__).parents[2]
 KEYS = [

@@ -12,8 +12,8 @@ import torch
 
 import fastrnn
 from fastrnn.compat import spills
+from fastrnn.device import SPECS, DeviceSpec
 from fastrnn.planning import cluster, cooperative, tiers
-from fastrnn.planning.device import SPECS, DeviceSpec
 from fastrnn.planning.planner import torch_precision
 
 BF16 = torch.bfloat16

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn.planning.device import DeviceSpec
+from fastrnn.device import DeviceSpec
 
 KINDS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))  # the tables' columns
 README = (Path(__file__).parents[2] / "README.md").read_text()

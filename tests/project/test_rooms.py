@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up: a module imports from its own line and those above it.
 ORDER = (
     ("compat",),
-    ("sequences", "reference"),
+    ("sequences", "reference", "device"),
     ("kernels",),
     ("cells",),
     ("planning",),

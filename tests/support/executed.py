@@ -24,12 +24,12 @@ from unittest import mock
 import torch
 
 from fastrnn import ops, plan
+from fastrnn.device import DeviceSpec
 from fastrnn.inspect import cluster
 from fastrnn.inspect.compile import Launch, launches
 from fastrnn.inspect.execute import ExecutionError, execute
 from fastrnn.inspect.resources import resources
 from fastrnn.planning import cooperative
-from fastrnn.planning.device import DeviceSpec
 
 from .cases import CELLS, SEQUENCES, TIMES, TIMES_FLOAT32, Case, Problem, make_problem, make_sequences, over_budget
 from .cluster_race import residual

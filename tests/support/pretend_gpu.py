@@ -149,7 +149,7 @@ def interpreted():
 def _of(device: torch.device):
     """DeviceSpec.of on a machine with an H100."""
     from fastrnn.compat import interpreter
-    from fastrnn.planning.device import SPECS
+    from fastrnn.device import SPECS
 
     if device.type == "cpu" and interpreter.ENABLED:
         return SPECS["interpreter"]
@@ -202,8 +202,8 @@ def pytest_configure(config):
     properties = SimpleNamespace(name="pretended", major=9, minor=0, multi_processor_count=132, total_memory=0)
     torch.cuda.get_device_properties = lambda *args: properties
     torch.cuda.mem_get_info = lambda *args: (0, 0)
+    from fastrnn import device
     from fastrnn.compat import interpreter
-    from fastrnn.planning import device
 
     interpreter.ENABLED = False
     device.DeviceSpec.of = staticmethod(_of)

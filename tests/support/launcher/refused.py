@@ -16,8 +16,8 @@ import torch
 
 import fastrnn
 from fastrnn.compat import driver as of_fastrnn
+from fastrnn.device import DeviceSpec
 from fastrnn.nn import functional
-from fastrnn.planning.device import DeviceSpec
 from fastrnn.planning.planner import plan
 
 from .driver import Driver, pretend

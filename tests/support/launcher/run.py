@@ -24,10 +24,10 @@ from triton.runtime.jit import JITFunction
 
 from fastrnn import ops
 from fastrnn.compat import spills
+from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import Problem as Sizes
 from fastrnn.inspect.compile import call_backward, call_forward
 from fastrnn.ops import launch
-from fastrnn.planning.device import DeviceSpec
 from fastrnn.planning.planner import plan
 
 from ..cases import Case, make_problem, make_sequences

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..compat import driver, interpreter
+from .compat import driver, interpreter
 
 CLUSTERS = (2, 4, 8, 16)  # programs of a cluster
 
@@ -31,7 +31,7 @@ class DeviceSpec:
     def at_once(self, ctas: int) -> int:
         """How many clusters of a size run at once, each program on a multiprocessor of its own.
 
-        >>> from fastrnn.planning.device import DeviceSpec
+        >>> from fastrnn.device import DeviceSpec
         >>> DeviceSpec.named("sm_90").at_once(8)
         15
         """
@@ -45,7 +45,7 @@ class DeviceSpec:
     def named(arch: str) -> "DeviceSpec":
         """The spec of an architecture by name.
 
-        >>> from fastrnn.planning.device import DeviceSpec
+        >>> from fastrnn.device import DeviceSpec
         >>> DeviceSpec.named("sm_90").shared_bytes
         232448
         """
