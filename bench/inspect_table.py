@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -46,12 +47,18 @@ KEPT = (
 Record = dict
 
 
-def compile_group(group: str, arch: str, flags: str) -> list[Record]:
-    """Compile what the flags of `fastrnn inspect` ask for, on an architecture; the keys that the table keeps."""
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments, which compiles."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", *command]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def compile_group(group: str, arch: str, flags: str, run: Callable = run) -> list[Record]:
+    """Compile what the flags of `fastrnn inspect` ask for, on an architecture; the keys that the table keeps."""
     flags = flags if "--precision" in flags else f"{flags} --precision ieee tf32"
-    command = [sys.executable, "-W", "error", "-m", "fastrnn", "inspect", "--json", "--arch", arch, *flags.split()]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ["-m", "fastrnn", "inspect", "--json", "--arch", arch, *flags.split()]
+    done = run(command)
     if done.returncode not in (0, 1) or not done.stdout:  # 1: nothing is planned, which a record says
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
     rows = [{"group": group, **json.loads(line)} for line in done.stdout.splitlines()]

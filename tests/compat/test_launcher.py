@@ -1,16 +1,13 @@
 """What reaches the driver when fastrnn launches: Triton's own launcher on a driver of ours, and launches gone wrong."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from fastrnn.compat import spills
 
-ROOT = Path(__file__).parents[2]
+from ..support import children
+
 NEEDS_CLUSTERS = pytest.mark.skipif(spills.triton_version() < (3, 8), reason="clusters need Triton 3.8")
 # (H, D, of a cluster: programs), by tier, and the grid that the driver is asked for; B = 17 where D = 2, else 3.
 GRIDS = {
@@ -21,9 +18,7 @@ GRIDS = {
 
 
 def child(*arguments: str, module: str = "tests.support.launcher.run") -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", module, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = children.run(["-m", module, *arguments])
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -1,10 +1,7 @@
 """The rule of clusters on PTX with and without the barrier that it asks for; the miscompile that it was made for."""
 
-import os
 import random
 import re
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from fastrnn.inspect.addresses import ANY, WORD, Value, binary, constant, extent
 from fastrnn.inspect.cluster import unguarded
 from fastrnn.inspect.ptx import FENCE, Instruction
 
+from ..support import children
 from .test_compiled import child
 
 ROOT = Path(__file__).parents[2]
@@ -282,8 +280,7 @@ def test_the_report_is_what_the_compiler_does():
     report = (ROOT / "docs" / "upstream-num-ctas.md").read_text()
     blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", report, re.MULTILINE | re.DOTALL))
     assert blocks["python"] == program.read_text()
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
+    done = children.run([str(program)], errors=False)
     assert done.returncode == 0, done.stderr
     if f"Triton {TRITON}" in report:
         printed = [line.split(" <-")[0].rstrip() for line in blocks["text"].splitlines()]

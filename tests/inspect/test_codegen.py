@@ -4,13 +4,9 @@ bench/inspect_table.py makes the table. `make snapshots` writes it anew; `make i
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 import types
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
@@ -18,14 +14,14 @@ from bench import inspect_table
 from bench.inspect_table import ARCHS, GROUPS
 from fastrnn.device import DeviceSpec
 
-ROOT = Path(__file__).parents[2]
+from ..support import children
 
 
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_planned_kernels_compile_clean_and_as_committed(arch, group):
     """No spill, no load of W_hh in the time loop, memory within limits, tensor cores; and the snapshot's figures."""
-    rows = inspect_table.compile_group(group, arch, GROUPS[group])
+    rows = inspect_table.compile_group(group, arch, GROUPS[group], children.run)
     assert [(row, found) for row in rows if (found := inspect_table.faults(row))] == []
     triton, committed = inspect_table.snapshot()
     committed = [row for row in committed if (row["arch"], row["group"]) == (arch, group)]
@@ -56,9 +52,7 @@ def test_the_plan_of_the_issue_compiles_clean():
     tuple(map(int, version("triton").split(".")[:2])) < (3, 9), reason="gl.bank_conflicts as read in Triton 3.9"
 )
 def test_sums_in_shared_memory_meet_no_bank_twice():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.bank_conflicts"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = children.run(["-m", "bench.bank_conflicts"], errors=False)
     assert done.returncode == 0, done.stderr
     assert re.search("[1-9] forms without conflicts\nnoticed: True", done.stdout)
 

@@ -1,25 +1,18 @@
 """Compiled kernels of fastrnn, executed on the CPU: outputs, gradients, schedules, windows, and PTX that was broken."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from fastrnn.planning.tiers import TIERS
 
+from ..support import children
 from ..support.cases import CELLS, Problem, beyond_budget, over_budget
-
-ROOT = Path(__file__).parents[2]
 
 
 def child(*arguments: str) -> list[dict]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", "-m", "tests.support.executed", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = children.run(["-m", "tests.support.executed", *arguments])
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -3,9 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +14,7 @@ from fastrnn import cells, ops, reference
 from fastrnn.kernels.cells import CELLS, lstm_backward, lstm_forward
 from fastrnn.planning.tiers import TIERS
 
+from ..support import children
 from ..support.cases import CASES, DTYPES, SEQUENCES, Case, make_problem, make_sequences, over_budget, require_kernel
 
 FILE = Path(__file__).parents[2] / "examples/mgu.py"
@@ -101,10 +99,9 @@ def test_gradcheck_of_the_step():
 @pytest.mark.parametrize(("backend", "hidden"), (("resident", 24), ("cluster", 100), ("cooperative", 262)))
 def test_compiled_kernels_match_the_step(backend, hidden):
     """The file is the command line too: its cell's PTX is executed on the CPU, and compared in fp64."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(FILE), "inspect", "--cell", "mgu", "--hidden", str(hidden), "--batch", "3"]
+    command = [str(FILE), "inspect", "--cell", "mgu", "--hidden", str(hidden), "--batch", "3"]
     command += ["--arch", "sm_90", "--backend", backend, "--execute", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = children.run(command, errors=False)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["pass"] for row in rows] == ["forward", "backward"]

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from . import children
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -18,9 +20,7 @@ def start(example: str, out: Path, *flags: str) -> subprocess.Popen:
 
 
 def run(example: str, out: Path, *flags: str) -> subprocess.CompletedProcess:
-    process = start(example, out, *flags)
-    stdout, stderr = process.communicate()
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+    return children.run([str(ROOT / f"examples/{example}.py"), "--out", str(out), *flags], errors=False)
 
 
 def interrupt(process: subprocess.Popen) -> subprocess.CompletedProcess:
