@@ -1,7 +1,6 @@
 """`python -m fastrnn profile`: memory grows as promised with T, traces have the named ranges, arguments are checked."""
 
 import contextlib
-import functools
 import importlib
 import inspect
 import itertools
@@ -35,7 +34,6 @@ def request(device: str, backend: str, T: int, checkpoint_every: int | None = No
     return Request("lstm", H, B, T, 16, backend=backend, checkpoint_every=checkpoint_every, device=device)
 
 
-@functools.cache
 def memory(device: str, backend: str, checkpoint_every: int | None = None) -> list[tuple[int, int, int]]:
     """(peak of forward, peak of backward, kept between them) at each length."""
     found = []
@@ -53,21 +51,15 @@ def growth(device: str, backend: str, sizes: Iterable[int]) -> list[float]:
 
 
 @pytest.mark.parametrize("backend", ("torch", "reference", "resident"))
-@pytest.mark.parametrize("checkpoint_every", (None, K))
-def test_memory_grows_linearly_with_time(device, backend, checkpoint_every):
-    for sizes in zip(*memory(device, backend, checkpoint_every), strict=True):
+def test_memory_grows_linearly_with_time_and_by_states_with_checkpoints(device, backend):
+    """h and c of B x H in fp32 every K steps, and at the peak of backward no gates of all T steps beside."""
+    found = {every: memory(device, backend, every) for every in (None, K)}
+    for sizes in itertools.chain.from_iterable(zip(*of_lengths, strict=True) for of_lengths in found.values()):
         first, second = growth(device, backend, sizes)
         assert second == pytest.approx(first, rel=0.1, abs=16)  # cuDNN and the allocator round
-
-
-@pytest.mark.parametrize("backend", ("torch", "reference", "resident"))
-def test_checkpoints_keep_states_only(device, backend):
-    """h and c of B x H in fp32 every K steps, and at the peak of backward no gates of all T steps beside."""
-    kept = growth(device, backend, [sizes[2] for sizes in memory(device, backend, K)])
+    kept = growth(device, backend, [sizes[2] for sizes in found[K]])
     assert max(kept) == pytest.approx(2 * B * H * 4 / K, rel=0.1)
-    whole, parts = (
-        growth(device, backend, [sizes[1] for sizes in memory(device, backend, every)]) for every in (None, K)
-    )
+    whole, parts = (growth(device, backend, [sizes[1] for sizes in found[every]]) for every in (None, K))
     gates = 4 * B * H * 4
     assert min(whole) - max(parts) > gates
 
