@@ -30,7 +30,7 @@ endif
 
 EXAMPLES := classify forecast memory rollout
 
-.PHONY: demo $(EXAMPLES) test matrix lint inspect snapshots bench bench-gpu clean .venv
+.PHONY: demo $(EXAMPLES) test quick test-all matrix lint inspect snapshots bench bench-gpu clean .venv
 
 demo: $(HERE)
 	$(READY)
@@ -44,6 +44,16 @@ $(EXAMPLES): $(HERE)
 test: $(HERE) $(MODELS)
 	$(READY)
 	$(RUN) -m pytest $(PARALLEL) $(TESTS)
+
+# A case of each kind of check, in about a minute.
+quick: $(HERE)
+	$(READY)
+	$(RUN) -m pytest $(PARALLEL) --quick tests
+
+# More sizes, seeds, dtypes and architectures of the checks that `make test` makes, and those.
+test-all: $(HERE) $(MODELS)
+	$(READY)
+	$(RUN) -m pytest $(PARALLEL) --wide=yes $(TESTS)
 
 # The kernels with every Triton that a torch requires, each installed into a folder of its own; MATRIX=--quick
 # runs a part, in some minutes.

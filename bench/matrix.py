@@ -111,7 +111,7 @@ def imported(triton: Triton) -> str:
 def interpreted(triton: Triton, chosen: str) -> str:
     """tests/ops/test_recurrence.py in Triton's interpreter."""
     command = ["-m", "pytest", "-p", "no:cacheprovider", "-q", "-x", "--tb=line"]
-    command += ["tests/ops/test_recurrence.py", "-k", chosen]
+    command += ["--wide=yes", "tests/ops/test_recurrence.py", "-k", chosen]
     done = triton.run(*command, interpret=True)
     if done.returncode == 0:
         return "passed"

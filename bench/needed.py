@@ -40,6 +40,8 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "memory": (EXAMPLE, ()),
     "rollout": (EXAMPLE, ()),
     "test": (("torch", "triton", "pytest"), (*TESTED, "sklearn", "statsmodels", "tqdm", "xdist")),
+    "quick": (("torch", "triton", "pytest"), ("xdist",)),
+    "test-all": (("torch", "triton", "pytest"), (*TESTED, "sklearn", "statsmodels", "tqdm", "xdist")),
     "matrix": (("torch", "triton", "pytest"), ()),
     "lint": (("ruff", "pyright"), ()),
     "inspect": (("torch", "triton"), ()),

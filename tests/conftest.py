@@ -14,6 +14,9 @@ import torch
 
 from bench import needed
 
+from .support import width
+from .support.width import COLLECTED
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when fastrnn and triton are imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the tests that compare runs bit by bit
@@ -28,15 +31,33 @@ except importlib.metadata.PackageNotFoundError:  # a bare checkout: child proces
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.getenv("PYTHONPATH"))))
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what needs a package that is missing here, with its name."""
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is wide, and skip what needs a package that is missing here, with its name."""
+    config.stash[COLLECTED] = list(items)
+    wide, quick = config.getoption("--wide"), config.getoption("--quick")
+    named = {Path(name).as_posix() for name in config.args}  # whoever names a wide test runs it
+    chosen = [item for item in items if item.nodeid in named or width.is_chosen(item, wide, quick)]
+    if others := set(items).difference(chosen):
+        config.hook.pytest_deselected(items=[item for item in items if item in others])
+        items[:] = chosen
     for item in items:
         if missing := needed.missing_for(item.nodeid):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Import what `make quick` runs only."""
+    if config.getoption("--quick") and collection_path.is_file():
+        return None if width.has_quick(collection_path) else True
+    return None
+
+
 def pytest_addoption(parser):
-    parser.addoption("--schedules", type=int, default=200, help="schedules a cell and pass (tests/concurrency)")
+    # On a GPU a case takes milliseconds.
+    wide = "yes" if torch.cuda.is_available() else "no"
+    parser.addoption("--wide", choices=("no", "yes", "only"), default=wide, help="see tests/support/width.py")
+    parser.addoption("--quick", action="store_true", help="what `make quick` runs")
+    parser.addoption("--schedules", type=int, default=200, help="schedules a cell and pass (tests/compat), at most")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """The cooperative kernels under many seeded schedules: no race, no deadlock, and bitwise the same result in each.
 
-All programs are alive; the schedule picks who runs at every atomic, load and store of shared state. `--schedules N`
-(default 200) sets how many a cell and pass run.
+All programs are alive; the schedule picks who runs at every atomic, load and store of shared state. A cell and pass
+runs under 20, and under 200 with --wide=yes; `--schedules N` sets how many it is at most.
 """
 
 import functools
@@ -17,6 +17,7 @@ from fastrnn.planning.planner import plan
 
 from ..support.cases import CELLS, Case, make_problem, over_budget
 from ..support.race import Race, RaceDetector
+from ..support.width import wide
 
 pytestmark = pytest.mark.skipif(
     not interpreter.ENABLED, reason="schedules are the interpreter's: set TRITON_INTERPRET=1"
@@ -85,12 +86,15 @@ def passes(cell: str):
     return {"forward": forward, "backward": backward}
 
 
+@pytest.mark.parametrize("seeds", (range(20), wide(range(20, 200))), ids=("20", "200"))
 @pytest.mark.parametrize("which", ("forward", "backward"))
 @pytest.mark.parametrize("cell", CELLS)
-def test_every_schedule_gives_the_same_bits(cell, which, scheduled, request):
+def test_every_schedule_gives_the_same_bits(cell, which, seeds, scheduled, request):
     run = passes(cell)[which]
     expected = run()
-    for seed in range(request.config.getoption("--schedules")):
+    for seed in seeds:
+        if seed >= request.config.getoption("--schedules"):
+            break
         scheduled(seed)
         for a, b in zip(run(), expected, strict=True):
             assert torch.equal(a, b), f"schedule {seed}"

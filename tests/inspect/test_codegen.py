@@ -17,6 +17,7 @@ from fastrnn.device import DeviceSpec
 from ..support import children
 
 
+@pytest.mark.one_in(len(ARCHS))
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_planned_kernels_compile_clean_and_as_committed(arch, group):

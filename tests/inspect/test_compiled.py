@@ -9,6 +9,7 @@ from fastrnn.planning.tiers import TIERS
 
 from ..support import children
 from ..support.cases import CELLS, Problem, beyond_budget, over_budget
+from ..support.width import wide
 
 
 def child(*arguments: str) -> list[dict]:
@@ -20,13 +21,16 @@ def child(*arguments: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("command", "arch", "backend"),
     (
-        *(
-            ("kernels", arch, backend)
-            for arch in ("sm_80", "sm_90", "sm_100")
-            for backend in ("resident", "cooperative")
-        ),
-        *(("kernels", arch, "cluster") for arch in ("sm_90", "sm_100")),
-        *(("tile", "sm_90", backend) for backend in ("resident", "cooperative")),
+        ("kernels", "sm_80", "resident"),
+        ("kernels", "sm_90", "cooperative"),
+        ("kernels", "sm_100", "cluster"),
+        ("tile", "sm_90", "resident"),
+        pytest.param("kernels", "sm_80", "cooperative", marks=pytest.mark.wide),
+        pytest.param("kernels", "sm_90", "resident", marks=pytest.mark.wide),
+        pytest.param("kernels", "sm_90", "cluster", marks=pytest.mark.wide),
+        pytest.param("kernels", "sm_100", "resident", marks=pytest.mark.wide),
+        pytest.param("kernels", "sm_100", "cooperative", marks=pytest.mark.wide),
+        pytest.param("tile", "sm_90", "cooperative", marks=pytest.mark.wide),
     ),
 )
 def test_compiled_kernels_compute_what_the_reference_does(command, arch, backend):
@@ -46,7 +50,7 @@ def test_compiled_kernels_run_sequences_of_their_own(backend):
         assert record["faults"] == {} and record["spills"] == [], record
 
 
-@pytest.mark.parametrize("H", (64, 96, 128, 192, 256, 384, 512, 1024))
+@pytest.mark.parametrize("H", (64, 192, 1024, *(wide(H) for H in (96, 128, 256, 384, 512))))
 def test_plans_agree_with_tile_triton_under_the_interpreter(H, tmp_path):
     """Both passes of every cell, from one problem: "auto"'s plans for sm_90 executed, tile Triton interpreted."""
     planned = {record["cell"]: record["backend"] for record in child("plans", str(H), str(tmp_path))}
@@ -59,9 +63,10 @@ def test_plans_agree_with_tile_triton_under_the_interpreter(H, tmp_path):
         assert over_budget(problem) == {}  # the resident kernel: the interpreter holds any H
 
 
-def test_clusters_are_right_under_fifty_schedules():
-    records = child("schedules", "sm_90", "cluster", "50")
-    assert len(records) == 50 * len(CELLS)
+@pytest.mark.parametrize("count", (10, wide(50)))
+def test_clusters_are_right_under_many_schedules(count):
+    records = child("schedules", "sm_90", "cluster", str(count))
+    assert len(records) == count * len(CELLS)
     assert [record for record in records if record["faults"]] == []
 
 

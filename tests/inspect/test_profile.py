@@ -165,6 +165,7 @@ def counted(call) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", ({}, {"bias": False}, {"num_layers": 2, "bidirectional": True}), ids=str)
 @pytest.mark.parametrize("backend", ("resident", "cooperative"))
 @pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))

@@ -35,6 +35,7 @@ def layer(cell: str, x_gates, W_hh, b_hh, h_0, c_0, backend: str, K: int | None)
     return y.unflatten(2, (D, H)), final[0], (final[1] if c_0 is not None else None)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("backend", TIERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
@@ -163,6 +164,7 @@ def elements_a_step(name: str, backend: str, directions: int, K: int, device: st
     return (kept_twice - kept) / unit, (peak_twice - peak) / unit
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", ("torch", "reference", "resident"))
 @pytest.mark.parametrize("directions", (1, 2))
 @pytest.mark.parametrize("name", ("GRU", "LSTM"))

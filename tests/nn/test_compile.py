@@ -62,6 +62,7 @@ def made(name: str, backend: str, device: str, **kwargs):
     return module, torch.randn(5, 2, 3, dtype=module.weight_hh_l0.dtype, device=device)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_it_gives_the_same(name, backend, device):
@@ -80,6 +81,7 @@ def test_compiled_it_gives_the_same(name, backend, device):
         torch.testing.assert_close(compiled(x), module(x))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("options", ({}, {"checkpoint_every": 2}, {"subclass": True}), ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_torchs_kernels_are_traced_where_torch_is_told_to(name, options, device):
@@ -96,6 +98,7 @@ def test_torchs_kernels_are_traced_where_torch_is_told_to(name, options, device)
         torch.testing.assert_close(differentiated(module, compiled, (x,), {}), differentiated(module, module, (x,), {}))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", ("module", "checkpointed", "function", "converted"))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_compiled_program_does_not_grow_with_time(name, kind, device):
@@ -136,7 +139,7 @@ def test_compiling_prints_no_warning(backend, device):
     ("name", "backend", "kwargs"),
     (
         ("LSTM", "resident", {"proj_size": 2}),
-        ("RNN", "reference", {"num_layers": 1}),
+        pytest.param("RNN", "reference", {"num_layers": 1}, marks=pytest.mark.wide),
     ),
 )
 def test_inductor(name, backend, kwargs, device):
@@ -183,6 +186,7 @@ def differentiated(module, run, arguments: tuple, options: dict) -> list[torch.T
     return [*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), list(module.parameters()))]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", ("lengths", "resets", "ragged", "packed"))
 @pytest.mark.parametrize("backend", ("auto", "resident", "cooperative"))
 @pytest.mark.parametrize("name", ("GRU", "LSTM"))

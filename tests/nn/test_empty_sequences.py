@@ -26,6 +26,7 @@ def of_rows(module, x, hx, lengths, reset, rows, ragged):
     return output, final, grads[: -1 - len(hx)], grads[-1 - len(hx) :]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("ragged", (False, True), ids=("lengths", "cu_seqlens"))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
@@ -69,6 +70,7 @@ NOTHING = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", NOTHING)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)

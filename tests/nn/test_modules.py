@@ -82,6 +82,7 @@ def test_equals_torch_nn(name, backend, kwargs, device):
     compare(*pair(name, device, backend, 5, 12, **kwargs), torch.randn(4, 3, 5, device=device))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch_first", (False, True))

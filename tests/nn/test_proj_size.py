@@ -20,6 +20,7 @@ def state(layers: int, *batch: int, device: str):
     return torch.randn(layers, *batch, 3, device=device), torch.randn(layers, *batch, 8, device=device)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("checkpoint_every", (None, 2))
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def state(module: torch.nn.Module, B: int, dtype: torch.dtype = torch.float32):
 # Autocast
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)

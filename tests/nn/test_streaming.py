@@ -22,6 +22,7 @@ def unrolled(module, xs, hx=None):
     return flat(torch.stack(outputs), hx)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kwargs", ({}, {"batch_first": True, "bias": False}), ids=("plain", "batch_first-no-bias"))

@@ -41,6 +41,7 @@ def mgu():
     return load(FILE)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("backend", TIERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -51,6 +52,7 @@ def test_kernels_match_the_step(case, dtype, backend, device):
     assert not over_budget(problem, functools.partial(ops.recurrence, backend=backend))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("backend", TIERS)
 @pytest.mark.parametrize("kind", SEQUENCES)
 @pytest.mark.usefixtures("mgu")

@@ -16,6 +16,7 @@ from fastrnn.planning.tiers import TIERS
 from ..support.cases import CASES, CELLS, DTYPES, Case, make_problem, over_budget, require_kernel
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("backend", TIERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -25,6 +26,7 @@ def test_matches_reference(cell, case, dtype, backend, device):
     assert not over_budget(make_problem(cell, case, dtype, device), functools.partial(recurrence, backend=backend))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "case", (Case(T=3, B=17, H=130, D=2), Case(T=2, B=3, H=384, D=2), Case(T=2, B=5, H=650, D=2)), ids=str
 )
@@ -98,6 +100,7 @@ def test_offsets_beyond_2_31_elements(device):
     assert y[:, 15, 0, 0, 15].tolist() == expected
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", TIERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,6 +20,7 @@ BACKENDS = ("resident", "cooperative")
 SHAPES = {"resident": Case(T=5, B=18, H=20, D=2), "cooperative": Case(T=5, B=5, H=40, D=2)}
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", SEQUENCES)
