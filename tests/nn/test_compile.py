@@ -204,6 +204,7 @@ def test_sequences_of_their_own(name, backend, kind, device):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("strict", (True, False), ids=("strict", "non-strict"))
 @pytest.mark.parametrize("dynamic", ("", "B", "T", "BT"))
 @pytest.mark.parametrize("backend", ("auto", "reference", "resident"))

@@ -63,6 +63,7 @@ def _rank(rank: int, folder: str, kind: str, backend: str, model: nn.Module, x: 
     dist.destroy_process_group()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ("ddp", "fsdp2"))
 def test_two_processes_train_as_one(kind, backend, tmp_path):

@@ -57,7 +57,7 @@ def results(module: torch.nn.Module, arguments: tuple, gradients: bool = True) -
     return [*outputs, *torch.autograd.grad(outputs, [*leaves, *module.parameters()], upstream)]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("training", (True, False), ids=("train", "eval"))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)

@@ -174,6 +174,7 @@ def results(name: str, device: str, dropout: float = 0.0, dtype=torch.float32, *
     return [*outputs, *torch.autograd.grad(outputs, [x, *module.parameters()], [torch.randn_like(o) for o in outputs])]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", (torch.float32, BF16), ids=str)
 @pytest.mark.parametrize("backend", ("reference", "resident"))
 @pytest.mark.parametrize("name", ("RNN", "GRU", "LSTM"))

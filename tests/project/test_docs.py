@@ -7,6 +7,7 @@ behind its language (```sh minutes, ```sh gpu): of it is checked that the comman
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ import pytest
 import torch
 
 from fastrnn.compat import spills
+
+from ..support import children
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,12 +108,16 @@ def skip_without_packages(code: str) -> None:
         pytest.skip(f"needs {', '.join(missing)}")
 
 
-def rehearsed(line: str) -> str:
-    """A command that checks another's words and does nothing: make -n, or --help behind what argparse reads first."""
-    words = line.split("#")[0].split()
+def rehearse(line: str) -> None:
+    """Check a command's words by one that does nothing: make -n, or --help behind what argparse reads first."""
+    words = shlex.split(line, comments=True)
     program = next(word for word in words if "=" not in word)
     assert program in ("make", "python", "torchrun"), f"no rehearsal is known for {line!r}"
-    return line.replace("make", "make -n", 1) if program == "make" else " ".join([*words, "--help"])
+    if words[0] == "python":
+        done = children.run([*words[1:], "--help"], errors=False)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    else:
+        run(["bash", "-c", line.replace("make", "make -n", 1) if program == "make" else shlex.join([*words, "--help"])])
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
@@ -118,8 +125,10 @@ def test_shell_runs(block):
     code = block.code
     skip_without_packages(code)
     if block.mark == "minutes" or (block.mark == "gpu" and not HAS_GPU):
-        code = "\n".join(map(rehearsed, code.splitlines()))
-    run(["bash", "-euo", "pipefail", "-c", code])
+        for line in code.splitlines():
+            rehearse(line)
+    else:
+        run(["bash", "-euo", "pipefail", "-c", code])
 
 
 @pytest.mark.parametrize(
@@ -128,7 +137,7 @@ def test_shell_runs(block):
 )
 def test_rehearsal_notices_what_would_not_run(line):
     with pytest.raises(AssertionError):
-        run(["bash", "-euo", "pipefail", "-c", rehearsed(line)])
+        rehearse(line)
 
 
 def test_a_block_that_does_not_say_it_takes_minutes_is_ended(monkeypatch):
