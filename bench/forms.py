@@ -17,15 +17,16 @@ from unittest import mock
 import torch
 import triton
 
+from fastrnn.cells import CELLS
 from fastrnn.compat import spills
 from fastrnn.device import DeviceSpec
 from fastrnn.inspect import measure
 from fastrnn.inspect.compile import Problem, call_backward, call_forward, compile_problem, launches
 from fastrnn.inspect.resources import spill_bytes
 from fastrnn.ops import launch
-from fastrnn.planning import cluster, tiers, tuning
-from fastrnn.planning.kernel_plan import KernelPlan, common, registers
-from fastrnn.reference import GATES
+from fastrnn.ops.schema import Args
+from fastrnn.planning import cluster, resident, tuning
+from fastrnn.planning.kernel_plan import KernelPlan, Request, common, registers, tiles
 
 from . import prepare, tune
 from .processes import Log, options
@@ -63,7 +64,7 @@ class Form(NamedTuple):
 
     def choices(self, spec: DeviceSpec) -> tuple[dict[str, Any], ...]:
         """Constants to try, the most of W_hh in registers first."""
-        gates = GATES[self.cell]
+        gates = CELLS[self.cell].gates
         room = (registers(spec, self.warps) - BESIDE_WEIGHTS) * 4 * 32 * self.warps
         gate_bytes = self.hidden * (self.hidden // self.ctas) * 2
         found: list[dict[str, Any]] = []
@@ -92,33 +93,36 @@ def forms() -> Iterator[Form]:
 def only(form: Form, arch: str) -> Iterator[None]:
     """Plan this form, whatever the planner would; launches of its pass in the block take it."""
 
-    def held(
-        name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec, ctas: int
-    ) -> KernelPlan | None:
-        choices = form.choices(spec)
+    def held(request: Request, ctas: int) -> KernelPlan | None:
+        choices = form.choices(request.spec)
         if ctas != form.ctas or not choices:
             return None
         return KernelPlan(
-            **common(name, H, B, T, D, dtype, precision, spec), dialect="Gluon", block_b=cluster.BLOCK_B,
-            units=H // ctas, grid=(-(-B // cluster.BLOCK_B), D), ctas=ctas, warps=form.warps,
+            **common(request), dialect="Gluon", block_b=cluster.BLOCK_B, units=request.H // ctas,
+            grid=(tiles(request.B, cluster.BLOCK_B), request.recurrences), ctas=ctas, warps=form.warps,
+            form={"BLOCK_B": cluster.BLOCK_B, "BLOCK_H": request.H},
             choices=dict.fromkeys(("forward", "backward"), choices), weight_bytes=0, weight_place="", shared_bytes=0,
         )  # fmt: skip
 
-    with mock.patch.object(cluster, "held", held), tune.trying(arch, tuning.Tuned()):
-        tiers.resident.cache_clear()
+    with (
+        mock.patch.object(cluster, "held", held),
+        mock.patch.object(resident, "held", held),
+        tune.trying(arch, tuning.Tuned()),
+    ):
+        resident.resident.cache_clear()
         try:
             yield
         finally:
-            tiers.resident.cache_clear()
+            resident.resident.cache_clear()
 
 
 def call_of(form: Form, problem: Problem, tensors: Any) -> Callable[[], object]:
     """The form's pass alone; backward after a forward that was not run, on values between 0.1 and 0.9."""
     if form.which == "forward":
         return lambda: call_forward(problem.cell, tensors, problem.backend)
-    made = launch.allocate_forward(problem.cell, tensors["x_gates"], tensors["h_0"], tensors["c_0"], True)
-    outputs = dict(zip(("y", "h_n", "c_n", "saved", "c"), made, strict=True))
-    for name in ("y", "saved", "c"):
+    inputs = {name: tensors[name] for name in ("x_gates", "W_hh", "b_hh", "state_0")}
+    outputs = launch.allocate_forward(Args(**inputs, cell=problem.cell, save=True, backend=problem.backend))._asdict()
+    for name in ("y", "saved", "steps"):
         outputs[name].uniform_(0.1, 0.9)
     return lambda: call_backward(problem.cell, tensors, outputs, problem.backend, needs_sums=False)
 

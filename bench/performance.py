@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from fastrnn.cells import CELLS
 from fastrnn.inspect.compile import Problem, compile_problem, launches
 from fastrnn.inspect.timing import modelled
 from fastrnn.ops import launch
-from fastrnn.reference import GATES
+from fastrnn.ops.schema import Args, BackwardArgs
 from fastrnn.sequences import Sequences
 
 from . import write
@@ -40,9 +41,9 @@ def row(problem: Problem) -> str:
         compiled = compile_problem(problem)
     except (NotImplementedError, ValueError) as reason:
         return f"| {name} | none: {reason} | | | | | |"
-    inputs = [compiled.tensors[key] for key in ("x_gates", "W_hh", "b_hh", "h_0", "c_0")]
+    inputs = {name: compiled.tensors[name] for name in ("x_gates", "W_hh", "b_hh", "state_0")}
     with launches(problem.spec) as found:
-        launch.forward(problem.cell, *inputs, save=False, backend=compiled.plan.backend)  # type: ignore[arg-type]
+        launch.forward(Args(**inputs, cell=problem.cell, save=False, backend=compiled.plan.backend))
     kernel = compiled.plan.kernel
     assert kernel is not None
     passes = [modelled(each) for each in (compiled.launches["forward"], found[0], compiled.launches["backward"])]
@@ -71,25 +72,26 @@ def sequences_rows(cells: list[str], sizes: list[int], arch: str) -> Iterator[st
 def sequences_row(problem: Problem, backend: str) -> str:
     """Forward and backward of each form, in cycles a step."""
     tensors: Any = problem.tensors()
-    x_gates, _, _, h_0, c_0 = inputs = [tensors[key] for key in ("x_gates", "W_hh", "b_hh", "h_0", "c_0")]
-    T, B = x_gates.shape[:2]
+    inputs = {name: tensors[name] for name in ("x_gates", "W_hh", "b_hh", "state_0")}
+    upstream = {name: tensors[name] for name in ("dy", "d_finals", "W_hh", "state_0")}
+    T, B = tensors["x_gates"].shape[:2]
     rows, reset = Sequences.of(T, B, lengths=torch.full((B,), T), reset=torch.zeros(T, B, dtype=torch.bool))
     forms = ({}, {"rows": rows}, {"rows": rows, "reset": reset})
-    forms += ({**forms[2], "reset_h": h_0, "reset_c": c_0},)
+    forms += ({**forms[2], "starts": tensors["state_0"]},)
     cells = []
     for form in forms:
         with launches(problem.spec) as found:
-            y, _, _, saved, c = launch.forward(problem.cell, *inputs, save=True, backend=backend, **form)
-            upstream = (tensors[key] for key in ("dy", "dh_n", "dc_n"))
-            kept = (tensors["W_hh"], h_0, c_0, y, saved, c)
-            launch.backward(problem.cell, *upstream, None, *kept, False, False, backend, **form)
+            made = launch.forward(Args(**inputs, cell=problem.cell, save=True, backend=backend, **form))
+            kept = {"y": made.y, "saved": made.saved, "steps": made.steps, "d_steps": None}
+            wanted = {"needs_dW": False, "needs_db": False}
+            launch.backward(BackwardArgs(**upstream, **kept, cell=problem.cell, **wanted, backend=backend, **form))
         cells.append(" / ".join(f"{modelled(each).cycles:,}" for each in found))  # type: ignore[union-attr]
     return f"| {problem.cell.removesuffix('_tanh')}, {problem.hidden_size} | {backend} | {' | '.join(cells)} |"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cell", nargs="+", choices=list(GATES), default=["lstm", "gru", "rnn_tanh"])
+    parser.add_argument("--cell", nargs="+", choices=list(CELLS), default=["lstm", "gru", "rnn_tanh"])
     parser.add_argument("--hidden", nargs="+", type=int)
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--sequences", action="store_true", help="what lengths and resets add to a step")

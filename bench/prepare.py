@@ -52,7 +52,7 @@ def planned(job: Job, problem: Problem) -> Iterator[Plan]:
     tuned = tuning.of(problem.arch)
     if job.ctas > 1:
         tiles = -(-problem.batch_size // cluster.BLOCK_B)
-        key = tuning.cluster_key(job.cell, problem.hidden_size, problem.dtype, problem.precision, tiles)
+        key = tuning.cluster_key(problem.request, tiles)
         tuned = tuning.Tuned(tuned.forms, {**tuned.ctas, key: job.ctas})
     with trying(problem.arch, tuned):
         try:

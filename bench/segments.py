@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
+from fastrnn.stack import Stack
 from fastrnn.torch_path import packed, segments
 
 from . import write
@@ -61,10 +62,10 @@ def of_lengths(lstm: torch.nn.LSTM, lengths: Tensor, T: int) -> dict[str, Form]:
 
 
 def _forms(lstm: torch.nn.LSTM, state: tuple[Tensor, ...], **how: Tensor) -> dict[str, Form]:
-    args = "lstm", state, list(lstm.parameters()), 1, True, 0.0, True, False
+    stack, params = Stack("lstm", training=True), list(lstm.parameters())
 
     def run(x: Tensor, cell_states: bool = False) -> Tensor:
-        y, _, c = segments.run(args[0], x, *args[1:], **how, cell_states=cell_states)
+        y, _, c = segments.run(stack, x, state, params, **how, cell_states=cell_states)
         return y if c is None else torch.cat([y, c], -1)
 
     return {"segments": run, "with c_t": lambda x: run(x, True)}

@@ -67,7 +67,7 @@ def tune(problem: Problem, setup: Setup) -> list[dict[str, Any]]:
             kernel = _kernel(problem, spec)
         if kernel.ctas != ctas:  # it does not fit, and the planner kept to its own
             continue
-        key = tuning.kernel_key(problem.cell, problem.hidden_size, problem.dtype, kernel)
+        key = tuning.kernel_key(problem.request, kernel)
         for which in PASSES:
             for number, form in enumerate(kernel.choices[which]):
                 tuned = tuning.Tuned({key: {which: form}}, wanted)
@@ -88,7 +88,7 @@ def choices(problem: Problem, spec: DeviceSpec) -> Iterator[tuning.Tuned]:
         wanted = {} if ctas == 1 else {_cluster_key(problem): ctas}
         with trying(problem.arch, tuning.Tuned(ctas=wanted)):
             kernel = _kernel(problem, spec)
-        key = tuning.kernel_key(problem.cell, problem.hidden_size, problem.dtype, kernel)
+        key = tuning.kernel_key(problem.request, kernel)
         if kernel.ctas == ctas:
             for which in PASSES:
                 yield from (tuning.Tuned({key: {which: form}}, wanted) for form in kernel.choices[which])
@@ -112,7 +112,7 @@ def _kernel(problem: Problem, spec: DeviceSpec) -> KernelPlan:
 
 def _cluster_key(problem: Problem) -> str:
     tiles = -(-problem.batch_size // cluster.BLOCK_B) * problem.directions
-    return tuning.cluster_key(problem.cell, problem.hidden_size, problem.dtype, problem.precision, tiles)
+    return tuning.cluster_key(problem.request, tiles)
 
 
 def _us_per_step(problem: Problem, which: str, dry: bool) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrnn.reference import GATES
+from fastrnn.cells import CELLS
 from tests.support.cases import Case
 
 PASSES = ("forward", "forward+backward")  # without and with gradients of the input and all parameters
@@ -51,7 +51,7 @@ class Workload:
         """Of the products of a forward pass; backward has twice as many."""
         T, B, H, D = self.shape
         inputs = self.I + (self.layers - 1) * D * H  # of all layers
-        return 2 * T * B * D * GATES[self.cell] * H * (inputs + self.layers * H) * self.heads
+        return 2 * T * B * D * CELLS[self.cell].gates * H * (inputs + self.layers * H) * self.heads
 
     def shortened(self) -> "Workload":
         """The same for no more steps than are compared with the reference."""

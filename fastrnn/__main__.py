@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from . import plan
+from .cells import CELLS
 from .compat import interpreter
 from .device import SPECS, DeviceSpec
 from .planning.planner import BACKENDS, KERNEL_DTYPES, torch_precision
 from .planning.tiers import TIERS
-from .reference import GATES
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     dtypes = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
     for command in (planner, inspect):
-        command.add_argument("--cell", nargs="+", choices=list(GATES), required=True)
+        command.add_argument("--cell", nargs="+", choices=list(CELLS), required=True)
         command.add_argument("--hidden", nargs="+", type=int, required=True, metavar="H")
         command.add_argument("--batch", type=int, default=16, metavar="B")
         command.add_argument("--directions", type=int, choices=(1, 2), default=1)
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_profile_options(profile: argparse.ArgumentParser) -> None:
-    profile.add_argument("--cell", choices=list(GATES), required=True)
+    profile.add_argument("--cell", choices=list(CELLS), required=True)
     profile.add_argument("--hidden", type=int, required=True, metavar="H")
     profile.add_argument("--batch", type=int, default=16, metavar="B")
     profile.add_argument("--seq", required=True, metavar="T,T,...", help="lengths of the sequence")

@@ -1,11 +1,90 @@
-"""Cells beside torch.nn's: one call makes a cell known to the reference, the planner, the op and every tier's kernels.
+"""The cells: one record each of what the reference, the planner, the op and the kernels know of a cell.
 
+    RNN     h' = act(x + rec)
+    GRU     r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
+    LSTM    i, f, o = sigmoid(x + rec),  g = tanh(x_g + rec_g),  c' = f c + i g,  h' = o tanh(c')
+
+with x = W_ih x_t + b_ih and rec = W_hh h + b_hh, gates in torch's row order. `register` adds a cell of your own:
 docs/writing-a-cell.md shows how one is written and tested; examples/mgu.py is one, whole, in one file.
+
+Source: the equations in the documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from .reference import GATES, HAS_C, STEPS, CellStep
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+CellStep = Callable[[Tensor, Tensor, State], State]  # x and rec (B, G, H) and the state before, to the state after
+
+
+def lstm_step(x: Tensor, rec: Tensor, state: State) -> State:
+    i, f, g, o = (x + rec).unbind(-2)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * state[1] + i * g
+    return o * c.tanh(), c
+
+
+def gru_step(x: Tensor, rec: Tensor, state: State) -> State:
+    h = state[0]
+    x_r, x_z, x_n = x.unbind(-2)
+    rec_r, rec_z, rec_n = rec.unbind(-2)
+    r, z = (x_r + rec_r).sigmoid(), (x_z + rec_z).sigmoid()
+    n = (x_n + r * rec_n).tanh()
+    return (n + z * (h - n),)
+
+
+def rnn_tanh_step(x: Tensor, rec: Tensor, state: State) -> State:
+    return ((x + rec).squeeze(-2).tanh(),)
+
+
+def rnn_relu_step(x: Tensor, rec: Tensor, state: State) -> State:
+    return ((x + rec).squeeze(-2).relu(),)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is known of a cell, everywhere."""
+
+    name: str
+    gates: int  # G, blocks of H rows in W_ih and W_hh
+    step: CellStep  # the specification
+    saved: int  # tiles a step that the forward kernel saves for the backward one
+    states: tuple[str, ...] = ("h",)  # h first
+    kept: tuple[str, ...] = ("h",)  # those that the backward kernel reads, rounded as they were stored
+    splits_last_gate: bool = False  # the gradient of rec differs from that of x in the last gate
+    of_torch: bool = False  # torch has kernels of it
+    kernels: tuple[Any, Any] | None = None  # its steps forward and backward; None for those of kernels/cells.py
+
+    @property
+    def has_c(self) -> bool:
+        return self.states[1:] == ("c",)
+
+    @property
+    def kept_places(self) -> tuple[int, ...]:
+        """The places of the kept states among all."""
+        return tuple(self.states.index(name) for name in self.kept)
+
+    def kernel(self, which: str) -> Any:
+        """The step of a pass, "forward" or "backward", as a @triton.jit function."""
+        if self.kernels is not None:
+            return self.kernels[which == "backward"]
+        from .kernels import cells  # which needs Triton
+
+        return getattr(cells, f"{self.name}_{which}")
+
+
+CELLS = {
+    cell.name: cell
+    for cell in (
+        Cell("lstm", 4, lstm_step, saved=4, states=("h", "c"), kept=("c",), of_torch=True),
+        Cell("gru", 3, gru_step, saved=4, splits_last_gate=True, of_torch=True),
+        Cell("rnn_tanh", 1, rnn_tanh_step, saved=0, of_torch=True),
+        Cell("rnn_relu", 1, rnn_relu_step, saved=0, of_torch=True),
+    )
+}
 
 
 def register(
@@ -33,9 +112,8 @@ def register(
 
     Raises ValueError, with expected and got, and registers nothing, where an argument is none of these.
 
-    >>> from fastrnn.cells import register
+    >>> from fastrnn.cells import gru_step, register
     >>> from fastrnn.kernels.cells import gru_backward, gru_forward
-    >>> from fastrnn.reference import gru_step
     >>> register("gru", gates=3, step=gru_step, forward=gru_forward, backward=gru_backward, saved=4)
     Traceback (most recent call last):
         ...
@@ -43,10 +121,8 @@ def register(
     """
     from triton.runtime.jit import KernelInterface
 
-    from .kernels.cells import CELLS, Cell
-
-    if not isinstance(name, str) or name in STEPS:
-        raise ValueError(f"name: expected a new one, beside {', '.join(map(repr, STEPS))}; got {name!r}")
+    if not isinstance(name, str) or name in CELLS:
+        raise ValueError(f"name: expected a new one, beside {', '.join(map(repr, CELLS))}; got {name!r}")
     for what, count, least in (("gates", gates, 1), ("saved", saved, 0)):
         if not isinstance(count, int) or count < least:
             raise ValueError(f"{what}: expected an int of at least {least}; got {count!r}")
@@ -55,7 +131,5 @@ def register(
     for what, function in (("forward", forward), ("backward", backward)):
         if not isinstance(function, KernelInterface):
             raise ValueError(f"{what}: expected a function with @triton.jit; got {function!r}")
-    STEPS[name], GATES[name] = step, gates
-    if has_c:
-        HAS_C.add(name)
-    CELLS[name] = Cell(forward, backward, saved=saved, has_c=has_c, splits_last_gate=splits_last_gate)
+    states, kept = (("h", "c"), ("c",)) if has_c else (("h",), ("h",))
+    CELLS[name] = Cell(name, gates, step, saved, states, kept, splits_last_gate, kernels=(forward, backward))

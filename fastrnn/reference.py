@@ -1,55 +1,18 @@
-"""The specification: RNN, GRU and LSTM as loops over time in plain torch, any dtype, any device.
+"""The specification: a recurrence as a loop over time in plain torch, any cell, any dtype, any device.
 
-    RNN     h' = act(x + rec)
-    GRU     r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
-    LSTM    i, f, o = sigmoid(x + rec),  g = tanh(x_g + rec_g),  c' = f c + i g,  h' = o tanh(c')
+    rec = W_hh h + b_hh;   state = step(x_gates[t], rec, state);   y[t] = h
 
-with x = W_ih x_t + b_ih (computed before the loop) and rec = W_hh h + b_hh, gates in torch's row order. Everything is
-differentiable, twice too: this is the slow path that the fused kernels are checked against.
-
-Source: the equations in the documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM.
+The step of each cell is in cells.py. Everything is differentiable, twice too: this is the slow path that the fused
+kernels are checked against.
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cells import CELLS, State
 from .sequences import Sequences, Slots
-
-State = tuple[Tensor, ...]
-CellStep = Callable[[Tensor, Tensor, State], State]  # x and rec (B, G, H) and the state before, to the state after
-
-
-def lstm_step(x: Tensor, rec: Tensor, state: State) -> State:
-    i, f, g, o = (x + rec).unbind(-2)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c = f * state[1] + i * g
-    return o * c.tanh(), c
-
-
-def gru_step(x: Tensor, rec: Tensor, state: State) -> State:
-    h = state[0]
-    x_r, x_z, x_n = x.unbind(-2)
-    rec_r, rec_z, rec_n = rec.unbind(-2)
-    r, z = (x_r + rec_r).sigmoid(), (x_z + rec_z).sigmoid()
-    n = (x_n + r * rec_n).tanh()
-    return (n + z * (h - n),)
-
-
-def rnn_tanh_step(x: Tensor, rec: Tensor, state: State) -> State:
-    return ((x + rec).squeeze(-2).tanh(),)
-
-
-def rnn_relu_step(x: Tensor, rec: Tensor, state: State) -> State:
-    return ((x + rec).squeeze(-2).relu(),)
-
-
-STEPS: dict[str, CellStep] = {"lstm": lstm_step, "gru": gru_step, "rnn_tanh": rnn_tanh_step, "rnn_relu": rnn_relu_step}
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}  # G, blocks of H rows in W_ih and W_hh
-HAS_C = {"lstm"}  # whose state is (h, c)
-OF_TORCH = frozenset(STEPS)  # of which torch has kernels too: others come by fastrnn.cells.register
 
 
 def recurrence(
@@ -79,48 +42,111 @@ def recurrence(
     >>> h_n[0, 0, 0].item()  # z is 1/2 and n is 0: the state halves each step
     0.03125
     """
-    starts = [start for start in (reset_h, reset_c) if start is not None]
-    reset, length, slots, frozen = None, None, None, None
-    if sequences is not None:
-        reset, (_, first, length) = sequences.reset, sequences.rows[:, sequences.rows[0].argsort()]
-        if x_gates.dim() == 4:  # ragged: made a padded batch, whose padding is some other slot and is not used
-            slots = Slots.of(sequences.rows, x_gates.shape[:1])
-            try:
-                longest = int(length.max())
-            except RuntimeError:  # vmap and export know no values: none is longer than all together
-                longest = x_gates.shape[0]
-            time = torch.arange(longest, device=x_gates.device)
-            index = (first + time[:, None]).clamp(max=x_gates.shape[0] - 1)
-            x_gates, reset = x_gates[index], None if reset is None else reset[index]
-            starts = [start[index] for start in starts] if by_step else starts
-        # Frozen rows compute with zeros: a NaN of theirs times their gradients, which are zero, would be NaN.
-        frozen = (torch.arange(x_gates.shape[0], device=x_gates.device)[:, None] >= length)[..., None]
-        x_gates = x_gates.masked_fill(frozen[..., None, None], 0)
-    step = STEPS[cell]
-    T, B, D, G, H = x_gates.shape
+    state_0 = h_0.unsqueeze(0) if c_0 is None else torch.stack((h_0, c_0))
+    starts = None if reset_h is None else reset_h.unsqueeze(0) if reset_c is None else torch.stack((reset_h, reset_c))
+    y, finals, steps = run(cell, x_gates, W_hh, b_hh, state_0, sequences=sequences, starts=starts, by_step=by_step)
+    found = (y, finals[0], None if c_0 is None else finals[1])
+    return (*found, *steps) if cell_states else found
+
+
+def run(
+    cell: str,
+    x_gates: Tensor,
+    W_hh: Tensor,
+    b_hh: Tensor | None,
+    state_0: Tensor | None,
+    *,
+    sequences: Sequences | None = None,
+    starts: Tensor | None = None,
+    by_step: bool = False,
+    heads: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one layer of D directions and N heads, R = D * N recurrences of K units side by side, over all of time.
+
+    x_gates (T, B, R, G, K), W_hh (R, G*K, K), b_hh (R, G*K). state_0 (P, D, B, N*K) holds all states of the cell, h
+    first; None is zeros. starts: as state_0, or by_step (P, T, B, D, N*K). Returns y (T, B, D, N*K), the final states
+    as state_0, and the states of all steps beside h, (P - 1, T, B, D, N*K).
+    """
+    *slots, R, _, K = x_gates.shape
+    D, P = R // heads, len(CELLS[cell].states)
+    if state_0 is None:
+        B = slots[1] if sequences is None or len(slots) == 2 else sequences.rows.shape[1]
+        state_0 = x_gates.new_zeros(P, D, B, heads * K)
+    walk = _padded(x_gates, sequences, starts if by_step else None)
     outputs, finals = [], []
-    for d in range(D):
-        state: State = (h_0[d],) if c_0 is None else (h_0[d], c_0[d])
-        kept: list[State] = [state] * T
-        for t in range(T) if d == 0 else reversed(range(T)):
-            edge = t + d  # the first step of the later segment, if one ended before this step
-            if reset is not None and length is not None and edge < T:
-                restart = (reset[edge] & (edge < length))[:, None]
-                anew = [start[edge, :, d] if by_step else start[d] for start in starts] or map(torch.zeros_like, state)
-                state = tuple(torch.where(restart, s, old) for s, old in zip(anew, state, strict=True))
-            before = state if frozen is None else tuple(s.masked_fill(frozen[t], 0) for s in state)
-            rec = torch.nn.functional.linear(before[0].to(W_hh.dtype), W_hh[d], None if b_hh is None else b_hh[d])
-            after = step(x_gates[t, :, d], rec.view(B, G, H), before)
-            kept[t] = tuple(s.to(x_gates.dtype) for s in after)
-            if frozen is not None:
-                kept[t] = tuple(s.masked_fill(frozen[t], 0) for s in kept[t])
-                after = tuple(torch.where(frozen[t], old, new) for new, old in zip(after, state, strict=True))
-            state = after
-        outputs.append([torch.stack(of_time) for of_time in zip(*kept, strict=True)])
-        finals.append(state)
-    y, *c = (torch.stack(of_directions, 2) for of_directions in zip(*outputs, strict=True))
-    if slots is not None:
-        y, *c = (states[slots.t, slots.sequence] for states in (y, *c))
-    h_n = torch.stack([state[0] for state in finals]).to(h_0.dtype)
-    c_n = None if c_0 is None else torch.stack([state[1] for state in finals])
-    return (y, h_n, c_n, *c) if cell_states else (y, h_n, c_n)
+    for r in range(R):
+        d, own = r // heads, slice(r % heads * K, (r % heads + 1) * K)
+        given = walk.starts if by_step else starts
+        anew = None if given is None else given[..., d, own] if by_step else given[:, d, :, own]
+        weights = W_hh[r], None if b_hh is None else b_hh[r]
+        states, final = _walk(cell, walk, r, d, weights, tuple(state_0[:, d, :, own]), anew, by_step)
+        outputs.append(states)
+        finals.append(final)
+    # (P, T, B, D, N*K) of P tensors for each recurrence
+    all_steps = torch.stack([torch.stack(of_one) for of_one in outputs], -2).unflatten(-2, (D, heads)).flatten(-2)
+    last = torch.stack([torch.stack(of_one) for of_one in finals], 1).unflatten(1, (D, heads))
+    last = last.transpose(2, 3).flatten(-2).to(state_0.dtype)
+    if walk.slots is not None:
+        all_steps = all_steps[:, walk.slots.t, walk.slots.sequence]
+    return all_steps[0], last, all_steps[1:]
+
+
+class _Walk(NamedTuple):
+    """A padded batch, and where its sequences end and start anew."""
+
+    x_gates: Tensor  # (T, B, R, G, K)
+    reset: Tensor | None  # (T, B)
+    length: Tensor | None  # (B,)
+    frozen: Tensor | None  # (T, B, 1)
+    starts: Tensor | None  # by step
+    slots: Slots | None  # of ragged sequences: their places in the padded batch
+
+
+def _padded(x_gates: Tensor, sequences: Sequences | None, starts: Tensor | None) -> _Walk:
+    if sequences is None:
+        return _Walk(x_gates, None, None, None, starts, None)
+    slots, reset, (_, first, length) = None, sequences.reset, sequences.rows[:, sequences.rows[0].argsort()]
+    if x_gates.dim() == 4:  # ragged: made a padded batch, whose padding is some other slot and is not used
+        slots = Slots.of(sequences.rows, x_gates.shape[:1])
+        try:
+            longest = int(length.max())
+        except RuntimeError:  # vmap and export know no values: none is longer than all together
+            longest = x_gates.shape[0]
+        time = torch.arange(longest, device=x_gates.device)
+        index = (first + time[:, None]).clamp(max=x_gates.shape[0] - 1)
+        x_gates, reset = x_gates[index], None if reset is None else reset[index]
+        starts = None if starts is None else starts[:, index]
+    # Frozen rows compute with zeros: a NaN of theirs times their gradients, which are zero, would be NaN.
+    frozen = (torch.arange(x_gates.shape[0], device=x_gates.device)[:, None] >= length)[..., None]
+    return _Walk(x_gates.masked_fill(frozen[..., None, None], 0), reset, length, frozen, starts, slots)
+
+
+def _walk(
+    cell: str,
+    walk: _Walk,
+    r: int,
+    d: int,
+    weights: tuple[Tensor, Tensor | None],
+    state: State,
+    anew: Tensor | None,
+    by_step: bool,
+) -> tuple[list[Tensor], State]:
+    """States of all steps (T, B, K), and the last ones, of recurrence r in direction d."""
+    x_gates, reset, length, frozen = walk[:4]
+    T, B, _, G, K = x_gates.shape
+    kept: list[State] = [state] * T
+    for t in range(T) if d == 0 else reversed(range(T)):
+        edge = t + d  # the first step of the later segment, if one ended before this step
+        if reset is not None and length is not None and edge < T:
+            restart = (reset[edge] & (edge < length))[:, None]
+            start = map(torch.zeros_like, state) if anew is None else anew[:, edge] if by_step else anew
+            state = tuple(torch.where(restart, s, old) for s, old in zip(start, state, strict=True))
+        before = state if frozen is None else tuple(s.masked_fill(frozen[t], 0) for s in state)
+        rec = torch.nn.functional.linear(before[0].to(weights[0].dtype), *weights)
+        after = CELLS[cell].step(x_gates[t, :, r], rec.view(B, G, K), before)
+        kept[t] = tuple(s.to(x_gates.dtype) for s in after)
+        if frozen is not None:
+            kept[t] = tuple(s.masked_fill(frozen[t], 0) for s in kept[t])
+            after = tuple(torch.where(frozen[t], old, new) for new, old in zip(after, state, strict=True))
+        state = after
+    return [torch.stack(of_time) for of_time in zip(*kept, strict=True)], state

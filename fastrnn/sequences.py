@@ -74,22 +74,20 @@ class Window(NamedTuple):
     """Where sequences end and start anew in the time of a Step, and the state that they start from, of one layer."""
 
     sequences: Sequences | None = None
-    starts: tuple[Tensor, ...] = ()  # reset_h, and reset_c of an LSTM
+    starts: Tensor | None = None  # all states that segments start from, (P, D, B, H), or by step (P, T, B, D, H)
     by_step: bool = False
-    cell_states: bool = False
+    projected: Tensor | None = None  # of a projected layer, h (size P) in the place of states of size H
+    all_steps: bool = False  # the states of all steps are wanted
 
     def of_times(self, first: int, T: int) -> "Window":
         """Its part from a time on, in direction 0."""
         if self.sequences is None:
             return self
-        starts = tuple(start[first : first + T] for start in self.starts) if self.by_step else self.starts
-        return self._replace(sequences=self.sequences.window(first, T), starts=starts)
-
-    def options(self) -> dict[str, Any]:
-        """As arguments of a recurrence."""
-        reset_h, reset_c = (*self.starts, None, None)[:2]
-        resets = {"reset_h": reset_h, "reset_c": reset_c, "by_step": self.by_step}
-        return {"sequences": self.sequences, **resets, "cell_states": self.cell_states}
+        window = self._replace(sequences=self.sequences.window(first, T))
+        if not self.by_step or self.starts is None:
+            return window
+        projected = None if self.projected is None else self.projected[first : first + T]
+        return window._replace(starts=self.starts[:, first : first + T], projected=projected)
 
 
 PLAIN = Window()

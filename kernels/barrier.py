@@ -24,6 +24,8 @@ the caches and then acquires once. On NVIDIA the acquiring atomic is itself the 
 import triton
 import triton.language as tl
 
+COUNTER_STRIDE: tl.constexpr = tl.constexpr(16)  # int64s from a group's counter to the next: a cache line
+
 
 @triton.jit
 def arrive(counter_ptr):

@@ -1,12 +1,12 @@
 """The cells: one pointwise step forward and one backward each, shared by every tier and dialect.
 
 A step forward gets x (the input's share of each gate: W_ih x_t + b_ih), rec (the recurrent share: W_hh h + b_hh)
-and the state (h,) or (h, c), and returns the next state and what backward needs of this step:
+and the state, a tuple with h first, and returns the next state and what backward needs of this step:
 
     state', saved = forward(x, rec, state)
 
 A step backward gets the gradients of state', what forward saved, and the kept state at t and at t-1 (c for the
-LSTM, h for the others: rounded once, when it was stored):
+LSTM, h for the others: rounded once, when it was stored), of a cell that keeps several a tuple of them:
 
     d_x, d_rec, d_state = backward(d_state', saved, kept, kept_prev)
 
@@ -14,25 +14,15 @@ d_x and d_rec are the gradients of x and rec, gate by gate; d_state lacks only t
 the product, dh += sum over gates of d_rec[g] W_hh[g], which the time loop adds. All tiles are fp32. HOW activations are
 computed is a constant of activations.py.
 
+fastrnn/cells.py has a record of each cell, by whose name its functions are found here: NAME_forward, NAME_backward.
+
 Source of the equations: torch.nn.LSTM, GRU and RNN; gates in torch's row order.
 """
-
-from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .activations import carry_gate, d_relu, d_sigmoid, d_tanh, relu, sigmoid, tanh, zeros_like
-
-
-class Cell(NamedTuple):
-    """What a time loop must know of a cell beside its two steps."""
-
-    forward: Any  # @triton.jit
-    backward: Any  # @triton.jit
-    saved: int  # tiles a step that forward saves for backward
-    has_c: bool  # the state is (h, c), and c is the kept one
-    splits_last_gate: bool  # d_rec differs from d_x in the last gate
 
 
 # LSTM: i, f, o = sigmoid(x + rec), g = tanh(x + rec);  c' = f c + i g;  h' = o tanh(c')
@@ -104,11 +94,3 @@ def rnn_relu_backward(d_state, saved, h, h_prev, HOW: tl.constexpr):
     dh = d_state[0]
     d_gates = (d_relu(h, dh),)
     return d_gates, d_gates, (zeros_like(dh),)
-
-
-CELLS = {
-    "lstm": Cell(lstm_forward, lstm_backward, saved=4, has_c=True, splits_last_gate=False),
-    "gru": Cell(gru_forward, gru_backward, saved=4, has_c=False, splits_last_gate=True),
-    "rnn_tanh": Cell(rnn_tanh_forward, rnn_tanh_backward, saved=0, has_c=False, splits_last_gate=False),
-    "rnn_relu": Cell(rnn_relu_forward, rnn_relu_backward, saved=0, has_c=False, splits_last_gate=False),
-}

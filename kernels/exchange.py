@@ -1,6 +1,6 @@
 """How programs of the cooperative tiers hand on the state through L2: before the barrier's arrival, behind its wait.
 
-Forward exchanges h in two buffers that alternate, [2, D, B, H], rows as in batch tiles: not as y, since where a
+Forward exchanges h in two buffers that alternate, [2, R, B, H], rows as in batch tiles: not as y, since where a
 sequence ends or starts anew another state goes on. Backward exchanges d_gates, its output, each slot of which is
 written once.
 """
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .barrier import arrive, wait
+from .barrier import COUNTER_STRIDE, arrive, wait
 
 
 class Group(NamedTuple):
@@ -25,13 +25,19 @@ class Group(NamedTuple):
 
 
 @triton.jit
+def counter_of(counters_ptr, rows):
+    """The counter of this program's group: one batch tile in one recurrence."""
+    return counters_ptr + (tl.program_id(1) * rows.count + tl.program_id(2)) * COUNTER_STRIDE
+
+
+@triton.jit
 def meet(group, times, F: tl.constexpr):
     """Wait until all programs of the group have arrived so many times."""
     wait(group.counter, times * group.programs, F.SPIN_ON_LOAD)
 
 
 @triton.jit
-def receive(held, K: tl.constexpr, F: tl.constexpr, units, direction, state, step):
+def receive(held, K: tl.constexpr, F: tl.constexpr, units, recurrence, state, step):
     """The buffer that h of all units is in, when it is."""
     group = held.group
     meet(group, step + 1, F)

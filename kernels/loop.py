@@ -4,13 +4,8 @@
     backward   d_gates[t] = cell'(d_state + dy[t], saved[t]);   publish d_gates;   dh = W_hh^T d_gates[t] + rest
 
 A tier says how h is received, multiplied and published, and nothing else. A cell says how many states it has, h first.
-
-All tensors are contiguous, D directions side by side; slots are time and batch, [T, B], or ragged (rows.py):
-
-    x_gates, d_x_gates   [slots, D, G, H]   y, dy, other states of all steps   [slots, D, H]   saved   [slots, D, S, H]
-    W_hh                 [D, G, H, H]       first and last states              [D, B, H]       b_hh    [D, G, H]
-
-Scalar offsets are int64; offsets inside a tile are int32, which a tile of a few rows cannot exceed, or int64 slots.
+arguments.py has the layout of every tensor. Scalar offsets are int64; offsets inside a tile are int32, which a tile of
+a few rows cannot exceed, or int64 slots.
 """
 
 from typing import Any, NamedTuple
@@ -19,21 +14,39 @@ import triton
 import triton.language as tl
 
 from .activations import zeros_like
-from .rows import keep, live, load_restart, load_start, load_starts, slot, start_row, time_index
+from .rows import (
+    keep,
+    live,
+    load_restart,
+    load_start,
+    load_starts,
+    slot,
+    slot_at_edge,
+    start_row,
+    time_index,
+)
 
 
 class Constants(NamedTuple):
-    """What is known of a recurrence when a kernel is compiled, whatever its tier."""
+    """A cell's step in this pass, and Sizes.
 
-    cell: Any  # the cell's step in this pass, of kernels/cells.py
-    gates: Any  # G
-    states: Any  # how many the cell has, h first
-    saved: Any  # S, the tiles that forward saves beside the states
-    activations: Any  # how they are computed, as kernels/activations.py names it
-    own_lengths: Any  # whether rows have lengths of their own
-    by_step: Any  # whether states start anew from what is given by step
+    Kernels make it of what they are launched with: before Triton 3.8 a group of constants that is an argument itself
+    cannot be handed on.
+    """
+
+    cell: Any
+    gates: Any
+    states: Any
+    kept: Any
+    saved: Any
+    D: Any
+    N: Any
     H: Any
-    precision: Any  # of products of float32
+    own_lengths: Any
+    by_step: Any
+    ragged: Any
+    activations: Any
+    precision: Any
 
 
 class Tier(NamedTuple):
@@ -46,39 +59,24 @@ class Tier(NamedTuple):
     form: Any  # what the tier's planner chose
 
 
-class Outputs(NamedTuple):
-    """What forward writes at every step."""
+class Tiles(NamedTuple):
+    """What backward reads of a step."""
 
-    y: Any
-    states: Any  # one pointer for each state beyond h, or None
-    saved: Any
-
-
-class Saved(NamedTuple):
-    """What backward reads at every step, and the kept state before the first one."""
-
+    before: Any  # the kept states one step earlier
     dy: Any
-    d_states: Any  # one pointer for each state beyond h, or None
-    kept_0: Any
-    kept: Any
     saved: Any
-
-
-class Gradients(NamedTuple):
-    """What backward writes at every step."""
-
-    d_x_gates: Any
-    d_rec_last: Any  # the last gate's recurrent share, where it differs from d_x_gates
-    d_starts: Any  # one pointer for each state, of what states started anew from, or None
+    d_steps: Any  # gradients of the other states; none where they are not given
+    starts: Any  # with resets: what the kept states started anew from, and in which rows; else none of both
+    restart: Any
 
 
 @triton.jit
 def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, units, resets, state):
-    """Walk all of time from a state that every program has published; returns the last state."""
+    """Walk all of time from a state that was published; returns the last one."""
     x_next = load_step(K, x_gates_ptr, rows, units, K.gates, 0)
     for step in tl.range(0, rows.T, num_stages=1):
         x = as_fp32(x_next)
-        h = TIER.receive(held, K, TIER.form, units, rows.direction, state, step)
+        h = TIER.receive(held, K, TIER.form, units, rows.recurrence, state, step)
         if TIER.early:
             x_next = load_step(K, x_gates_ptr, rows, units, K.gates, tl.minimum(step + 1, rows.T - 1))
         if resets.mask is not None:
@@ -94,9 +92,9 @@ def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, u
         if not TIER.early:
             x_next = load_step(K, x_gates_ptr, rows, units, K.gates, tl.minimum(step + 1, rows.T - 1))
         store_step(K, out.y, rows, units, step, (after[0],))
-        for n in tl.static_range(K.states - 1):
-            if out.states[n] is not None:
-                store_step(K, out.states[n], rows, units, step, (after[n + 1],))
+        if out.steps is not None:
+            for n in tl.static_range(K.states - 1):
+                store_step(K, out.steps[n], rows, units, step, (after[n + 1],))
         if out.saved is not None:
             store_step(K, out.saved, rows, units, step, saved)
     return state
@@ -105,7 +103,7 @@ def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, u
 @triton.jit
 def backward(TIER: tl.constexpr, K: tl.constexpr, held, read, grads, rows, units, resets, d_state):
     """Walk all of time from its end; returns the gradient of the first state."""
-    kept = as_fp32(load_step(K, read.kept, rows, units, 1, rows.T - 1))[0]
+    kept = as_fp32(load_each(K, read.kept, rows, units, K.kept, rows.T - 1))
     following = load_saved(K, read, rows, units, resets, rows.T - 1)
     for back in tl.range(0, rows.T, num_stages=1):
         step, tiles = rows.T - 1 - back, following
@@ -120,7 +118,7 @@ def backward(TIER: tl.constexpr, K: tl.constexpr, held, read, grads, rows, units
         dh = TIER.product(held, K, TIER.form, d_state[0], sent, rows, step, back)
         d_state = with_first(dh, d_state)
         if resets.mask is not None:
-            d_state = cut(K, grads, rows, units, step, d_state, tiles[len(tiles) - 1])
+            d_state = cut(K, grads, rows, units, step, d_state, tiles.restart)
         if TIER.early:
             store_gradients(K, grads, rows, units, step, d_x, d_rec)
     return d_state
@@ -141,22 +139,22 @@ def differentiate(K: tl.constexpr, read, rows, units, resets, d_state, tiles, ke
 
     In frozen rows d_x and d_rec are zero, and d_state passes through.
     """
-    S: tl.constexpr = K.saved
-    before, saved = tiles[0].to(tl.float32), ()
-    for n in tl.static_range(S):
-        saved = saved + (tiles[n + 2].to(tl.float32),)
-    given = (d_state[0] + tiles[1].to(tl.float32),)
-    kept_before = before
-    for n in tl.static_range(1, len(d_state)):
-        if read.d_states[n - 1] is None:
+    before, saved = as_fp32(tiles.before), as_fp32(tiles.saved)
+    given = (d_state[0] + tiles.dy.to(tl.float32),)
+    for n in tl.static_range(1, K.states):
+        if read.d_steps is None:
             given = given + (d_state[n],)
         else:
-            given = given + (d_state[n] + tiles[S + 1 + n].to(tl.float32),)
+            given = given + (d_state[n] + tiles.d_steps[n - 1].to(tl.float32),)
+    kept_before = before
     if resets.mask is not None:
-        before = tl.where(tiles[len(tiles) - 1], tiles[len(tiles) - 2], before)
-    d_x, d_rec, d_before = K.cell(given, saved, kept, before, K.activations)
+        before = keep(tiles.restart, tiles.starts, before)
+    if K.kept == 1:
+        d_x, d_rec, d_before = K.cell(given, saved, kept[0], before[0], K.activations)
+    else:
+        d_x, d_rec, d_before = K.cell(given, saved, kept, before, K.activations)
     if K.own_lengths:
-        alive, zeros = live(units.mask, rows, step, K.own_lengths), (zeros_like(kept),) * K.gates
+        alive, zeros = live(units.mask, rows, step, K.own_lengths), (zeros_like(given[0]),) * K.gates
         d_x, d_rec = keep(alive, d_x, zeros), keep(alive, d_rec, zeros)
         d_before = keep(alive, d_before, given)
     return d_x, d_rec, d_before, kept_before
@@ -164,36 +162,38 @@ def differentiate(K: tl.constexpr, read, rows, units, resets, d_state, tiles, ke
 
 @triton.jit
 def load_saved(K: tl.constexpr, read, rows, units, resets, step):
-    """Tiles that backward reads at a step of forward's walk.
-
-    The kept state one step earlier, dy, the saved tiles; gradients of other states, where given; with resets, what the
-    kept state started from, and in which rows.
-    """
-    H: tl.constexpr = K.H
+    """The Tiles that backward reads at a step of forward's walk."""
+    before = ()
     if not K.own_lengths:
-        before = slot(rows, tl.maximum(step - 1, 0))
-        ptr = tl.where(step == 0, read.kept_0 + rows.first_state * H, read.kept + before * H)
-        stride = tl.where(step == 0, H, rows.D * H)
-        tiles = (tl.load(ptr + rows.slots[:, None] * stride + units.offs[None, :], mask=units.mask, other=0.0),)
+        inside = slot(rows, tl.maximum(step - 1, 0))
+        stride = tl.where(step == 0, K.N, rows.count) * K.H
+        for n in tl.static_range(K.kept):
+            ptr = tl.where(step == 0, read.before[n] + rows.first_state * K.H, read.kept[n] + inside * K.H)
+            at = ptr + rows.slots[:, None] * stride + units.offs[None, :]
+            before = before + (tl.load(at, mask=units.mask, other=0.0),)
     else:
         t = time_index(rows, step - 1)
-        inside = read.kept + ((t * rows.stride + rows.first + rows.slots) * rows.D + rows.direction) * H
-        ptr = tl.where((t >= 0) & (t < rows.lengths), inside, read.kept_0 + (rows.first_state + rows.states) * H)
-        tiles = (tl.load(ptr[:, None] + units.offs[None, :], mask=units.mask, other=0.0),)
-    if read.dy is not None:
-        tiles = tiles + load_step(K, read.dy, rows, units, 1, step)
+        inside = (t * rows.stride + rows.first + rows.slots) * rows.count + rows.recurrence
+        outside = rows.first_state + rows.states * K.N
+        for n in tl.static_range(K.kept):
+            ptr = tl.where((t >= 0) & (t < rows.lengths), read.kept[n] + inside * K.H, read.before[n] + outside * K.H)
+            before = before + (tl.load(ptr[:, None] + units.offs[None, :], mask=units.mask, other=0.0),)
+    if read.dy is None:
+        dy = zeros_like(units.mask)
     else:
-        tiles = tiles + (zeros_like(units.mask),)
+        dy = load_step(K, read.dy, rows, units, 1, step)[0]
+    saved, d_steps = (), ()
     if K.saved > 0:
-        tiles = tiles + load_step(K, read.saved, rows, units, K.saved, step)
-    for n in tl.static_range(K.states - 1):
-        if read.d_states[n] is not None:
-            tiles = tiles + load_step(K, read.d_states[n], rows, units, 1, step)
+        saved = load_step(K, read.tiles, rows, units, K.saved, step)
+    if read.d_steps is not None:
+        d_steps = load_each(K, read.d_steps, rows, units, K.states - 1, step)
+    starts, restart = (), ()
     if resets.mask is not None:
         restart = load_restart(resets, rows, step)
-        row = start_row(rows, step, K.by_step)
-        tiles = tiles + (load_start(resets.starts[0], restart, row, units, H), restart)
-    return tiles
+        row = start_row(rows, step, K)
+        for n in tl.static_range(K.kept):
+            starts = starts + (load_start(resets.starts, n, restart, row, units, K.H),)
+    return Tiles(before, dy, saved, d_steps, starts, restart)
 
 
 @triton.jit
@@ -207,10 +207,10 @@ def store_gradients(K: tl.constexpr, grads, rows, units, step, d_x, d_rec):
 @triton.jit
 def cut(K: tl.constexpr, grads, rows, units, step, d_state, restart):
     """Send the gradient of states that started anew before a step to where it is kept, by step; zeros go on."""
-    zeros, row = (), start_row(rows, step, True)
-    for n in tl.static_range(len(d_state)):
+    zeros, row = (), slot_at_edge(rows, step)
+    for n in tl.static_range(K.states):
         zeros = zeros + (zeros_like(d_state[n]),)
-        if grads.d_starts[n] is not None:
+        if grads.d_starts is not None:
             ptr = grads.d_starts[n] + row[:, None] * K.H + units.offs[None, :]
             tl.store(ptr, d_state[n].to(ptr.dtype.element_ty), mask=units.mask & restart)
     return keep(restart, zeros, d_state)
@@ -218,20 +218,29 @@ def cut(K: tl.constexpr, grads, rows, units, step, d_state, restart):
 
 @triton.jit
 def load_step(K: tl.constexpr, ptr, rows, units, N: tl.constexpr, step):
-    """N tiles of a step from [slots, D, N, H]; zero where masked or frozen."""
+    """N tiles of a step from [slots, R, N, H]; zero where masked or frozen."""
     tiles, base = (), ptr + slot(rows, step) * N * K.H
-    at, mask = rows.slots[:, None] * (rows.D * N * K.H), live(units.mask, rows, step, K.own_lengths)
+    at, mask = rows.slots[:, None] * (rows.count * N * K.H), live(units.mask, rows, step, K.own_lengths)
     for n in tl.static_range(N):
         tiles = tiles + (tl.load(base + at + n * K.H + units.offs[None, :], mask=mask, other=0.0),)
     return tiles
 
 
 @triton.jit
+def load_each(K: tl.constexpr, ptrs, rows, units, N: tl.constexpr, step):
+    """A tile of a step from each of N tensors [slots, R, H]."""
+    tiles = ()
+    for n in tl.static_range(N):
+        tiles = tiles + load_step(K, ptrs[n], rows, units, 1, step)
+    return tiles
+
+
+@triton.jit
 def store_step(K: tl.constexpr, ptr, rows, units, step, tiles):
-    """Store N tiles of a step to [slots, D, N, H], where rows are not frozen."""
+    """Store N tiles of a step to [slots, R, N, H], where rows are not frozen."""
     N: tl.constexpr = len(tiles)
     base = ptr + slot(rows, step) * N * K.H
-    at, mask = rows.slots[:, None] * (rows.D * N * K.H), live(units.mask, rows, step, K.own_lengths)
+    at, mask = rows.slots[:, None] * (rows.count * N * K.H), live(units.mask, rows, step, K.own_lengths)
     for n in tl.static_range(N):
         tl.store(base + at + n * K.H + units.offs[None, :], tiles[n].to(ptr.dtype.element_ty), mask=mask)
 
@@ -245,22 +254,29 @@ def as_fp32(tiles):
 
 
 @triton.jit
-def load_state(K: tl.constexpr, ptrs, rows, units):
-    """States from [D, B, H], or their gradients, in fp32; zeros for an absent pointer."""
+def state_offsets(K: tl.constexpr, rows, units, B, n: tl.constexpr):
+    """Where state n of a program's rows and units is in [P, D, B, N, H]."""
+    row = n * (K.D * K.N * tl.cast(B, tl.int64)) + rows.first_state
+    return row * K.H + rows.states[:, None] * (K.N * K.H) + units.offs[None, :]
+
+
+@triton.jit
+def load_state(K: tl.constexpr, ptr, rows, units, B):
+    """States, or their gradients, in fp32; zeros for an absent pointer."""
     state = ()
     for n in tl.static_range(K.states):
-        if ptrs[n] is None:
+        if ptr is None:
             state = state + (zeros_like(units.mask),)
         else:
-            at = rows.first_state * K.H + rows.states[:, None] * K.H + units.offs[None, :]
-            state = state + (tl.load(ptrs[n] + at, mask=units.mask, other=0.0).to(tl.float32),)
+            tile = tl.load(ptr + state_offsets(K, rows, units, B, n), mask=units.mask, other=0.0)
+            state = state + (tile.to(tl.float32),)
     return state
 
 
 @triton.jit
-def first_state(K: tl.constexpr, ptrs, rows, units, resets):
+def first_state(K: tl.constexpr, ptr, rows, units, resets, B):
     """The states before the first step: given, or started anew where a segment begins there."""
-    state = load_state(K, ptrs, rows, units)
+    state = load_state(K, ptr, rows, units, B)
     if resets.mask is not None:
         restart, starts = load_starts(resets, rows, units, 0, K)
         state = keep(restart, starts, state)
@@ -268,22 +284,23 @@ def first_state(K: tl.constexpr, ptrs, rows, units, resets):
 
 
 @triton.jit
-def store_state(K: tl.constexpr, ptrs, rows, units, state):
-    """Store states, or their gradients, to [D, B, H]."""
-    for n in tl.static_range(K.states):
-        at = rows.first_state * K.H + rows.states[:, None] * K.H + units.offs[None, :]
-        tl.store(ptrs[n] + at, state[n].to(ptrs[n].dtype.element_ty), mask=units.mask)
+def store_state(K: tl.constexpr, ptr, rows, units, B, state):
+    """Store states, or their gradients."""
+    if ptr is not None:
+        for n in tl.static_range(K.states):
+            at = ptr + state_offsets(K, rows, units, B, n)
+            tl.store(at, state[n].to(ptr.dtype.element_ty), mask=units.mask)
 
 
 @triton.jit
-def load_bias(K: tl.constexpr, b_hh_ptr, direction, units):
+def load_bias(K: tl.constexpr, b_hh_ptr, recurrence, units):
     """b_hh gate by gate in the shape of the products that it is added to."""
     tiles = ()
     for g in tl.static_range(K.gates):
         if b_hh_ptr is None:
             bias = zeros_like(units.offs)
         else:
-            at = b_hh_ptr + (direction * K.gates + g) * K.H + units.offs
+            at = b_hh_ptr + (recurrence * K.gates + g) * K.H + units.offs
             bias = tl.load(at, mask=units.offs < K.H, other=0.0).to(tl.float32)
         tiles = tiles + (tl.broadcast_to(bias[None, :], units.mask.shape),)
     return tiles

@@ -1,5 +1,6 @@
 """The same tests run in Triton's interpreter where there is no GPU, and natively where there is one."""
 
+import ast
 import importlib
 import importlib.metadata
 import importlib.util
@@ -96,22 +97,26 @@ _numbers = itertools.count()
 
 @pytest.fixture
 def mutate(monkeypatch, tmp_path):
-    """Replace texts in one source file, and put what is made of it in the original's place for the test.
+    """Replace texts in functions, and put what is made of their modules in the originals' place for the test.
 
-    mutate("kernels/cells.py", {old: new, ...}); all of kernels is copied, since its modules import each other.
+    mutate({"kernels.cells.lstm_forward": (old, new), ...}): a text stands for the same text within that function only,
+    wherever the function is in its module; all of kernels is copied, since its modules import each other.
     """
     root = Path(__file__).parents[1]
 
-    def put(path: str, texts: dict[str, str]) -> None:
-        source = (root / path).read_text()
-        for old, new in texts.items():
-            assert old in source, f"{old!r} is not in {path} any more: mutate the code that took its place"
-            source = source.replace(old, new)
+    def put(changes: dict[str, tuple[str, str]]) -> None:
+        sources: dict[str, str] = {}
+        for function, (old, new) in changes.items():
+            module, _, name = function.rpartition(".")
+            path = module.replace(".", "/") + ".py"
+            source = sources.get(path) or (root / path).read_text()
+            sources[path] = replaced(source, name, old, new)
         name = f"mutant_{next(_numbers)}"
-        if path.startswith("fastrnn/"):
+        kernels = {path: source for path, source in sources.items() if path.startswith("kernels/")}
+        for path in sources.keys() - kernels.keys():
             original = importlib.import_module(path.removesuffix(".py").replace("/", "."))
             file = tmp_path / f"{name}.py"
-            file.write_text(source)
+            file.write_text(sources[path])
             # In the original's package, whose modules it imports.
             spec = importlib.util.spec_from_file_location(f"{original.__package__}.{name}", file)
             mutant = importlib.util.module_from_spec(spec)
@@ -119,11 +124,29 @@ def mutate(monkeypatch, tmp_path):
             for attribute, value in vars(mutant).items():
                 if not attribute.startswith("__"):
                     monkeypatch.setattr(original, attribute, value)
-            return
-        shutil.copytree(root / "kernels", tmp_path / name)
-        (tmp_path / name / path.removeprefix("kernels/")).write_text(source)
-        monkeypatch.syspath_prepend(tmp_path)
-        for module in ("", ".cells", ".tile", ".tile.resident", ".tile.cooperative"):
-            monkeypatch.setitem(sys.modules, f"fastrnn.kernels{module}", importlib.import_module(name + module))
+        if kernels:
+            shutil.copytree(root / "kernels", tmp_path / name)
+            for path, source in kernels.items():
+                (tmp_path / name / path.removeprefix("kernels/")).write_text(source)
+            monkeypatch.syspath_prepend(tmp_path)
+            for module in ("", ".cells", ".tile", ".tile.resident", ".tile.cooperative"):
+                mutant = importlib.import_module(name + module)
+                monkeypatch.setitem(sys.modules, f"fastrnn.kernels{module}", mutant)
+                if module:
+                    above, _, attribute = f"fastrnn.kernels{module}".rpartition(".")
+                    monkeypatch.setattr(sys.modules[above], attribute, mutant, raising=False)
 
     return put
+
+
+def replaced(source: str, function: str, old: str, new: str) -> str:
+    """A module's source with a text replaced in one of its functions."""
+    found = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name == function
+    ]
+    assert len(found) == 1, f"expected one function {function}, found {len(found)}: mutate what took its place"
+    lines = source.splitlines(keepends=True)
+    first, last = found[0].lineno - 1, found[0].end_lineno
+    own = "".join(lines[first:last])
+    assert old in own, f"{old!r} is not in {function} any more: mutate the code that took its place"
+    return "".join(lines[:first]) + own.replace(old, new) + "".join(lines[last:])

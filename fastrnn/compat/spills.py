@@ -3,7 +3,7 @@
 Uses JITFunction.warmup and CompiledKernel.n_spills of Triton, read in 3.9.0 (the same in 3.6 to 3.8).
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,15 @@ _chosen: dict[tuple, dict[str, Any]] = {}
 
 
 def first_without_spills(
-    function: Any, device: Hashable, choices: Sequence[dict], arguments: tuple, grid: tuple, options: dict
+    function: Any,
+    device: Hashable,
+    choices: Sequence[dict],
+    arguments: tuple,
+    grid: tuple,
+    options: dict,
+    as_launched: Callable[[dict], dict] = dict,
 ) -> dict[str, Any]:
-    """The first of the choices, further compile options, with which no register spills; else that with the fewest.
+    """Launch options of the first of the choices with which no register spills; else of that with the fewest.
 
     Asked once for all that compiles alike: a thread's registers are known to the compiler only at the end, and whether
     a choice spills follows no rule that was found.
@@ -25,11 +31,12 @@ def first_without_spills(
     if key not in _chosen:
         spills = []
         for choice in choices:
-            spills.append(spilled_registers(function.warmup(*arguments, grid=grid, **options, **choice)))
+            compiled = function.warmup(*arguments, grid=grid, **options, **as_launched(choice))
+            spills.append(spilled_registers(compiled))
             if spills[-1] == 0:
                 break
         _chosen[key] = choices[spills.index(min(spills))]
-    return _chosen[key]
+    return as_launched(_chosen[key])
 
 
 def taken(name: str) -> list[dict[str, Any]]:
@@ -41,7 +48,9 @@ def _as_compiled(argument: Any) -> Hashable:
     """What Triton compiles an argument for: a tensor's dtype, and whether it lies at a multiple of 16 bytes."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    return type(argument)
+    if isinstance(argument, tuple):  # of pointers, or of constants
+        return tuple(_as_compiled(a) if isinstance(a, torch.Tensor | tuple) else a for a in argument)
+    return type(argument) if isinstance(argument, int) else argument  # sizes are not specialized
 
 
 @cached

@@ -23,11 +23,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from ..cells import CELLS
 from ..compat import interpreter
 from ..device import DeviceSpec
 from ..ops import launch
+from ..ops.schema import Args, BackwardArgs
+from ..planning.kernel_plan import Request
 from ..planning.planner import Plan, plan, torch_precision
-from ..reference import GATES, HAS_C
 
 PASSES = ("forward", "backward")
 
@@ -43,7 +45,7 @@ class Launch:
     warps: int
     ctas: int  # in a cluster
     shared_bytes: int  # dynamic, a program
-    arguments: dict[str, Tensor | int]  # the kernel's parameters: what is not None or a constant
+    arguments: dict[str, Tensor | int]  # by dotted names, in the kernel's order: what is not None or a constant
     constants: dict[str, Any]
 
 
@@ -66,6 +68,12 @@ class Problem:
     def spec(self) -> DeviceSpec:
         return DeviceSpec.named(self.arch)
 
+    @property
+    def request(self) -> Request:
+        """What its kernel is planned for."""
+        sizes = (self.hidden_size, self.batch_size, self.directions, 1)
+        return Request(self.cell, *sizes, self.dtype, self.precision, self.spec)
+
     def plan(self) -> Plan:
         """The plan; raises as `fastrnn.plan` does, and NotImplementedError where "auto" takes torch's own kernel."""
         chosen = plan(
@@ -83,10 +91,11 @@ class Problem:
             raise NotImplementedError(chosen.why)
         return chosen
 
-    def tensors(self, device: str = "cpu") -> dict[str, Tensor | None]:
+    def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
         """Random inputs of both passes: standard normal, W_hh and b_hh uniform as torch.nn initializes them."""
         generator = torch.Generator().manual_seed(self.seed)
-        T, B, D, H, G = self.seq_len, self.batch_size, self.directions, self.hidden_size, GATES[self.cell]
+        P = len(CELLS[self.cell].states)
+        T, B, D, H, G = self.seq_len, self.batch_size, self.directions, self.hidden_size, CELLS[self.cell].gates
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, self.dtype)
@@ -94,17 +103,14 @@ class Problem:
         def uniform(*shape: int) -> Tensor:
             return ((2 * torch.rand(shape, generator=generator) - 1) / H**0.5).to(device, self.dtype)
 
-        found: dict[str, Tensor | None] = {
+        return {
             "x_gates": normal(T, B, D, G, H),
             "W_hh": uniform(D, G * H, H),
             "b_hh": uniform(D, G * H),
-            "h_0": normal(D, B, H).tanh(),
-            "c_0": normal(D, B, H),
+            "state_0": normal(P, D, B, H).tanh(),
             "dy": normal(T, B, D, H),
-            "dh_n": normal(D, B, H),
-            "dc_n": normal(D, B, H),
+            "d_finals": normal(P, D, B, H),
         }
-        return found if self.cell in HAS_C else found | {"c_0": None, "dc_n": None}
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class Compiled:
 
     plan: Plan
     launches: dict[str, Launch]
-    tensors: dict[str, Tensor | None]
+    tensors: dict[str, Tensor]
     outputs: dict[str, Tensor]
 
 
@@ -125,7 +131,7 @@ def compile_problem(
     Raises as `Problem.plan` does.
     """
     planned = problem.plan()
-    tensors: Any = problem.tensors()
+    tensors = problem.tensors()
     with launches(problem.spec, run, problem.precision) as found:
         outputs = call_forward(problem.cell, tensors, planned.backend)
         if "backward" in passes:
@@ -133,21 +139,31 @@ def compile_problem(
     return Compiled(planned, {launch.name: launch for launch in found}, tensors, outputs)
 
 
-def call_forward(cell: str, tensors: Any, backend: str) -> dict[str, Tensor]:
+def call_forward(cell: str, tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     """The launcher's forward on a problem's tensors, its outputs by name."""
-    inputs = (tensors[name] for name in ("x_gates", "W_hh", "b_hh", "h_0", "c_0"))
-    outputs = launch.forward(cell, *inputs, save=True, backend=backend)
-    return dict(zip(("y", "h_n", "c_n", "saved", "c"), outputs, strict=True))
+    inputs: dict[str, Any] = {name: tensors[name] for name in ("x_gates", "W_hh", "b_hh", "state_0")}
+    return launch.forward(Args(**inputs, cell=cell, save=True, backend=backend))._asdict()
 
 
 def call_backward(
-    cell: str, tensors: Any, outputs: dict[str, Tensor], backend: str, needs_sums: bool
+    cell: str, tensors: dict[str, Tensor], outputs: dict[str, Tensor], backend: str, needs_sums: bool
 ) -> dict[str, Tensor]:
     """The launcher's backward after its forward, gradients by name; needs_sums asks for dW_hh and db_hh too."""
-    inputs = [tensors.get(name) for name in ("dy", "dh_n", "dc_n", "dc", "W_hh", "h_0", "c_0")]
-    inputs += [outputs[name] for name in ("y", "saved", "c")]
-    gradients = launch.backward(cell, *inputs, needs_dW=needs_sums, needs_db=needs_sums, backend=backend)
-    return dict(zip(("d_x_gates", "dW_hh", "db_hh", "dh_0", "dc_0"), gradients[:5], strict=True))
+    inputs: dict[str, Any] = {name: tensors[name] for name in ("dy", "d_finals", "W_hh", "state_0")}
+    kept: dict[str, Any] = {name: outputs[name] for name in ("y", "saved", "steps")}
+    args = BackwardArgs(
+        **inputs, **kept, d_steps=None, cell=cell, needs_dW=needs_sums, needs_db=needs_sums, backend=backend
+    )
+    return launch.backward(args)._asdict()
+
+
+def members(name: str, given: Any) -> Iterator[tuple[str, Any]]:
+    """What a kernel's parameter holds, by dotted names: of a group of pointers each of them."""
+    if not isinstance(given, tuple):
+        yield name, given
+        return
+    for field, member in zip(getattr(given, "_fields", range(len(given))), given, strict=True):
+        yield from members(f"{name}.{field}", member)
 
 
 @contextmanager
@@ -178,7 +194,8 @@ def launches(
         if not warmup:
             given = dict(zip(self.arg_names, args, strict=False)) | options
             programs = (*grid, 1, 1)
-            parameters = {name for name, kind in compiled.src.signature.items() if kind != "constexpr"}
+            fixed = {name for name, kind in compiled.src.signature.items() if kind == "constexpr"}
+            passed = [pair for name in self.arg_names if name not in fixed for pair in members(name, given[name])]
             stopped = Launch(
                 name=self.__name__,
                 spec=spec,
@@ -187,8 +204,8 @@ def launches(
                 warps=compiled.metadata.num_warps,
                 ctas=compiled.metadata.num_ctas,
                 shared_bytes=compiled.metadata.shared,
-                arguments={name: given[name] for name in self.arg_names if name in parameters},
-                constants={name: given[name] for name in self.arg_names if name not in parameters},
+                arguments={name: value for name, value in passed if value is not None},
+                constants={name: given[name] for name in self.arg_names if name in fixed},
             )
             found.append(stopped)
             if run is not None:

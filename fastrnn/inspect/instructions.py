@@ -58,10 +58,14 @@ def arithmetic(t: Operands) -> str | None:
         product = f"({C_TYPES[wide]}){t.argument(1)} * ({C_TYPES[wide]}){t.argument(2)}"
         return t.result(product + (f" + {t.argument(3, wide)}" if name == "mad" else ""), unsigned(wide))
     if "hi" in t.parts:
-        if name != "mul" or size_of(kind) != 4:
+        bits = size_of(kind) * 8
+        if name != "mul" or bits == 64:
             return None
-        wide = C_TYPES[f"{kind[0]}64"]
-        return t.result(f"(({wide}){t.argument(1)} * ({wide}){t.argument(2)}) >> 32", "u32")
+        narrow, wide = C_TYPES[kind], C_TYPES[f"{kind[0]}{2 * bits}"]
+        factors = (
+            f"({wide})({narrow})({t.argument(i)})" for i in (1, 2)
+        )  # a constant may be written as a negative one
+        return t.result(f"({' * '.join(factors)}) >> {bits}", f"u{bits}")
     if name in ("min", "max"):
         a, b = t.argument(1), t.argument(2)
         return t.result(f"{a} {'<' if name == 'min' else '>'} {b} ? {a} : {b}", unsigned(kind))

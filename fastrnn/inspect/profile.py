@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cells import CELLS
 from ..compat import profiling
 from ..nn import modules
 from ..planning.arguments import check_checkpoint_every, expect
 from ..planning.planner import BACKENDS
-from ..reference import GATES
 from .measure import WARM_UPS
 from .memory import memory_of
 
@@ -50,7 +50,7 @@ class Request:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        expect("cell", self.cell, tuple(GATES))
+        expect("cell", self.cell, tuple(CELLS))
         expect("backend", self.backend, BACKENDS)
         expect("dtype", self.dtype, DTYPES)
         expect("directions", self.directions, (1, 2))
@@ -81,7 +81,7 @@ class Request:
         """Of the products of forward and backward, which has twice as many; without what is computed again."""
         H, D, L = self.hidden_size, self.directions, self.num_layers
         columns = self.input_size + (L - 1) * D * H + L * H
-        return 3 * 2 * self.seq_len * self.batch_size * D * GATES[self.cell] * H * columns
+        return 3 * 2 * self.seq_len * self.batch_size * D * CELLS[self.cell].gates * H * columns
 
     def bytes_moved(self, parameters: int) -> int:
         """Forward reads input and parameters and writes output; backward does so with gradients, and reads input."""

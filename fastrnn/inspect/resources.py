@@ -50,7 +50,8 @@ class Resources:
 def resources(launch: Launch) -> Resources:
     """Count what a compiled launch uses; ValueError if no time loop is found in its code."""
     code = flow.parse_llvm(launch.asm["llir"]) if launch.spec.is_amd else flow.parse_ptx(launch.asm["ptx"])
-    loop, weight = code.step_loop(), list(launch.arguments).index("W_hh_ptr")
+    # Forward's inputs.W_hh, backward's read.W_hh.
+    loop, weight = code.step_loop(), [name.split(".")[-1] for name in launch.arguments].index("W_hh")
     if not loop:
         raise ValueError(f"expected a loop over time in the code of {launch.name}, found none")
     used = _amd(launch.asm["amdgcn"]) if launch.spec.is_amd else _nvidia(launch.asm["cubin"])

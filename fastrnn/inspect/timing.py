@@ -89,7 +89,7 @@ def modelled(launch: Launch) -> Modelled | None:
     _, loop = sass.parse(sass.disassemble(launch.asm["cubin"]))
     rates = RATES[launch.spec.arch]
     stalls, waits = sum(i.stall for i in loop), sum(i.waits for i in loop)
-    meets = "counters_ptr" in launch.arguments  # a grid barrier needs a counter
+    meets = "exchange.counters" in launch.arguments  # a grid barrier needs a counter
     return Modelled(
         stalls=stalls,
         waits=waits,

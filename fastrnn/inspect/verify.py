@@ -5,6 +5,7 @@ its largest element. tf32 keeps float16's 11 bits: float16's reference sets its 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,9 @@ from .. import reference
 from .compile import Launch, Problem, compile_problem
 from .execute import execute
 
-# An output of the launcher: what autograd calls it, and the pass that makes it.
-OUTPUTS = {
-    "forward": ("y", "h_n", "c_n"),
-    "backward": ("d_x_gates", "dW_hh", "db_hh", "dh_0", "dc_0"),
-}
+# Inputs, and what the launcher calls their gradients.
+WANTED = {"x_gates": "d_x_gates", "W_hh": "dW_hh", "b_hh": "db_hh", "state_0": "d_state_0"}
+OUTPUTS = {"forward": ("y", "finals"), "backward": tuple(WANTED.values())}  # of the launcher, by pass
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,6 @@ def agreement(problem: Problem, passes: tuple[str, ...]) -> dict[str, Agreement]
     for which in passes:
         errors, used = [0.0], [0.0]
         for name in OUTPUTS[which]:
-            if name not in truth:
-                continue
             scale = truth[name].abs().max().item()
             allowed = 2 * (plain[name].double() - truth[name]).abs().max().item() + torch.finfo(rounded).eps * scale
             error = (compiled.outputs[name].double().view_as(truth[name]) - truth[name]).abs().max().item()
@@ -65,15 +62,12 @@ def agreement(problem: Problem, passes: tuple[str, ...]) -> dict[str, Agreement]
     return result
 
 
-def _reference(problem: Problem, tensors: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor]:
+def _reference(problem: Problem, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs and gradients of the reference, by the launcher's names."""
-    converted = {name: None if t is None else t.to(dtype) for name, t in tensors.items()}
-    inputs = {n: converted[n] for n in ("x_gates", "W_hh", "b_hh", "h_0", "c_0")}
-    wanted = {name: t.requires_grad_() for name, t in inputs.items() if t is not None}
-    outputs = reference.recurrence(problem.cell, *inputs.values())  # type: ignore[arg-type]
-    found = {name: t for name, t in zip(("y", "h_n", "c_n"), outputs, strict=True) if t is not None}
-    upstream = [converted[name] for name in ("dy", "dh_n", "dc_n") if converted[name] is not None]
-    gradients = torch.autograd.grad(list(found.values()), list(wanted.values()), upstream)  # type: ignore[arg-type]
-    names = {"x_gates": "d_x_gates", "W_hh": "dW_hh", "b_hh": "db_hh", "h_0": "dh_0", "c_0": "dc_0"}
-    found |= {names[name]: gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    converted = {name: t.to(dtype) for name, t in tensors.items()}
+    inputs: dict[str, Any] = {name: converted[name].requires_grad_() for name in WANTED}
+    y, finals, _ = reference.run(problem.cell, **inputs)
+    upstream = [converted["dy"], converted["d_finals"]]
+    gradients = torch.autograd.grad([y, finals], list(inputs.values()), upstream)
+    found = {"y": y, "finals": finals} | dict(zip(WANTED.values(), gradients, strict=True))
     return {name: t.detach() for name, t in found.items()}

@@ -12,24 +12,37 @@ and T/K states, instead of gates for T steps. Chunks are counted from each direc
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops, reference
+from .. import reference
 from ..compat import profiling
-from ..reference import GATES
+from ..ops import library
+from ..ops.schema import Args
 from ..sequences import PLAIN, Sequences, Window
+from ..stack import Stack
 from ..torch_path import packed
 from . import projection
 from .options import Options
 
-State = tuple[Tensor, ...]  # (h,) or (h, c), each (D, B, H); of a projected layer see projection.py
+
+class State(NamedTuple):
+    """Of one layer, between steps."""
+
+    states: Tensor | None  # all of the cell's, (P, D, B, H), h first; None is zeros
+    h_0: Tensor | None = None  # of a projected layer before its first step: projection.py
+
+
 Inputs = tuple[Tensor, ...]  # x of each direction, (K, B, I): the same times over all of time, other times in a chunk
-# y, the state after, and c of every step where it is asked for.
-Step = Callable[[Inputs, State, Window], tuple[Tensor, State, Tensor | None]]
+# y, the state after, and the states of every step beside h, (P - 1, K, B, D, H), where they are asked for. The state is
+# a State, and for torch's kernels a tuple of tensors (D, B, H).
+Step = Callable[[Inputs, Any, Window], tuple[Tensor, Any, Tensor | None]]
+# x_gates, W_hh, b_hh, states, source and Window to y, finals and steps.
+Recurrence = Callable[..., tuple[Tensor, Tensor, Tensor]]
 # Of one use of a layer: W_ih, W_hh, b_ih and b_hh if there are biases, W_hr if projected, of each direction in turn.
 Weights = Callable[[], list[Tensor]]
 
@@ -55,30 +68,35 @@ class _Rounded(torch.autograd.Function):
         return grad.float(), None
 
 
-def windows_of(options: Options, T: int, B: int, num_layers: int, D: int, dtype: torch.dtype) -> list[Window]:
+def windows_of(stack: Stack, options: Options, T: int, B: int, dtype: torch.dtype) -> list[Window]:
     """What checked options say to each layer."""
     lengths, cu_seqlens, reset, reset_state, cell_states = options
+    D, ragged = stack.directions, cu_seqlens is not None
     sequences = Sequences.of(T, B, lengths=lengths, cu_seqlens=cu_seqlens, reset=reset)
-    by_step = reset_state is not None and len(reset_state) > 0 and reset_state[0].dim() == 4
+    by_step = reset_state is not None and reset_state[0].dim() == 4
     windows = []
-    for layer in range(num_layers):
+    for layer in range(stack.num_layers):
         starts = []
         for state in reset_state or ():
             of_layer = state.narrow(-3, layer * D, D).to(dtype)
-            of_layer = of_layer.expand(*of_layer.shape[:-2], 1 if by_step and cu_seqlens is not None else B, -1)
+            of_layer = of_layer.expand(*of_layer.shape[:-2], 1 if by_step and ragged else B, -1)
             if by_step:  # (T, D, B, H) as (T, B, D, H), or (total, D, 1, H) as (total, D, H)
-                of_layer = of_layer.squeeze(-2) if cu_seqlens is not None else of_layer.transpose(1, 2)
+                of_layer = of_layer.squeeze(-2) if ragged else of_layer.transpose(1, 2)
             starts.append(of_layer)
-        windows.append(Window(sequences, tuple(starts), by_step, cell_states and layer == num_layers - 1))
+        projected = None
+        if len(starts) == 2 and starts[0].shape[-1] != starts[1].shape[-1]:
+            projected, starts[0] = starts[0], torch.zeros_like(starts[1])
+        all_steps = cell_states and layer == stack.num_layers - 1
+        windows.append(Window(sequences, stacked(starts) if starts else None, by_step, projected, all_steps))
     return windows
 
 
-def step_of(cell: str, backend: str, weights: Weights, bias: bool, training: bool) -> Step:
+def step_of(stack: Stack, backend: str, weights: Weights) -> Step:
     """The Step of a layer by a backend: "torch", "reference" or a tier."""
     if backend == "torch":
-        return functools.partial(_torch_step, cell, weights, bias, training)
-    recurrence = _reference if backend == "reference" else functools.partial(ops.recurrence, backend=backend)
-    return functools.partial(_step, cell, recurrence, weights, bias)
+        return functools.partial(_torch_step, stack, weights)
+    recurrence = _reference if backend == "reference" else functools.partial(_kernel, backend)
+    return functools.partial(_step, stack, functools.partial(recurrence, stack.cell), weights)
 
 
 def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
@@ -88,73 +106,67 @@ def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]
 
 
 @profiling.inside("recurrence")
-def _reference(*inputs, source, **options) -> tuple[Tensor | None, ...]:
-    return reference.recurrence(*inputs, **options)  # differentiable any number of times: needs no source
+def _reference(cell: str, x_gates, W_hh, b_hh, states, source, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+    # Differentiable any number of times: needs no source.
+    return reference.run(
+        cell, x_gates, W_hh, b_hh, states, sequences=window.sequences, starts=window.starts, by_step=window.by_step
+    )
+
+
+def _kernel(backend: str, cell: str, x_gates, W_hh, b_hh, states, source, window: Window):
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
+    rows, reset = window.sequences if window.sequences is not None else (None, None)
+    x, W_ih, b_ih = source
+    args = Args(
+        x_gates, W_hh, b_hh, states, cell, False, backend, x, W_ih, b_ih, rows, reset, window.starts, window.by_step,
+        window.all_steps,
+    )  # fmt: skip
+    y, finals, _, steps = library.run(args)
+    return y, finals, steps
 
 
 def _step(
-    cell: str,
-    recurrence: Callable,
-    weights: Weights,
-    bias: bool,
-    xs: Inputs,
-    state: State,
-    window: Window = PLAIN,
+    stack: Stack, recurrence: Recurrence, weights: Weights, xs: Inputs, state: State, window: Window = PLAIN
 ) -> tuple[Tensor, State, Tensor | None]:
     W_ih, W_hh, *b = by_role(weights(), len(xs))
     b = list(b)
     W_hr = b.pop() if len(b) in (1, 3) else None
     if W_hr is not None:
-        xs, W_ih = projection.with_starts(xs, W_ih, W_hh, state, window)
-    b_ih, b_hh = b if bias else (None, None)
-    gates = (GATES[cell], W_ih[0].shape[0] // GATES[cell])
-    source = None
+        xs, W_ih = projection.with_starts(xs, W_ih, W_hh, state.h_0, window)
+    b_ih, b_hh = b if stack.bias else (None, None)
+    G = stack.of_cell.gates
+    gates = (G, W_ih[0].shape[0] // G)
+    source = (None, None, None)
     with profiling.named("input product"):
         if all(x is xs[0] for x in xs):  # one product for both directions
-            source = xs[0], _stack(W_ih).flatten(0, 1), None if b_ih is None else _stack(b_ih).flatten()
+            source = xs[0], stacked(W_ih).flatten(0, 1), None if b_ih is None else stacked(b_ih).flatten()
             x_gates = linear(*source).unflatten(-1, (len(xs), *gates))
         else:
             biases = b_ih or [None] * len(xs)
             x_gates = torch.stack([linear(*of_one) for of_one in zip(xs, W_ih, biases, strict=True)], -2)
             x_gates = x_gates.unflatten(-1, gates)
-    b_hh = None if b_hh is None else _stack(b_hh)
-    if W_hr is not None:
-        return projection.run(recurrence, x_gates, _stack(W_hh), b_hh, _stack(W_hr), state, window, source)
-    h_0, c_0 = (*state, None)[:2]
-    y, h_n, c_n, *c = recurrence(cell, x_gates, _stack(W_hh), b_hh, h_0, c_0, source=source, **window.options())
-    return y, (h_n,) if c_n is None else (h_n, c_n), c[0] if c else None
+    b_hh = None if b_hh is None else stacked(b_hh)
+    run = recurrence if W_hr is None else functools.partial(projection.run, recurrence, stacked(W_hr))
+    y, finals, steps = run(x_gates, stacked(W_hh), b_hh, state.states, source, window)
+    return y, State(finals), steps if window.all_steps else None
 
 
 @profiling.inside("layer of torch's")
 def _torch_step(
-    cell: str,
-    weights: Weights,
-    bias: bool,
-    training: bool,
-    xs: Inputs,
-    state: State,
-    window: Window = PLAIN,
-) -> tuple[Tensor, State, None]:
+    stack: Stack, weights: Weights, xs: Inputs, state: tuple[Tensor, ...], window: Window = PLAIN
+) -> tuple[Tensor, tuple[Tensor, ...], None]:
     """By torch's own kernel, each direction on its own: its bidirectional one walks the same times both ways."""
     params, outputs, finals = weights(), [], []
     per_direction = len(params) // len(xs)
+    alone = Stack(stack.cell, bias=stack.bias, training=stack.training)
     for d, x in enumerate(xs):
-        hidden = tuple(s[d : d + 1] for s in state)
-        of_direction = packed.on_its_own(params[d * per_direction : (d + 1) * per_direction], bias)
-        y, *final = getattr(torch._VF, cell)(
-            x.flip(0) if d else x,
-            hidden if len(hidden) == 2 else hidden[0],
-            of_direction,
-            bias,
-            1,
-            0.0,
-            training,
-            False,
-            False,
-        )
+        of_direction = packed.on_its_own(params[d * per_direction : (d + 1) * per_direction], stack.bias)
+        before = tuple(s[d : d + 1] for s in state)
+        y, *final = alone.torch_kernel(x.flip(0) if d else x, state=before, params=of_direction)
         outputs.append(y.flip(0) if d else y)
         finals.append(final)
-    return torch.stack(outputs, 2), tuple(torch.cat(states) for states in zip(*finals, strict=True)), None
+    return torch.stack(outputs, 2), tuple(torch.cat(of_all) for of_all in zip(*finals, strict=True)), None
 
 
 def recomputed(step: Step) -> Step:
@@ -185,21 +197,21 @@ def join(ys: Sequence[Tensor]) -> Tensor:
 
 
 def in_chunks(
-    step: Step, x: Tensor, state: State, K: int, window: Window = PLAIN
-) -> tuple[Tensor, State, Tensor | None]:
+    step: Step, x: Tensor, state: Any, K: int, directions: int, window: Window = PLAIN
+) -> tuple[Tensor, Any, Tensor | None]:
     """Run a layer over x (T, B, I) in chunks of K time steps; y (T, B, D*H), the final state, and c like y.
 
     A window that is not plain is cut along time for layers of one direction only. Ragged x (total, I) is one chunk.
     """
     ys, cs = [], []
-    for chunk, xs in enumerate(split(x, K, state[0].shape[0])):
+    for chunk, xs in enumerate(split(x, K, directions)):
         of_chunk = window if x.shape[0] <= K else window.of_times(chunk * K, xs[0].shape[0])
-        y, state, c = step(xs, state, of_chunk)
+        y, state, steps = step(xs, state, of_chunk)
         ys.append(y)
-        cs.append(c)
-    return join(ys), state, join(cs) if window.cell_states else None
+        cs.append(None if steps is None else steps[0])
+    return join(ys), state, join(cs) if window.all_steps else None
 
 
-def _stack(directions: Sequence[Tensor]) -> Tensor:
-    """(D, ...) of D tensors; a view where there is one."""
-    return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(tuple(directions))
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """(N, ...) of N tensors; a view where there is one."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))

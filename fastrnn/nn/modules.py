@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from ..planning.arguments import as_int, check_checkpoint_every
 from ..planning.planner import BACKENDS, Plan, plan
 from ..sequences import Packing, stops_at_torchs_kernels, untraced
-from . import functional, streaming
+from ..stack import Stack
+from . import paths, streaming
 from .older_tools import OlderTools, leaf_module
 from .options import Options
 from .validation import check_rank, compute_dtype
@@ -38,6 +39,13 @@ class _Recurrent(OlderTools, torch.nn.RNNBase):
         )
         self.backend = backend
         self.checkpoint_every = checkpoint_every
+
+    def _stack(self) -> Stack:
+        """What this module is now: any of it may have been set since it was made."""
+        return Stack(
+            self.mode.lower(), self.num_layers, self.bias, self.batch_first, self.dropout, self.training,
+            self.bidirectional, self.backend, self.checkpoint_every,
+        )  # fmt: skip
 
     def plan(self, input: "Tensor | PackedSequence") -> Plan:
         """The Plan that forward(input) follows; each layer runs by it."""
@@ -114,7 +122,7 @@ class _Recurrent(OlderTools, torch.nn.RNNBase):
             raise ValueError("lengths, cu_seqlens, reset: expected None beside a PackedSequence")
         if not packed and cu_seqlens is None:
             check_rank(self._torch.__name__, input, hx)
-        if whole and self.backend == "auto" and functional.backend_of(self.plan(input)) == "torch":
+        if whole and self.backend == "auto" and paths.backend_of(self.plan(input)) == "torch":
             return self._run_torchs(input, hx)
         if packed:
             packing = Packing.of(input)
@@ -129,32 +137,17 @@ class _Recurrent(OlderTools, torch.nn.RNNBase):
                 raise ValueError("lengths, reset: expected None beside unbatched input")
             input = input.unsqueeze(batch_dim)
             hx = _map(lambda state: state.unsqueeze(1), hx)
-        output, *states = functional.run(
-            self.mode.lower(),
-            input,
-            hx,
-            [getattr(self, name) for name in self._flat_weights_names],
-            self.num_layers,
-            self.bias,
-            self.batch_first,
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            self.backend,
-            self.checkpoint_every,
-            options,
-        )
-        outputs, finals = (output, *states[-1:]) if return_cell_states else (output,), states
-        if return_cell_states:
-            finals = states[:-1]
+        params = [getattr(self, name) for name in self._flat_weights_names]
+        output, finals, *cell_states = paths.run(self._stack(), input, hx, params, options)
+        outputs = (output, *cell_states)
         if unbatched:
             outputs = tuple(y.squeeze(batch_dim) for y in outputs)
-            finals = [state.squeeze(1) for state in finals]
+            finals = tuple(state.squeeze(1) for state in finals)
         if packing is not None:
             outputs = tuple(PackedSequence(y[packing.packed], sequence.batch_sizes, *order) for y in outputs)
-            finals = [_reordered(state, order[1]) for state in finals]
+            finals = tuple(_reordered(state, order[1]) for state in finals)
         output, *cell_states = outputs
-        return output, tuple(finals) if len(finals) == 2 else finals[0], *cell_states
+        return output, finals[0] if len(finals) == 1 else finals, *cell_states
 
     def _run_torchs(self, input: Any, hx: Any) -> Any:
         """torch.nn's forward; what torch.compile cannot trace, or not in time, breaks its graph."""

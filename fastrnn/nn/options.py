@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.torch_func import transforming
+from ..stack import Stack
 
 
 class Options(NamedTuple):
@@ -30,14 +31,15 @@ class Options(NamedTuple):
 PLAIN = Options()
 
 
-def check_options(
-    options: Options, input: Tensor, batch_first: bool, cell: str, states: int, sizes: tuple[int, int]
-) -> tuple[int, int, Options]:
+def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[int, int]) -> tuple[int, int, Options]:
     """T, or total of a ragged input, and B; options with time first, each tensor on the input's device.
+
+    sizes: of h, and of the other states, which is another where h is projected.
 
     Values are checked on the CPU; on a GPU, where that would have to wait, by an assertion on the device.
     """
     lengths, cu_seqlens, reset, reset_state, cell_states = options
+    batch_first = stack.batch_first
     if cu_seqlens is not None:
         if lengths is not None:
             raise ValueError("lengths: expected None beside cu_seqlens, got both")
@@ -75,11 +77,9 @@ def check_options(
     if reset_state is not None:
         if reset is None:
             raise ValueError("reset_state: expected None without reset, which says where it is taken")
-        options = options._replace(
-            reset_state=_check_reset_state(reset_state, input, cell, states, T, B, sizes, len(slots))
-        )
-    if cell_states and cell != "lstm":
-        raise ValueError(f"return_cell_states: expected False for {cell!r}, which has no cell state; got True")
+        options = options._replace(reset_state=_check_reset_state(reset_state, input, stack, T, B, sizes, len(slots)))
+    if cell_states and not stack.of_cell.has_c:
+        raise ValueError(f"return_cell_states: expected False for {stack.cell!r}, which has no cell state; got True")
     return T, B, options
 
 
@@ -131,10 +131,10 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 
 
 def _check_reset_state(
-    reset_state: Any, input: Tensor, cell: str, states: int, T: int, B: int, sizes: tuple[int, int], slot_dims: int
+    reset_state: Any, input: Tensor, stack: Stack, T: int, B: int, sizes: tuple[int, int], slot_dims: int
 ) -> tuple[Tensor, ...]:
     """A tuple of (states, B or 1, H), or by step of (T, states, B or 1, H), (total, states, 1, H) if ragged."""
-    count = 2 if cell == "lstm" else 1
+    count, states = stack.states, stack.num_layers * stack.directions
     given = tuple(reset_state) if count == 2 and isinstance(reset_state, tuple | list) else (reset_state,)
     if len(given) != count or not all(isinstance(state, Tensor) for state in given):
         raise ValueError(f"reset_state: expected {'a pair of tensors' if count == 2 else 'a tensor'}, as hx")

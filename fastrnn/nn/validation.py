@@ -87,13 +87,12 @@ def check_call(
     input: Tensor,
     state: Sequence[Tensor],
     params: Sequence[Tensor],
-    num_layers: int,
-    directions: int,
+    rows: int,
     T: int,
     B: int,
     may_be_empty: bool,
 ) -> None:
-    """Input of check_options' T and B, and state, against the weights, and dtypes and devices of all."""
+    """Input of check_options' T and B, and a state of so many rows, against the weights; dtypes and devices of all."""
     W_ih, W_hh = params[0], params[1]
     cast = _autocasts(input)
     if input.dtype != W_ih.dtype and not cast:
@@ -106,7 +105,7 @@ def check_call(
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {I}, got {input.shape[-1]}")
     sizes = (W_hh.shape[-1], W_ih.shape[0] // 4)  # of h and of the LSTM's c: another where h is projected
     for i, hidden in enumerate(state):
-        expected = (num_layers * directions, B, sizes[i])
+        expected = (rows, B, sizes[i])
         if hidden.shape != expected:
             which = f"hidden[{i}]" if len(state) == 2 else "hidden"
             raise RuntimeError(f"Expected {which} size {expected}, got {list(hidden.shape)}")

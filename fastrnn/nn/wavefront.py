@@ -73,10 +73,11 @@ def run(
     return list(waiting[-1]), finals
 
 
-def _record(stream: torch.cuda.Stream, *tensors: Tensor) -> None:
+def _record(stream: torch.cuda.Stream, *tensors: Tensor | None) -> None:
     """Tell the allocator that a stream uses these: their memory is not given away before it is done with them."""
     for tensor in tensors:
-        tensor.record_stream(stream)
+        if tensor is not None:
+            tensor.record_stream(stream)
 
 
 @functools.cache

@@ -3,24 +3,18 @@
 import torch
 from torch import Tensor
 
+from ..cells import Cell
 from ..sequences import Sequences
 
 
 def check_recurrence(
-    gates: int,
-    x_gates: Tensor,
-    W_hh: Tensor,
-    b_hh: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    sequences: Sequences | None,
-    reset_h: Tensor | None,
-    reset_c: Tensor | None,
-    by_step: bool,
-    *,
-    has_c: bool,
+    cell: Cell, x_gates: Tensor, given: dict[str, Tensor | None], sequences: Sequences | None, by_step: bool
 ) -> None:
-    """Arguments of the bare op, so that no kernel reads outside of a tensor."""
+    """Arguments of the bare op, so that no kernel reads outside of a tensor.
+
+    given: W_hh, b_hh, h_0, c_0, reset_h and reset_c by name.
+    """
+    gates, has_c = cell.gates, cell.has_c
     ragged = x_gates.dim() == 4 and sequences is not None
     slots = x_gates.shape[: 1 if ragged else 2]
     first = "total" if ragged else "T, B"
@@ -30,6 +24,7 @@ def check_recurrence(
     B = sequences.rows.shape[1] if ragged else slots[1]  # type: ignore[union-attr]
     if slots[0] == 0 or H == 0:
         raise ValueError(f"x_gates: expected at least one time step and hidden unit, got {tuple(x_gates.shape)}")
+    c_0, reset_h, reset_c = given["c_0"], given["reset_h"], given["reset_c"]
     if (c_0 is not None) != has_c:
         raise ValueError(
             f"c_0: expected {'a tensor' if has_c else 'None'}, got {'None' if c_0 is None else 'a tensor'}"
@@ -40,16 +35,18 @@ def check_recurrence(
     if (reset_c is not None) != (has_c and reset_h is not None):
         raise ValueError("reset_c: expected a tensor beside reset_h where the cell has a c, else None")
     start = (*slots, D, H) if by_step else (D, B, H)
-    for name, tensor, expected in (
-        ("W_hh", W_hh, (D, gates * H, H)),
-        ("b_hh", b_hh, (D, gates * H)),
-        ("h_0", h_0, (D, B, H)),
-        ("c_0", c_0, (D, B, H)),
-        ("reset_h", reset_h, start),
-        ("reset_c", reset_c, start),
-        ("sequences.rows", rows, (3, B)),
-        ("sequences.reset", reset, tuple(slots)),
-    ):
+    shapes = {
+        "W_hh": (D, gates * H, H),
+        "b_hh": (D, gates * H),
+        "h_0": (D, B, H),
+        "c_0": (D, B, H),
+        "reset_h": start,
+        "reset_c": start,
+        "sequences.rows": (3, B),
+        "sequences.reset": tuple(slots),
+    }
+    for name, tensor in (given | {"sequences.rows": rows, "sequences.reset": reset}).items():
+        expected = shapes[name]
         if tensor is None:
             continue
         if tensor.shape != expected:

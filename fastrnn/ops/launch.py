@@ -5,241 +5,251 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cells import CELLS
 from ..compat import driver, interpreter, profiling, spills
 from ..device import DeviceSpec
-from ..planning.planner import plan
-from ..reference import GATES
-from ..sequences import Sequences, Slots, states_before
+from ..kernels.arguments import Exchange, Gradients, Inputs, Outputs, Saved, Sequences, Sizes
+from ..planning import planner
+from ..planning.kernel_plan import KernelPlan, Request
+from ..planning.planner import kernel_for
+from ..sequences import Sequences as Segments
+from ..sequences import Slots, states_before
+from .schema import Args, BackwardArgs, BackwardResults, Results, contiguous
 
-CACHE_LINE = 128  # bytes
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-
-def allocate_forward(
-    cell: str,
-    x_gates: Tensor,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    save: bool,
-    rows: Tensor | None = None,
-    cell_states: bool = False,
-) -> Tensors:
-    """y, h_n, c_n, saved, c; an output that this cell or call lacks has no elements."""
-    from ..kernels.cells import CELLS
-
-    *slots, D, _, H = x_gates.shape
-    saved = CELLS[cell].saved if save else 0
-    has_c = c_0 is not None and (save or cell_states)
+def allocate_forward(args: Args) -> Results:
+    """Outputs, unwritten; one that this cell or call lacks has no elements."""
+    cell, x_gates = CELLS[args.cell], args.x_gates
+    *slots, R, _, K = x_gates.shape
+    saved, others = cell.saved if args.save else 0, len(cell.states) - 1
     # Kernels write no frozen slot: outputs are zero there.
-    allocate = x_gates.new_zeros if rows is not None else x_gates.new_empty
-    return (
-        allocate(*slots, D, H),
-        torch.empty_like(h_0, memory_format=torch.contiguous_format),
-        x_gates.new_empty(0) if c_0 is None else torch.empty_like(c_0, memory_format=torch.contiguous_format),
-        x_gates.new_empty((*slots, D, saved, H) if saved else 0),
-        allocate((*slots, D, H) if has_c else 0),
+    allocate = x_gates.new_zeros if args.rows is not None else x_gates.new_empty
+    if args.state_0 is not None:
+        finals = torch.empty_like(args.state_0, memory_format=torch.contiguous_format)
+    else:
+        finals = x_gates.new_empty(len(cell.states), R // args.heads, _batch(args), args.heads * K)
+    return Results(
+        y=allocate(*slots, R, K),
+        finals=finals,
+        saved=x_gates.new_empty((*slots, R, saved, K) if saved else 0),
+        steps=allocate((others, *slots, R, K) if others and (args.save or args.all_steps) else 0),
     )
 
 
-def forward(
-    cell: str,
-    x_gates: Tensor,
-    W_hh: Tensor,
-    b_hh: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    save: bool,
-    backend: str,
-    rows: Tensor | None = None,
-    reset: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-    by_step: bool = False,
-    cell_states: bool = False,
-) -> Tensors:
+def forward(args: Args) -> Results:
     """Run the persistent forward kernel of a tier."""
-    y, h_n, c_n, saved, c = outputs = allocate_forward(cell, x_gates, h_0, c_0, save, rows, cell_states)
-    pointers = (x_gates, W_hh, b_hh, h_0, c_0, y, h_n, _present(c_n), _present(c), _present(saved))
-    pointers += (rows, _bytes(reset), reset_h, reset_c)
-    if backend == "cooperative":  # h of even steps and of odd ones, as programs exchange it
-        pointers += (y.new_empty(2, *h_0.shape),)
-    _launch("forward", cell, backend, y, h_0.shape[1], rows, by_step, *pointers)
-    return outputs
+    args = contiguous(args)
+    results, B = allocate_forward(args), _batch(args)
+    if B == 0:  # an empty batch needs no kernel
+        return results
+    y, x_gates = results.y, args.x_gates
+    request = _request(args, y, B)
+    kernel = kernel_for(request, args.backend)
+    b_hh = args.b_hh
+    if b_hh is None and kernel.dialect == "tile Triton":
+        # Without b_hh, LLVM aborts the process at the LSTM in full fp32 (Triton 3.9.0, an assertion of its vectorizer).
+        b_hh = y.new_zeros(x_gates.shape[-3], x_gates.shape[-2] * x_gates.shape[-1])
+    steps = _present(results.steps)
+    groups = (
+        Inputs(x_gates, args.W_hh, b_hh, args.state_0),
+        Outputs(y, _each(steps), _present(results.saved), results.finals),
+        Sequences(args.rows, _bytes(args.reset), _each(args.starts)),
+    )
+    _launch("forward", args, y, request, kernel, groups)
+    return results
 
 
-def backward(
-    cell: str,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
-    W_hh: Tensor,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    y: Tensor,
-    saved: Tensor,
-    c: Tensor,
-    needs_dW: bool,
-    needs_db: bool,
-    backend: str,
-    rows: Tensor | None = None,
-    reset: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-    by_step: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the persistent backward kernel of a tier, then dW_hh (D, G*H, H) as one product, db_hh (D, G*H) as one sum.
+def allocate_backward(args: BackwardArgs) -> BackwardResults:
+    """Gradients, unwritten; one that is not wanted has no elements."""
+    *slots, R, K = args.y.shape
+    gates = args.W_hh.shape[1]
 
-    Returns d_x_gates, dW_hh, db_hh, dh_0, dc_0, d_reset_h, d_reset_c. Products and sums accumulate in fp32 in a fixed
-    order, so that a run can be repeated bit by bit.
+    def like(tensor: Tensor | None) -> Tensor:
+        absent = tensor is None
+        return args.y.new_empty(0) if absent else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    return BackwardResults(
+        d_x_gates=args.y.new_empty(*slots, R, gates // K, K),
+        dW_hh=args.y.new_empty((R, gates, K) if args.needs_dW else 0),
+        db_hh=args.y.new_empty((R, gates) if args.needs_db else 0),
+        d_state_0=like(args.state_0),
+        d_starts=like(args.starts),
+    )
+
+
+def backward(args: BackwardArgs) -> BackwardResults:
+    """Run the persistent backward kernel of a tier, then dW_hh (R, G*K, K) as one product, db_hh (R, G*K) as one sum.
+
+    Products and sums accumulate in fp32 in a fixed order, so that a run can be repeated bit by bit.
     """
-    from ..kernels.cells import CELLS
-
-    spec = CELLS[cell]
-    *slots, D, H = y.shape
-    B = h_0.shape[1]
-    allocate = y.new_zeros if rows is not None else y.new_empty
-    d_x_gates = allocate(*slots, D, GATES[cell], H)
+    args = contiguous(args)
+    cell, y = CELLS[args.cell], args.y
+    *slots, R, K = y.shape
+    D = R // args.heads
+    B = _batch(args)
+    allocate = y.new_zeros if args.rows is not None else y.new_empty
+    d_x_gates = allocate(*slots, R, cell.gates, K)
     # The last gate's recurrent share, where its gradient differs from d_x_gates (the GRU's n: d_n * r).
-    d_rec_last = allocate((*slots, D, 1, H) if spec.splits_last_gate else 0)
-    dh_0 = torch.empty_like(h_0)
-    dc_0 = y.new_empty(0) if c_0 is None else torch.empty_like(c_0)
-    d_resets = [y.new_zeros(0) if s is None else s.new_zeros(*slots, D, H) for s in (reset_h, reset_c)]
+    d_rec_last = allocate(*slots, R, 1, K) if cell.splits_last_gate else None
+    d_state_0 = None if args.state_0 is None else torch.empty_like(args.state_0)
     # States inside a sequence were rounded when they were kept; those before it must be, to be what they are inside.
-    h_0, c_0 = h_0.to(y.dtype), None if c_0 is None else c_0.to(y.dtype)
-    kept_0, kept, reset_kept = (c_0, c, reset_c) if spec.has_c else (h_0, y, reset_h)
-    _launch(
-        "backward", cell, backend, y, B, rows, by_step,
-        dy, dh_n, *((dc_n, dc) if spec.has_c else (None, None)), W_hh, kept_0, kept, _present(saved),
-        rows, _bytes(reset), reset_kept,
-        d_x_gates, _present(d_rec_last), dh_0, _present(dc_0), *map(_present, d_resets),
-    )  # fmt: skip
-    d_rec = [d_x_gates[..., :-1, :], d_rec_last] if spec.splits_last_gate else [d_x_gates]
+    if args.state_0 is None:
+        state_0 = y.new_zeros(len(cell.states), D, B, args.heads * K)
+    else:
+        state_0 = args.state_0.to(y.dtype)
+    d_starts = None if args.starts is None else args.starts.new_zeros(len(cell.states), *slots, R, K)
+    if B > 0:
+        places, starts = cell.kept_places, args.starts
+        read = Saved(
+            args.dy,
+            _each(args.d_steps),
+            args.d_finals,
+            args.W_hh,
+            before=tuple(state_0[place] for place in places),
+            kept=tuple(y if place == 0 else args.steps[place - 1] for place in places),
+            tiles=_present(args.saved),
+        )
+        kept_starts = None if starts is None else tuple(starts[place] for place in places)
+        sequences = Sequences(args.rows, _bytes(args.reset), kept_starts)
+        gradients = Gradients(d_x_gates, d_rec_last, d_state_0, _each(d_starts))
+        request = _request(args, y, B)
+        _launch("backward", args, y, request, kernel_for(request, args.backend), (read, gradients, sequences))
+    d_rec = [d_x_gates] if d_rec_last is None else [d_x_gates[..., :-1, :], d_rec_last]
     dW_hh, db_hh = y.new_empty(0), y.new_empty(0)
-    if needs_dW:
-        sequences = None if rows is None else Sequences(rows, reset)
-        start = None if reset_h is None else reset_h.to(y.dtype)
-        dW_hh = torch.stack([_weight_gradient(d, d_rec, y, h_0, sequences, start, by_step) for d in range(D)])
-    if needs_db:
+    if args.needs_dW:
+        dW_hh = torch.stack([_weight_gradient(args, r, d_rec, state_0[0]) for r in range(R)])
+    if args.needs_db:
         db_hh = torch.cat([d.flatten(0, -4).sum(0) for d in d_rec], dim=1).flatten(1)
-    if not by_step and reset_h is not None:
-        of = Slots.of(rows, y.shape[:-2])  # type: ignore[arg-type]
-        d_resets = [d if d.numel() == 0 else of.summed(d).to(d.dtype).transpose(0, 1).contiguous() for d in d_resets]
-    d_reset_h, d_reset_c = d_resets
-    return d_x_gates, dW_hh, db_hh, dh_0, dc_0, d_reset_h, d_reset_c
+    return BackwardResults(
+        d_x_gates,
+        dW_hh,
+        db_hh,
+        y.new_empty(0) if d_state_0 is None else d_state_0,
+        y.new_empty(0) if d_starts is None else _of_starts(args, d_starts),
+    )
+
+
+def _of_starts(args: BackwardArgs, d_starts: Tensor) -> Tensor:
+    """The gradient of starts from that of every slot, (P, *slots, R, K)."""
+    whole = d_starts.unflatten(-2, (-1, args.heads)).flatten(-2)
+    if args.by_step or whole.numel() == 0:
+        return whole if args.by_step else torch.zeros_like(args.starts)  # type: ignore[arg-type]
+    slots = Slots.of(args.rows, args.y.shape[:-2])  # type: ignore[arg-type]
+    return torch.stack([slots.summed(d).to(d.dtype).transpose(0, 1) for d in whole])
 
 
 @profiling.inside("weight gradients")
-def _weight_gradient(
-    d: int,
-    d_rec: list[Tensor],
-    y: Tensor,
-    h_0: Tensor,
-    sequences: Sequences | None,
-    reset_h: Tensor | None,
-    by_step: bool,
-) -> Tensor:
-    """dW_hh[d] (G*H, H) = sum over slots of d_rec[slot, d] (x) h_prev[slot, d]; d_rec by parts of the gates.
+def _weight_gradient(args: BackwardArgs, r: int, d_rec: list[Tensor], h_0: Tensor) -> Tensor:
+    """dW_hh[r] (G*K, K) = sum over slots of d_rec[slot, r] (x) h_prev[slot, r]; d_rec by parts of the gates.
 
-    h_prev is y one step before, h_0 at the start. Plain sequences need no copy of it: the start is a product of its
-    own, and y only shifted.
+    h_prev is y one step before, h_0 (D, B, N*K) at the start. Plain sequences need no copy of it: the start is a
+    product of its own, and y only shifted.
     """
-    gradients, y = [], y.select(-2, d)
-    if sequences is not None:
-        start = None if reset_h is None else reset_h.select(-2, d) if by_step else reset_h[d]
-        h_prev = states_before(d, y, h_0[d], sequences, start, by_step).flatten(0, -2)
+    d, head, K = r // args.heads, r % args.heads, args.y.shape[-1]
+    own = slice(head * K, (head + 1) * K)
+    gradients, y, h_0 = [], args.y.select(-2, r), h_0[d, :, own]
+    if args.rows is not None:
+        start = None
+        if args.starts is not None:
+            h_start = args.starts[0].to(y.dtype)
+            start = h_start[..., d, own] if args.by_step else h_start[d, :, own]
+        segments = Segments(args.rows, args.reset)
+        h_prev = states_before(d, y, h_0, segments, start, args.by_step).flatten(0, -2)
     for part in d_rec:
-        d_gates = part.select(-3, d).flatten(-2)  # (T, B, N*H) or (total, N*H), a view
-        if sequences is not None:
+        d_gates = part.select(-3, r).flatten(-2)  # (T, B, G*K) or (total, G*K), a view
+        if args.rows is not None:
             gradients.append(d_gates.flatten(0, -2).T @ h_prev)
             continue
         first, rest, shifted = (d_gates[0], d_gates[1:], y[:-1]) if d == 0 else (d_gates[-1], d_gates[:-1], y[1:])
-        gradients.append(torch.addmm(first.T @ h_0[d], rest.flatten(0, 1).T, shifted.flatten(0, 1)))
+        gradients.append(torch.addmm(first.T @ h_0, rest.flatten(0, 1).T, shifted.flatten(0, 1)))
     return torch.cat(gradients)
+
+
+def _batch(args: Args | BackwardArgs) -> int:
+    if args.rows is not None:
+        return args.rows.shape[1]
+    return (args.x_gates if isinstance(args, Args) else args.y).shape[1]
 
 
 def _present(tensor: Tensor) -> Tensor | None:
     return tensor if tensor.numel() else None
 
 
+def _each(states: Tensor | None) -> tuple[Tensor, ...] | None:
+    """A pointer each: of one, the tensor itself, which begins where it does."""
+    return None if states is None else (states,) if len(states) == 1 else states.unbind()
+
+
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
+def _request(args: Args | BackwardArgs, y: Tensor, B: int) -> Request:
+    R, K = y.shape[-2:]
+    spec = DeviceSpec.of(y.device)
+    precision = planner.torch_precision()
+    return Request(args.cell, K, B, R // args.heads, args.heads, y.dtype, precision, spec)
+
+
 @profiling.inside("recurrence")
 def _launch(
-    which: str,
-    cell: str,
-    backend: str,
-    y: Tensor,
-    B: int,
-    rows: Tensor | None,
-    by_step: bool,
-    *pointers: Tensor | None,
+    which: str, args: Args | BackwardArgs, y: Tensor, request: Request, kernel: KernelPlan, groups: tuple
 ) -> None:
-    """Launch the tier's kernel, "forward" or "backward", by its plan for y (T, B, D, H), or (total, D, H) if ragged."""
-    from ..kernels.cells import CELLS
+    """Launch the kernel of a pass for y (*slots, R, K), with groups of pointers as in kernels/arguments.py."""
     from ..kernels.tile import cooperative, resident
 
-    if B == 0:  # an empty batch needs no kernel
-        return
-    D, H = y.shape[-2:]
-    T = max(1, y.shape[0] if y.dim() == 4 else y.shape[0] // B)  # of ragged sequences, which the table bounds: a mean
-    spec = CELLS[cell]
-    sizes = {"hidden_size": H, "batch_size": B, "seq_len": T, "directions": D}
-    device = DeviceSpec.of(y.device)
-    kernel = plan(cell, **sizes, dtype=y.dtype, device=device, backend=backend).kernel  # type: ignore[arg-type]
-    assert kernel is not None
-    if which == "forward" and pointers[2] is None and kernel.dialect == "tile Triton":
-        # Without b_hh, LLVM aborts the process at the LSTM in full fp32 (Triton 3.9.0, an assertion of its vectorizer).
-        pointers = (*pointers[:2], y.new_zeros(D, GATES[cell] * H), *pointers[3:])
-    constants = {
-        "CELL": getattr(spec, which),
-        "G": GATES[cell],
-        "S": spec.saved,
-        "HAS_C": spec.has_c,
-        "ACTIVATIONS": kernel.activations,
-        "RAGGED": y.dim() == 3,
-        "BY_STEP": by_step,
-        "H": H,
-        "BLOCK_B": kernel.block_b,
-        "PRECISION": kernel.precision,
-    }
-    options: dict[str, Any] = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
+    cell, cooperates = request.of_cell, args.backend == "cooperative"
+    # Of ragged sequences, which the table bounds, a mean.
+    T = max(1, y.shape[0] if y.dim() == 4 else y.shape[0] // request.B)
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(y):
         if kernel.dialect == "Gluon":  # imported only here: Triton before 3.6 lacks what it needs
             from ..kernels.gluon import cooperative, resident
+        module = cooperative if cooperates else resident
+        function = getattr(module, which)
+        if cooperates:
+            groups = (*groups, _exchange(which, y, request, kernel))
+        own_lengths, ragged = args.rows is not None, y.dim() == 3
+        sizes = Sizes(
+            cell.gates, len(cell.states), len(cell.kept), cell.saved, request.D, request.N, request.H, own_lengths,
+            args.by_step, ragged, kernel.activations, kernel.precision,
+        )  # fmt: skip
+        arguments = (*groups, T, request.B, cell.kernel(which), sizes)
 
-            constants["D"] = D
-        if backend != "cooperative":
-            function, arguments = getattr(resident, which), (*pointers, T, B)
-            constants["BLOCK_H"] = kernel.units * kernel.ctas
-        else:
-            # Counters of the grid barrier, zero at every launch; each on a cache line of its own.
-            _, batch_tiles, directions = kernel.grid
-            counters = torch.zeros(batch_tiles * directions, CACHE_LINE // 8, dtype=torch.int64, device=y.device)
-            function, arguments = getattr(cooperative, which), (*pointers, counters, T, B)
-            constants |= {
-                "BLOCK_N": kernel.units,
-                "WARPS": kernel.warps,
-                "SPIN_ON_LOAD": kernel.spin_on_load,
-                "COUNTER_STRIDE": counters.stride(0),
-            }
+        def as_launched(choice: dict[str, Any]) -> dict[str, Any]:
+            """A way of compiling the kernel: its Form, and options of the launch."""
+            form = {name: value for name, value in choice.items() if name.isupper()}
+            options = {name: value for name, value in choice.items() if not name.isupper()}
+            return {"FORM": module.Form(**kernel.form, **form), **options}
+
+        choices = kernel.choices[which]
+        if interpreter.ENABLED:
+            form = as_launched(choices[0])["FORM"]
+            if cooperates:
+                from ..compat import concurrent_interpreter
+
+                concurrent_interpreter.launch(function, kernel.grid, *arguments, form)
+            else:
+                function[kernel.grid](*arguments, form)
+            return
+        options: dict[str, Any] = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
+        if cooperates:
             # The driver refuses a grid whose programs cannot all be resident, instead of leaving it to hang.
             options["launch_cooperative_grid"] = True
-        choices = kernel.choices[which]
-        if not interpreter.ENABLED:
-            options |= constants
-            try:
-                options |= spills.first_without_spills(function, device, choices, arguments, kernel.grid, options)
-                function[kernel.grid](*arguments, **options)
-            except Exception as error:
-                driver.refuse(error, backend, cell, H, y.dtype, kernel, device)
-                raise
-        elif backend != "cooperative":
-            function[kernel.grid](*arguments, **constants)
-        else:
-            from ..compat import concurrent_interpreter
+        try:
+            options |= spills.first_without_spills(
+                function, request.spec, choices, arguments, kernel.grid, options, as_launched
+            )
+            function[kernel.grid](*arguments, **options)
+        except Exception as error:
+            driver.refuse(error, args.backend, args.cell, request.H, y.dtype, kernel, request.spec)
+            raise
 
-            concurrent_interpreter.launch(function, kernel.grid, *arguments, **constants, **choices[0])
+
+def _exchange(which: str, y: Tensor, request: Request, kernel: KernelPlan) -> Exchange:
+    """Where programs hand on h, of even and of odd steps, and the grid barrier's counters, zero at every launch."""
+    from ..kernels.barrier import COUNTER_STRIDE
+
+    _, batch_tiles, recurrences = kernel.grid
+    counters = torch.zeros(batch_tiles * recurrences, COUNTER_STRIDE.value, dtype=torch.int64, device=y.device)
+    return Exchange(y.new_empty(2, recurrences, request.B, request.H) if which == "forward" else None, counters)

@@ -1,7 +1,9 @@
-"""torch.library ops: schema, fake and autograd of the persistent recurrence. Kernels are launched by launch.py.
+"""torch.library ops of the persistent recurrence: autograd, double backward, and what flop counters ask.
 
 fastrnn::recurrence             forward over all of time
 fastrnn::recurrence_backward    its gradients; theirs in turn by a slow path in torch (double_backward.py)
+
+schema.py has their arguments, launch.py runs them.
 """
 
 import math
@@ -11,195 +13,83 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..cells import CELLS
 from ..planning.tiers import TIERS
-from ..reference import GATES, HAS_C
 from ..sequences import Sequences
 from . import double_backward, launch, torch_func
 from .checks import check_recurrence
+from .schema import Args, BackwardArgs, BackwardResults, Results, define
 
-
-@torch.library.custom_op("fastrnn::recurrence", mutates_args=())
-def _recurrence(
-    x_gates: Tensor,
-    W_hh: Tensor,
-    b_hh: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    cell: str,
-    save: bool,
-    backend: str,
-    x: Tensor | None = None,
-    W_ih: Tensor | None = None,
-    b_ih: Tensor | None = None,
-    rows: Tensor | None = None,
-    reset: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-    by_step: bool = False,
-    cell_states: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # x, W_ih and b_ih, of which x_gates was made, are only passed on to double backward.
-    x_gates, W_hh, h_0 = x_gates.contiguous(), W_hh.contiguous(), h_0.contiguous()
-    b_hh, c_0, *of_sequences = map(_contiguous, (b_hh, c_0, rows, reset, reset_h, reset_c))
-    return launch.forward(
-        cell, x_gates, W_hh, b_hh, h_0, c_0, save, backend, *of_sequences, by_step=by_step, cell_states=cell_states
-    )
-
-
-@_recurrence.register_fake
-def _(
-    x_gates,
-    W_hh,
-    b_hh,
-    h_0,
-    c_0,
-    cell,
-    save,
-    backend,
-    x=None,
-    W_ih=None,
-    b_ih=None,
-    rows=None,
-    reset=None,
-    reset_h=None,
-    reset_c=None,
-    by_step=False,
-    cell_states=False,
-):
-    return launch.allocate_forward(cell, x_gates, h_0, c_0, save, rows, cell_states)
-
-
-@torch.library.custom_op("fastrnn::recurrence_backward", mutates_args=())
-def _recurrence_backward(
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
-    W_hh: Tensor,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    y: Tensor,
-    saved: Tensor,
-    c: Tensor,
-    cell: str,
-    needs_dW: bool,
-    needs_db: bool,
-    backend: str,
-    b_hh: Tensor | None = None,
-    x: Tensor | None = None,
-    W_ih: Tensor | None = None,
-    b_ih: Tensor | None = None,
-    rows: Tensor | None = None,
-    reset: Tensor | None = None,
-    reset_h: Tensor | None = None,
-    reset_c: Tensor | None = None,
-    by_step: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dy, dh_n, dc_n, dc, c_0 = map(_contiguous, (dy, dh_n, dc_n, dc, c_0))
-    of_sequences = map(_contiguous, (rows, reset, reset_h, reset_c))
-    W_hh, h_0 = W_hh.contiguous(), h_0.contiguous()
-    y, saved, c = y.contiguous(), saved.contiguous(), c.contiguous()  # vmap may give slices
-    return launch.backward(
-        cell, dy, dh_n, dc_n, dc, W_hh, h_0, c_0, y, saved, c, needs_dW, needs_db, backend,
-        *of_sequences, by_step=by_step,
-    )  # fmt: skip
-
-
-@_recurrence_backward.register_fake
-def _(
-    dy,
-    dh_n,
-    dc_n,
-    dc,
-    W_hh,
-    h_0,
-    c_0,
-    y,
-    saved,
-    c,
-    cell,
-    needs_dW,
-    needs_db,
-    backend,
-    b_hh=None,
-    x=None,
-    W_ih=None,
-    b_ih=None,
-    rows=None,
-    reset=None,
-    reset_h=None,
-    reset_c=None,
-    by_step=False,
-):
-    *slots, D, H = y.shape
-    gates = W_hh.shape[1]
-
-    def like(tensor):
-        return y.new_empty(0) if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-    return (
-        y.new_empty(*slots, D, gates // H, H),
-        y.new_empty((D, gates, H) if needs_dW else 0),
-        y.new_empty((D, gates) if needs_db else 0),
-        *map(like, (h_0, c_0, reset_h, reset_c)),
-    )
+_recurrence = define("fastrnn::recurrence", Args, Results, lambda args: launch.forward(args), launch.allocate_forward)
+_recurrence_backward = define(
+    "fastrnn::recurrence_backward",
+    BackwardArgs,
+    BackwardResults,
+    lambda args: launch.backward(args),
+    launch.allocate_backward,
+)
 
 
 def _save(ctx, inputs, output):
-    _, W_hh, b_hh, h_0, c_0, ctx.cell, ctx.saved_for_backward, ctx.backend, *rest = inputs
-    *source_and_sequences, ctx.by_step, _ = rest
-    y, _, _, saved, c = output
-    ctx.save_for_backward(W_hh, h_0, c_0, y, saved, c, b_hh, *source_and_sequences)
+    args, results = Args(*inputs), Results(*output)
+    tensors = {name: value for name, value in args._asdict().items() if value is None or isinstance(value, Tensor)}
+    del tensors["x_gates"]
+    ctx.args = args._replace(x_gates=None, **dict.fromkeys(tensors))
+    ctx.saved = tuple(tensors)
+    ctx.save_for_backward(*tensors.values(), results.y, results.saved, results.steps)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dy, dh_n, dc_n, d_saved, dc):
-    if not ctx.saved_for_backward:
+def _backward(ctx, dy, d_finals, d_saved, d_steps):
+    args = ctx.args
+    if not args.save:
         raise RuntimeError("fastrnn::recurrence ran with save=False: nothing was kept for backward")
-    W_hh, h_0, c_0, y, saved, c, *rest = ctx.saved_tensors
-    needs_dW, needs_db = ctx.needs_input_grad[1:3]
-    # Functions of the rest, by which double backward differentiates.
-    y, saved, c = y.detach(), saved.detach(), c.detach()
+    *tensors, y, saved, steps = ctx.saved_tensors
+    args = args._replace(**dict(zip(ctx.saved, tensors, strict=True)))
+    needs = Args(*ctx.needs_input_grad)
+    # Functions of the other arguments, by which double backward differentiates.
+    y, saved, steps = y.detach(), saved.detach(), steps.detach()
     run = _RecurrenceBackward.apply if torch_func.transforming() else _recurrence_backward
-    d_x_gates, dW_hh, db_hh, *of_states = run(
-        dy, dh_n, dc_n, dc, W_hh, h_0, c_0, y, saved, c, ctx.cell, needs_dW, needs_db, ctx.backend, *rest, ctx.by_step
+    found = BackwardResults(
+        *run(
+            *BackwardArgs(
+                dy, d_finals, d_steps, args.W_hh, args.state_0, y, saved, steps, args.cell,
+                bool(needs.W_hh), bool(needs.b_hh), args.backend, args.b_hh, args.x, args.W_ih, args.b_ih, args.rows,
+                args.reset, args.starts, args.by_step, args.heads,
+            )
+        )
+    )  # fmt: skip
+    return NO_GRADIENTS._replace(
+        x_gates=found.d_x_gates,
+        W_hh=found.dW_hh if needs.W_hh else None,
+        b_hh=found.db_hh if needs.b_hh else None,
+        state_0=None if args.state_0 is None else found.d_state_0,
+        starts=None if args.starts is None else found.d_starts,
     )
-    given = (h_0, c_0, *rest[-2:])
-    dh_0, dc_0, d_reset_h, d_reset_c = (None if state is None else d for state, d in zip(given, of_states, strict=True))
-    return (
-        d_x_gates,
-        dW_hh if needs_dW else None,
-        db_hh if needs_db else None,
-        dh_0,
-        dc_0,
-        *[None] * 8,  # cell, save, backend, x, W_ih, b_ih (x_gates is what the gradient goes to), rows, reset
-        d_reset_h,
-        d_reset_c,
-        None,
-        None,
-    )
+
+
+NO_GRADIENTS = Args(*[None] * len(Args._fields))  # type: ignore[arg-type]
+NO_BACKWARD_GRADIENTS = BackwardArgs(*[None] * len(BackwardArgs._fields))  # type: ignore[arg-type]
 
 
 def _save_backward(ctx, inputs, output):
-    upstream, (W_hh, h_0, c_0), inputs = inputs[:4], inputs[4:7], inputs[7:]
-    _, _, _, ctx.cell, _, _, _, b_hh, *source, rows, reset, reset_h, reset_c, ctx.by_step = inputs
-    ctx.save_for_backward(*upstream, *source, W_hh, b_hh, h_0, c_0, reset_h, reset_c, rows, reset)
+    args = BackwardArgs(*inputs)
+    args = args._replace(y=None, saved=None, steps=None)  # which the reference makes again
+    ctx.tensors = tuple(name for name, value in args._asdict().items() if isinstance(value, Tensor))
+    ctx.args = args._replace(**dict.fromkeys(ctx.tensors))
+    ctx.save_for_backward(*(getattr(args, name) for name in ctx.tensors))
     ctx.set_materialize_grads(False)
 
 
 def _double_backward(ctx, *second):
-    kept = ctx.saved_tensors
-    upstream, source, recurrent, (rows, reset) = kept[:4], kept[4:7], kept[7:13], kept[13:]
-    if source[0] is None:
+    args = ctx.args._replace(**dict(zip(ctx.tensors, ctx.saved_tensors, strict=True)))
+    if args.x is None:
         raise NotImplementedError(
             "double backward through fastrnn.ops.recurrence without its source is missing: "
             "give source=(x, W_ih, b_ih), use fastrnn.lstm, gru, rnn or the modules, or fastrnn.reference.recurrence"
         )
-    sequences = None if rows is None else Sequences(rows, reset)
-    found = double_backward.differentiate(ctx.cell, upstream, source, recurrent, second, sequences, ctx.by_step)
-    of_upstream, of_source, (dW_hh, db_hh, *of_states) = found
-    dh_0, dc_0, d_reset_h, d_reset_c = of_states
-    return (*of_upstream, dW_hh, dh_0, dc_0, *[None] * 7, db_hh, *of_source, None, None, d_reset_h, d_reset_c, None)
+    gradients = double_backward.differentiate(args, BackwardResults(*second))
+    return NO_BACKWARD_GRADIENTS._replace(**gradients)
 
 
 @register_flop_formula(torch.ops.fastrnn.recurrence)
@@ -209,19 +99,30 @@ def _flops(x_gates, W_hh, *args, out_shape=None, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.fastrnn.recurrence_backward)
-def _backward_flops(dy, dh_n, dc_n, dc, W_hh, h_0, c_0, y, saved, c, cell, needs_dW, *args, out_shape=None, **kwargs):
+def _backward_flops(*args, out_shape=None, **kwargs):
     """Of the gradient of h at every step and, where it is wanted, of W_hh's."""
-    return 2 * math.prod(y) * W_hh[1] * (2 if needs_dW else 1)
+    given = BackwardArgs(*args, **kwargs)
+    return 2 * math.prod(given.y) * given.W_hh[1] * (2 if given.needs_dW else 1)  # type: ignore[arg-type]
 
 
 torch.library.register_autograd(_recurrence, _backward, setup_context=_save)
 torch.library.register_autograd(_recurrence_backward, _double_backward, setup_context=_save_backward)
-_Recurrence = torch_func.function(_recurrence, _save, _backward)
-_RecurrenceBackward = torch_func.function(_recurrence_backward, _save_backward, _double_backward)
+_Recurrence = torch_func.function(_recurrence, (Args, Results), _save, _backward)
+_RecurrenceBackward = torch_func.function(
+    _recurrence_backward, (BackwardArgs, BackwardResults), _save_backward, _double_backward
+)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def run(args: Args) -> Results:
+    """The recurrence with its gradients; save is found out here."""
+    # Each level of nested transforms has an answer of its own to whether gradients are wanted: there, always.
+    transforming = torch_func.transforming()
+    # torch.jit.trace writes the answer down, for all calls of what it makes: it checks that under no_grad.
+    asked = torch.is_grad_enabled() or torch.jit.is_tracing()
+    wanted = (args.x_gates, args.W_hh, args.b_hh, args.state_0, args.starts)
+    save = transforming or (asked and any(t is not None and t.requires_grad for t in wanted))
+    op = _Recurrence.apply if transforming else _recurrence
+    return Results(*op(*args._replace(save=save)))
 
 
 def recurrence(
@@ -279,26 +180,24 @@ def recurrence(
     """
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
-    if cell not in GATES:
-        raise ValueError(f"cell: expected one of {', '.join(map(repr, GATES))}; got {cell!r}")
+    if cell not in CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(map(repr, CELLS))}; got {cell!r}")
     if backend not in TIERS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, TIERS))}; got {backend!r}")
-    has_c = cell in HAS_C
+    has_c = CELLS[cell].has_c
     if cell_states and not has_c:
         raise ValueError(f"cell_states: expected False for {cell!r}, which has no cell state; got True")
-    inputs = (x_gates, W_hh, b_hh, h_0, c_0)
-    check_recurrence(GATES[cell], *inputs, sequences, reset_h, reset_c, by_step, has_c=has_c)
-    wanted = (*inputs, reset_h, reset_c)
-    # Each level of nested transforms has an answer of its own to whether gradients are wanted: there, always.
-    transforming = torch_func.transforming()
-    # torch.jit.trace writes the answer down, for all calls of what it makes: it checks that under no_grad.
-    asked = torch.is_grad_enabled() or torch.jit.is_tracing()
-    save = transforming or (asked and any(t is not None and t.requires_grad for t in wanted))
-    run = _Recurrence.apply if transforming else _recurrence
-    rows, reset = sequences if sequences is not None else (None, None)
+    given = {"W_hh": W_hh, "b_hh": b_hh, "h_0": h_0, "c_0": c_0, "reset_h": reset_h, "reset_c": reset_c}
+    check_recurrence(CELLS[cell], x_gates, given, sequences, by_step)
+    state_0 = h_0.unsqueeze(0) if c_0 is None else torch.stack((h_0, c_0))
+    starts = None if reset_h is None else reset_h.unsqueeze(0) if reset_c is None else torch.stack((reset_h, reset_c))
     x, W_ih, b_ih = source if source is not None else (None, None, None)
-    y, h_n, c_n, _, c = run(
-        *inputs, cell, save, backend, x, W_ih, b_ih, rows, reset, reset_h, reset_c, by_step, cell_states
-    )
-    found = (y, h_n, c_n if has_c else None)
-    return (*found, c) if cell_states else found
+    rows, reset = sequences if sequences is not None else (None, None)
+    found = run(
+        Args(
+            x_gates, W_hh, b_hh, state_0, cell, False, backend, x, W_ih, b_ih, rows, reset, starts, by_step,
+            all_steps=cell_states,
+        )
+    )  # fmt: skip
+    h_n, c_n = found.finals[0], found.finals[1] if has_c else None
+    return (found.y, h_n, c_n, found.steps[0]) if cell_states else (found.y, h_n, c_n)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-SHARED = ("W_hh", "b_hh", "W_ih", "b_ih")  # tensors without a batch; all others of the ops have B as dimension 1
+from .schema import BATCH_DIMS
+
+SHARED = ("W_hh", "b_hh", "W_ih", "b_ih")  # tensors without a batch
 SUMS = ("needs_dW", "needs_db")  # arguments that ask for sums over the batch
 
 
@@ -25,8 +27,10 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def function(op: Any, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+def function(op: Any, described: Any, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
     """An op with its autograd as a Function that transforms can take, registered for torch.vmap too.
+
+    described: the NamedTuples of its arguments and of its results, schema.py.
 
     >>> import torch
     >>> from fastrnn.ops import recurrence
@@ -36,7 +40,6 @@ def function(op: Any, setup_context: Callable, backward: Callable) -> type[torch
     >>> torch.vmap(lambda x_gates: recurrence("gru", x_gates, W_hh, None, h_0, None)[0])(x_gates).shape
     torch.Size([6, 5, 2, 1, 4])
     """
-    names = [argument.name for argument in op._opoverload._schema.arguments]
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -51,34 +54,41 @@ def function(op: Any, setup_context: Callable, backward: Callable) -> type[torch
 
         @staticmethod
         def vmap(info, in_dims, *args):
-            return _vmap(Function.apply, names, info.batch_size, in_dims, args)
+            return _vmap(Function.apply, described, info.batch_size, in_dims, args)
 
     Function.setup_context, Function.backward = staticmethod(setup_context), staticmethod(backward)
-    torch.library.register_vmap(op, lambda info, in_dims, *args: _vmap(op, names, info.batch_size, in_dims, args))
+    torch.library.register_vmap(op, lambda info, in_dims, *args: _vmap(op, described, info.batch_size, in_dims, args))
     return Function
 
 
-def _vmap(call: Callable, names: list[str], N: int, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple]:
+def _vmap(call: Callable, described: Any, N: int, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple]:
     """Outputs of N calls, and which of their dimensions is N."""
-    given = list(zip(names, args, in_dims, strict=False))  # arguments that are left out have their defaults
+    arguments, results = described
+    # Arguments that are left out have their defaults.
+    given = list(zip(arguments._fields, args, in_dims, strict=False))
     own_weights = any(name in SHARED and dim is not None for name, _, dim in given)
     own_places = any(name == "rows" and value is not None for name, value, _ in given)
     if own_weights or own_places or any(name in SUMS and value for name, value, _ in given):
         calls = [call(*(_of_call(n, value, dim) for _, value, dim in given)) for n in range(N)]
         return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])
-    outputs = call(*(value if name in SHARED else _one_batch(N, value, dim) for name, value, dim in given))
-    absent = [output.dim() == 1 for output in outputs]  # what this cell or call lacks has no elements
-    whole = (o if a else o.unflatten(1, (N, o.shape[1] // N)) for o, a in zip(outputs, absent, strict=True))
-    return tuple(whole), tuple(None if a else 1 for a in absent)
+    outputs = call(*(value if name in SHARED else _one_batch(name, N, value, dim) for name, value, dim in given))
+    whole, dims = [], []
+    for name, output in zip(results._fields, outputs, strict=True):
+        dim = None if output.dim() == 1 else BATCH_DIMS.get(name, 1)  # what this cell or call lacks has no elements
+        whole.append(output if dim is None else output.unflatten(dim, (N, output.shape[dim] // N)))
+        dims.append(dim)
+    return tuple(whole), tuple(dims)
 
 
 def _of_call(n: int, value: Any, dim: int | None) -> Any:
     return value if dim is None else value.select(dim, n)
 
 
-def _one_batch(N: int, value: Any, dim: int | None) -> Any:
-    """(., N * B, ...) of a tensor that has N as dimension dim, or of one that is the same in all calls."""
+def _one_batch(name: str, N: int, value: Any, dim: int | None) -> Any:
+    """A tensor that has N as dimension dim, or is the same in all calls, with N * B in the place of B."""
     if not isinstance(value, Tensor) or value.dim() - (dim is not None) == 1:
         return _of_call(0, value, dim)
-    value = value.unsqueeze(1).expand(-1, N, *value.shape[1:]) if dim is None else value.movedim(dim, 1)
-    return value.flatten(1, 2)
+    place = BATCH_DIMS.get(name, 1)
+    if dim is not None:
+        return value.movedim(dim, place).flatten(place, place + 1)
+    return value.unsqueeze(place).expand(*value.shape[:place], N, *value.shape[place:]).flatten(place, place + 1)

@@ -10,9 +10,8 @@ import torch
 from ..compat import spills
 from ..compat.cached import cached
 from ..device import CLUSTERS, DeviceSpec
-from ..reference import GATES
 from . import tuning
-from .kernel_plan import KIB, KernelPlan, as_text, common, registers, runs_gluon, tiles
+from .kernel_plan import KIB, KernelPlan, Request, as_text, common, registers, runs_gluon, tiles
 
 BLOCK_B = 16  # the least that tensor cores take: more programs serve a large batch
 # 256 KiB in a program alone spill in every form (LSTM, H=128, fp32), 192 KiB in one of a cluster (GRU, H=384 on eight).
@@ -23,16 +22,13 @@ MOST_WEIGHTS_OF_CLUSTER = 128 * KIB
 LEAST_IN_REGISTERS = 96 * KIB
 
 
-def held(
-    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec, ctas: int
-) -> KernelPlan | None:
+def held(request: Request, ctas: int) -> KernelPlan | None:
     """The plan for clusters of so many programs, None where they do not hold W_hh or cannot run."""
-    if not runs_gluon(dtype, precision, spec):
+    if not runs_gluon(request):
         return None
-    gates = GATES[name]
-    block_h = max(16, 1 << (H - 1).bit_length())  # Triton's ranges are powers of two
+    spec, gates, block_h, itemsize = request.spec, request.gates, request.padded, request.dtype.itemsize
     units = block_h // ctas
-    weight_bytes = gates * block_h * units * dtype.itemsize
+    weight_bytes = gates * block_h * units * itemsize
     gate_bytes = weight_bytes // gates
     # Measured (H100, bf16, B=16, us a step forward and backward): at the LSTM's H=128, 8 warps take 1.53 and 1.28, 16
     # take 1.68 and 1.38. Only 16 keep a gate of 128 KiB in registers: RNN, H=256, 0.93 and 1.01 against 0.85 and 1.38.
@@ -41,7 +37,7 @@ def held(
         return None
     choices, shared_bytes = {}, 0
     for which in ("forward", "backward"):
-        shares = _shares(which, gates, block_h, units, warps, ctas, dtype.itemsize)
+        shares = _shares(which, gates, block_h, units, warps, ctas, itemsize)
         forms: list[dict[str, int]] = []
         for in_registers in range(gates, -1, -1):
             in_shared = (gates - in_registers) * gate_bytes
@@ -55,13 +51,14 @@ def held(
             return None
         choices[which] = tuple(forms)
     return KernelPlan(
-        **common(name, H, B, T, D, dtype, precision, spec),
+        **common(request),
         dialect="Gluon",
         block_b=BLOCK_B,
         units=units,
-        grid=(tiles(B, BLOCK_B), D),
+        grid=(tiles(request.B, BLOCK_B), request.recurrences),
         ctas=ctas,
         warps=warps,
+        form={"BLOCK_B": BLOCK_B, "BLOCK_H": block_h},
         choices=choices,
         weight_bytes=weight_bytes,
         weight_place="registers and shared memory",
@@ -100,15 +97,14 @@ def _shares(
 
 
 @cached
-def cluster(
-    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
-) -> KernelPlan:
+def cluster(request: Request) -> KernelPlan:
     """W_hh over the programs of a cluster: of as many as shorten a step while all of the batch's run at once."""
+    spec = request.spec
     if spec.cluster_limit == 1:
         raise NotImplementedError(f"{spec.arch} has no thread-block clusters")
     if spills.triton_version() < (3, 8):
         raise NotImplementedError("clusters in Gluon need Triton 3.8 or newer")
-    if dtype == torch.float32 and precision == "ieee":
+    if request.dtype == torch.float32 and request.precision == "ieee":
         raise NotImplementedError("a kernel for full-precision float32 products over clusters is missing; tf32 runs")
     fits = None
     for ctas in CLUSTERS:
@@ -117,19 +113,19 @@ def cluster(
         # Clusters of 16 are for what fits no smaller one: an H100 runs 7 of them at once.
         if ctas > spec.cluster_limit or (fits and (ctas == 16 or fits.units // 2 < 32)):
             break
-        plan = held(name, H, B, T, D, dtype, precision, spec, ctas) if spec.at_once(ctas) else None
+        plan = held(request, ctas) if spec.at_once(ctas) else None
         if plan and (fits is None or run_at_once(plan, spec)):
             fits = plan
-    key = tuning.cluster_key(name, H, dtype, precision, tiles(B, BLOCK_B) * D)
+    key = tuning.cluster_key(request, tiles(request.B, BLOCK_B) * request.recurrences)
     ctas = tuning.of(spec.arch).ctas.get(key, 0)
     if 0 < ctas <= spec.cluster_limit and spec.at_once(ctas):
-        fits = held(name, H, B, T, D, dtype, precision, spec, ctas) or fits
+        fits = held(request, ctas) or fits
     if fits is None:
-        block_h = 1 << (H - 1).bit_length()
         largest = max([1, *(size for size in CLUSTERS if size <= spec.cluster_limit and spec.at_once(size))])
         raise NotImplementedError(
             f"W_hh does not fit a cluster of {largest} programs: "
-            f"{as_text(GATES[name] * block_h**2 * dtype.itemsize)} at H={H} (padded to {block_h}) on {spec.arch}"
+            f"{as_text(request.gates * request.padded**2 * request.dtype.itemsize)} at H={request.H} "
+            f"(padded to {request.padded}) on {spec.arch}"
         )
     return fits
 

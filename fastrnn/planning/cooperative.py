@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..compat.cached import cached
-from ..device import DeviceSpec
-from ..reference import GATES
 from .kernel_plan import (
     KIB,
     GridTooLargeError,
     KernelPlan,
+    Request,
     as_text,
     common,
     register_limits,
@@ -34,18 +33,17 @@ WEIGHT_REGISTERS = (176, 144, 128, 112, 96, 80, 72, 56, 48, 32, 16, 0)
 
 
 @cached
-def cooperative(
-    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
-) -> KernelPlan:
-    gates = GATES[name]
-    precision = precision if spec.has_tf32 else "ieee"
+def cooperative(request: Request) -> KernelPlan:
+    spec, gates, H = request.spec, request.gates, request.H
+    if not spec.has_tf32:
+        request = request._replace(precision="ieee")
     refused: Exception | None = None
-    for tiling in _tilings(gates, H, spec, dtype, precision):
+    for tiling in _tilings(request):
         in_gluon = tiling.dialect == "Gluon"
-        weight_bytes = gates * tiling.units * tiling.warps * tiling.share(H) * dtype.itemsize
+        weight_bytes = gates * tiling.units * tiling.warps * tiling.share(H) * request.dtype.itemsize
         split = _split_gluon if in_gluon else _split_tile
-        forward, backward = (split(exchanged, gates, H, tiling, dtype, spec) for exchanged in (1, gates))
-        grid = (tiles(H, tiling.units), tiles(B, tiling.block_b), D)
+        forward, backward = (split(request, exchanged, tiling) for exchanged in (1, gates))
+        grid = (tiles(H, tiling.units), tiles(request.B, tiling.block_b), request.recurrences)
         if not (forward and backward):
             refused = refused or NotImplementedError(
                 f"no slice of W_hh fits a program: {as_text(weight_bytes)} for {tiling.units} units at H={H}, in "
@@ -54,19 +52,25 @@ def cooperative(
             )
         elif math.prod(grid) > spec.multiprocessors:
             refused = GridTooLargeError(
-                f"{math.prod(grid)} programs ({grid[0]} slices x {grid[1]} batch tiles x {D} directions) must run at "
-                f"once, and {spec.multiprocessors} fit on {spec.arch}"
+                f"{math.prod(grid)} programs ({grid[0]} slices x {grid[1]} batch tiles x {request.D} directions) must "
+                f"run at once, and {spec.multiprocessors} fit on {spec.arch}"
             )
         else:
             limits = ({},) if in_gluon else register_limits(spec, tiling.warps)
             return KernelPlan(
-                **common(name, H, B, T, D, dtype, precision, spec),
+                **common(request),
                 dialect=tiling.dialect,
                 block_b=tiling.block_b,
                 units=tiling.units,
                 grid=grid,
                 ctas=1,
                 warps=tiling.warps,
+                form={
+                    "BLOCK_B": tiling.block_b,
+                    "BLOCK_N": tiling.units,
+                    "WARPS": tiling.warps,
+                    "SPIN_ON_LOAD": spec.is_amd,
+                },
                 choices={
                     which: tuple(limit | _form(size, held, tiling, H) for limit in limits for size, held in splits)
                     for which, splits in (("forward", forward), ("backward", backward))
@@ -103,10 +107,10 @@ def _form(size: int, held: int, tiling: Tiling, H: int) -> dict[str, Any]:
     return form | {"IN_REGISTERS": held} if tiling.dialect == "Gluon" else form
 
 
-def _split_tile(exchanged: int, gates: int, H: int, tiling: Tiling, dtype: torch.dtype, spec: DeviceSpec) -> Splits:
+def _split_tile(request: Request, exchanged: int, tiling: Tiling) -> Splits:
     """All of W_hh in one place."""
     _, block_b, units, warps = tiling
-    share = tiling.share(H)
+    spec, gates, dtype, share = request.spec, request.gates, request.dtype, tiling.share(request.H)
     weight_bytes = gates * units * warps * share * dtype.itemsize
     # Beside W_hh: a piece of the state on its way into the product, or what the warps sum.
     beside = warps * block_b * max(min(PIECE_BYTES[0], share * dtype.itemsize), units * 4)
@@ -117,13 +121,14 @@ def _split_tile(exchanged: int, gates: int, H: int, tiling: Tiling, dtype: torch
     return {(size // dtype.itemsize, 0): shared_bytes for size in PIECE_BYTES}
 
 
-def _split_gluon(exchanged: int, gates: int, H: int, tiling: Tiling, dtype: torch.dtype, spec: DeviceSpec) -> Splits:
+def _split_gluon(request: Request, exchanged: int, tiling: Tiling) -> Splits:
     """W_hh in registers and shared memory, for a pass that exchanges so many gates: the most in registers first.
 
     Pieces of 64 bytes, the least that a thread reads by 16 bytes.
     """
     _, block_b, units, warps = tiling
-    share, columns = tiling.share(H), PIECE_BYTES[1] // dtype.itemsize
+    spec, gates, dtype = request.spec, request.gates, request.dtype
+    share, columns = tiling.share(request.H), PIECE_BYTES[1] // dtype.itemsize
     operands = [units * warps * k * dtype.itemsize for _, k in pieces(share, columns) for _ in range(gates)]
     ends = list(itertools.accumulate(operands))
     # What the warps sum, forward by gates, and what the grid barrier broadcasts.
@@ -132,7 +137,7 @@ def _split_gluon(exchanged: int, gates: int, H: int, tiling: Tiling, dtype: torc
     beside = (exchanged * share * block_b * dtype.itemsize + gates * units * block_b * 4) // 128
     # With so few of W_hh's no kernel spilled; one that cannot go so low may find none: H=3328, RNN, sm_120, backward
     # spills 256 bytes with 128, 144 with 112; H=3456, sm_80, 16 with 72; H=2047, LSTM, sm_90, forward 8 with 96.
-    aligned = H * dtype.itemsize % 16 == 0
+    aligned = request.H * dtype.itemsize % 16 == 0
     safe = 56 if units == 32 else 96 if aligned else 72
     found: Splits = {}
     for registers in WEIGHT_REGISTERS:
@@ -145,21 +150,22 @@ def _split_gluon(exchanged: int, gates: int, H: int, tiling: Tiling, dtype: torc
     return found if found and min(least, ends[-1] // (4 * spec.warp_size * warps)) <= safe else {}
 
 
-def _tilings(gates: int, H: int, spec: DeviceSpec, dtype: torch.dtype, precision: str) -> Iterator[Tiling]:
+def _tilings(request: Request) -> Iterator[Tiling]:
     """Those that compile without spilling, in the order to try them.
 
     The smallest batch tile first: more programs a row of the batch, and W_hh of each batch tile's group once more on
     chip. Narrow slices first: modelled for the LSTM, H=384, bf16, sm_90, tile Triton, 16 units take 3500 cycles a step,
     32 take 6000. Four warps pad the state less than eight.
     """
+    spec, gates, dtype = request.spec, request.gates, request.dtype
     if spec.arch == "interpreter":  # a program's step costs it 10 ms, whatever its size
         yield Tiling("tile Triton", 16, 32, 2)
         return
-    if runs_gluon(dtype, precision, spec):
+    if runs_gluon(request):
         for units in (16, 32):
             for block_b in (8, 16, 32):
                 yield Tiling("Gluon", block_b, units, 8)
-    if dtype == torch.float32 and precision == "ieee" and spec.has_tf32:  # FMA: 16 units spill (LSTM, H=650)
+    if dtype == torch.float32 and request.precision == "ieee" and spec.has_tf32:  # FMA: 16 units spill (LSTM, H=650)
         yield Tiling("tile Triton", 16, 8, 8)
         return
     if spec.is_amd:  # its matrix cores take no fewer than 16 units; its SIMDs hold 512 registers a lane at 4 warps
@@ -169,7 +175,7 @@ def _tilings(gates: int, H: int, spec: DeviceSpec, dtype: torch.dtype, precision
     for block_b in (16, 32):
         for units, warps in slices:
             # Wider tiles spill the larger cells, sooner where rows are not aligned to 16 bytes (LSTM, H=650, bf16).
-            aligned = H * dtype.itemsize % 16 == 0
+            aligned = request.H * dtype.itemsize % 16 == 0
             two = aligned or gates < 4 or dtype.itemsize == 4
             four = aligned and gates * dtype.itemsize <= 6
             if {1: True, 2: two, 4: four}[max(1, block_b * units // 256)]:

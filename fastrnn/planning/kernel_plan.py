@@ -3,10 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ..cells import CELLS, Cell
 from ..compat import spills
 from ..device import DeviceSpec
 
@@ -19,6 +20,37 @@ class GridTooLargeError(ValueError):
     """More programs would have to run at once than the device has room for."""
 
 
+class Request(NamedTuple):
+    """What a kernel is planned for: D directions of N heads, H units each, over B sequences."""
+
+    cell: str
+    H: int
+    B: int
+    D: int
+    N: int
+    dtype: torch.dtype
+    precision: str  # of fp32 products: "ieee" or "tf32"
+    spec: DeviceSpec
+
+    @property
+    def of_cell(self) -> Cell:
+        return CELLS[self.cell]
+
+    @property
+    def gates(self) -> int:
+        return CELLS[self.cell].gates
+
+    @property
+    def recurrences(self) -> int:
+        """How many run side by side."""
+        return self.D * self.N
+
+    @property
+    def padded(self) -> int:
+        """H as resident kernels see it: a power of two, as Triton's ranges, and what tensor cores take at least."""
+        return max(16, 1 << (self.H - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class KernelPlan:
     """How a persistent kernel is launched: tiles, warps, programs, and where W_hh stays."""
@@ -26,39 +58,41 @@ class KernelPlan:
     dialect: str
     block_b: int  # rows of a batch tile
     units: int  # hidden units that a program owns, padding included
-    grid: tuple[int, ...]  # (batch tiles, directions), or (slices of H, batch tiles, directions)
+    grid: tuple[int, ...]  # (batch tiles, D * N), or (slices of H, batch tiles, D * N)
     ctas: int  # programs of a cluster; an entry of the grid is a cluster
     warps: int
-    # By pass: ways of compiling it, as launch options and constants of the kernel, in the order to try them. The first
-    # that spills no register is taken: which one does follows no rule that was found.
+    # Of the kernel's Form, in capitals, what is the same in all ways of compiling it.
+    form: Mapping[str, Any] = field(hash=False)
+    # By pass: ways of compiling it, as more of the Form and launch options, in the order to try them. The first that
+    # spills no register is taken: which one does follows no rule that was found.
     choices: Mapping[str, tuple[dict[str, Any], ...]] = field(hash=False)
-    spin_on_load: bool  # how a program waits at the grid barrier
     precision: str  # of fp32 products, as Triton's input_precision: "ieee" or "tf32"
     activations: str  # how they are computed, as kernels/activations.py names it
     weight_bytes: int  # of W_hh in one program, padding included
     weight_place: str
     shared_bytes: int  # upper bound for one program
     shared_limit: int  # what the device gives one program
-    saved_bytes: int  # kept for backward
+    saved_bytes: int = 0  # kept for backward
 
     @property
     def programs(self) -> int:
         return math.prod(self.grid) * self.ctas
 
 
-def common(
-    name: str, H: int, B: int, T: int, D: int, dtype: torch.dtype, precision: str, spec: DeviceSpec
-) -> dict[str, Any]:
+def common(request: Request) -> dict[str, Any]:
     """What a plan says whatever its tiles."""
-    from ..kernels.cells import CELLS
-
+    spec = request.spec
     return {
-        "spin_on_load": spec.is_amd,
-        "precision": precision,
-        "activations": ACTIVATIONS.get(dtype, "exact") if spec.arch.startswith("sm_") else "exact",
+        "precision": request.precision,
+        "activations": ACTIVATIONS.get(request.dtype, "exact") if spec.arch.startswith("sm_") else "exact",
         "shared_limit": spec.shared_bytes,
-        "saved_bytes": T * B * D * H * (CELLS[name].saved + CELLS[name].has_c) * dtype.itemsize,
     }
+
+
+def saved_bytes(request: Request, steps: int) -> int:
+    """Kept for backward, of so many steps."""
+    tiles_kept = request.of_cell.saved + sum(place > 0 for place in request.of_cell.kept_places)
+    return steps * request.B * request.recurrences * request.H * tiles_kept * request.dtype.itemsize
 
 
 def as_text(size: int) -> str:
@@ -76,9 +110,9 @@ def weight_place(spec: DeviceSpec) -> str:
     return "arrays" if spec.arch == "interpreter" else "registers" if spec.is_amd else "shared memory"
 
 
-def runs_gluon(dtype: torch.dtype, precision: str, spec: DeviceSpec) -> bool:
-    on_tensor_cores = spec.arch.startswith("sm_") and (dtype != torch.float32 or precision == "tf32")
-    return on_tensor_cores and spills.triton_version() >= (3, 6)
+def runs_gluon(request: Request) -> bool:
+    on_tensor_cores = request.dtype != torch.float32 or request.precision == "tf32"
+    return request.spec.arch.startswith("sm_") and on_tensor_cores and spills.triton_version() >= (3, 6)
 
 
 def register_limits(spec: DeviceSpec, warps: int) -> tuple[dict[str, Any], ...]:

@@ -6,12 +6,12 @@ from importlib.util import find_spec
 
 import torch
 
+from ..cells import CELLS
 from ..compat import driver
 from ..device import SPECS, DeviceSpec
-from ..reference import GATES, OF_TORCH
 from . import cluster, tuning
 from .arguments import as_int, check_checkpoint_every, expect
-from .kernel_plan import GridTooLargeError, KernelPlan, as_text
+from .kernel_plan import GridTooLargeError, KernelPlan, Request, as_text, saved_bytes
 from .tiers import TIERS, in_order
 
 # Asked on import: torch.compile cannot trace the question before torch 2.12.
@@ -108,7 +108,7 @@ def plan(
       math      products of bfloat16, summed in fp32; activations: tanh.approx
       saved     78.1 MiB for backward, nothing for inference
     """
-    expect("cell", cell, tuple(GATES))
+    expect("cell", cell, tuple(CELLS))
     expect("backend", backend, BACKENDS)
     expect("precision", precision, ("ieee", "tf32", None))
     expect("directions", directions, (1, 2))
@@ -126,11 +126,12 @@ def plan(
         Plan, cell, hidden_size, batch_size, seq_len, directions, dtype, num_layers=num_layers,
         checkpoint_every=checkpoint_every,
     )  # fmt: skip
-    if backend == "torch" and cell not in OF_TORCH:
+    of_torch = CELLS[cell].of_torch
+    if backend == "torch" and not of_torch:
         raise NotImplementedError(f"backend='torch': torch has no kernel for the cell {cell!r}")
     if backend in ("torch", "reference"):
         return problem(where, backend, "asked for")
-    fallback = "torch" if cell in OF_TORCH else "reference"
+    fallback = "torch" if of_torch else "reference"
     if backend == "auto" and where == "cpu":
         kernel = "torch's own kernel" if fallback == "torch" else "the reference: torch has no kernel for this cell"
         return problem(where, fallback, f"CPU tensors take {kernel}")
@@ -142,10 +143,10 @@ def plan(
             raise NotImplementedError(f"a kernel for {dtype} is missing; there are float32, bfloat16 and float16")
         precision = precision or torch_precision()
         reasons = []
-        request = (cell, hidden_size, batch_size, steps, directions, dtype, precision, spec)
-        for tier, why in (in_order(*request) if backend == "auto" else {backend: TIERS[backend].why}).items():
+        request = Request(cell, hidden_size, batch_size, directions, 1, dtype, precision, spec)
+        for tier, why in (in_order(request) if backend == "auto" else {backend: TIERS[backend].why}).items():
             try:
-                kernel = TIERS[tier].plan(*request)
+                kernel = kernel_for(request, tier)
                 if backend == "auto" and driver.refused:
                     why_not = driver.refused.get(driver.key(cell, hidden_size, dtype, kernel, spec))
                     if why_not is not None:
@@ -155,7 +156,7 @@ def plan(
                     raise
                 reasons.append(f"{tier}: {reason.args[0]}")  # torch.compile joins no text of an exception itself
             else:
-                kernel = tuning.ordered(kernel, cell, hidden_size, dtype, spec)
+                kernel = replace(kernel, saved_bytes=saved_bytes(request, steps))
                 found = problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)
                 chunk, order = _wavefront(found, spec)
                 return replace(found, wavefront=chunk, order=order)
@@ -164,6 +165,11 @@ def plan(
         if backend == "auto":
             return problem(where, fallback, str(reason))
         raise type(reason)(f"backend={backend!r}: {reason}") from None
+
+
+def kernel_for(request: Request, tier: str) -> KernelPlan:
+    """How a tier's kernel is launched for a request; raises NotImplementedError, naming what is missing."""
+    return tuning.ordered(TIERS[tier].plan(request), request)
 
 
 def _wavefront(found: Plan, spec: DeviceSpec) -> tuple[int | None, str]:

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from ..device import DeviceSpec
-from .kernel_plan import KernelPlan
+from .kernel_plan import KernelPlan, Request
 
 FOLDER = Path(__file__).parents[1] / "tuned"
 KEYS = ("made", "forms", "ctas")
@@ -46,15 +45,15 @@ def _problem(cell: str, H: int, dtype: torch.dtype, precision: str) -> str:
     return f"{cell} H={H} {name}" + (f"-{precision}" if dtype == torch.float32 else "")
 
 
-def kernel_key(cell: str, H: int, dtype: torch.dtype, kernel: KernelPlan) -> str:
+def kernel_key(request: Request, kernel: KernelPlan) -> str:
     """What a form belongs to: all that decides which forms a kernel has."""
-    problem = _problem(cell, H, dtype, kernel.precision)
+    problem = _problem(request.cell, request.H, request.dtype, kernel.precision)
     return f"{kernel.dialect} {problem} block_b={kernel.block_b} units={kernel.units} ctas={kernel.ctas}"
 
 
-def cluster_key(cell: str, H: int, dtype: torch.dtype, precision: str, tiles: int) -> str:
+def cluster_key(request: Request, tiles: int) -> str:
     """What the size of a cluster belongs to; tiles are those of the batch, of all directions."""
-    return f"{_problem(cell, H, dtype, precision)} tiles={tiles}"
+    return f"{_problem(request.cell, request.H, request.dtype, request.precision)} tiles={tiles}"
 
 
 def read(file: Path) -> Tuned:
@@ -105,10 +104,10 @@ def of(arch: str) -> Tuned:
     return TUNED.get(arch, NOTHING)
 
 
-def ordered(kernel: KernelPlan, cell: str, H: int, dtype: torch.dtype, spec: DeviceSpec) -> KernelPlan:
+def ordered(kernel: KernelPlan, request: Request) -> KernelPlan:
     """The plan with the tuned forms in front."""
-    forms = of(spec.arch).forms
-    passes = forms.get(kernel_key(cell, H, dtype, kernel)) if forms else None
+    forms = of(request.spec.arch).forms
+    passes = forms.get(kernel_key(request, kernel)) if forms else None
     if not passes:
         return kernel
     choices = {}

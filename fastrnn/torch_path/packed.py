@@ -17,7 +17,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as _dropout
+from torch.nn.functional import dropout
+
+from ..stack import Stack
 
 # Of a block, on the average, for which oneDNN's LSTM beats the packed form without gradients; the GRU and the RNN have
 # nothing fused to gain. `python -m bench.segments --blocks` measures it; docs/performance.md has the table.
@@ -28,16 +30,7 @@ Kernel = Callable[[Tensor, State], tuple[Tensor, State]]  # one layer, one direc
 
 
 def run(
-    cell: str,
-    data: Tensor,
-    batch_sizes: Tensor,
-    state: State,
-    params: Sequence[Tensor],
-    num_layers: int,
-    bias: bool,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
+    stack: Stack, data: Tensor, batch_sizes: Tensor, state: State, params: Sequence[Tensor]
 ) -> tuple[Tensor, State]:
     """Run all layers over a packed batch of S sequences, M steps in all; nothing is validated.
 
@@ -45,27 +38,26 @@ def run(
     (L*D, S, H), and params as in segments.run. Returns output (M, D*H) and the final states, as state.
 
     >>> import torch
+    >>> from fastrnn.stack import Stack
     >>> from fastrnn.torch_path import packed
     >>> gru, data, h_0 = torch.nn.GRU(3, 4), torch.randn(4, 3), torch.zeros(1, 2, 4)
     >>> sizes = torch.tensor([2, 1, 1])  # sequences of 3 steps and of 1
-    >>> y, _ = packed.run("gru", data, sizes, (h_0,), list(gru.parameters()), 1, True, 0.0, True, False)
+    >>> y, _ = packed.run(Stack("gru"), data, sizes, (h_0,), list(gru.parameters()))
     >>> torch.allclose(y[[0, 2, 3]], gru(data[[0, 2, 3]])[0], atol=1e-6)
     True
     """
-    kernel = getattr(torch._VF, cell)
     shapes = list(zip(*(sizes.tolist() for sizes in batch_sizes.unique_consecutive(return_counts=True)), strict=True))
-    if not in_blocks(cell, data, state, params, len(batch_sizes) / len(shapes)):
-        y, *final = kernel(
-            data, batch_sizes, _hidden(state), list(params), bias, num_layers, dropout, training, bidirectional
-        )
+    if not in_blocks(stack.cell, data, state, params, len(batch_sizes) / len(shapes)):
+        y, *final = stack.torch_kernel(data, batch_sizes, state=state, params=list(params))
         return y, tuple(final)
 
-    D = 2 if bidirectional else 1
-    per_direction = len(params) // (num_layers * D)
+    D = stack.directions
+    per_direction = len(params) // (stack.num_layers * D)
+    alone = Stack(stack.cell, bias=stack.bias, training=stack.training)
     finals = []
-    for layer in range(num_layers):
+    for layer in range(stack.num_layers):
         if layer:
-            data = _dropout(data, dropout, training)
+            data = dropout(data, stack.dropout, stack.training)
         # Of one split all gradients are joined at once.
         parts = data.split([B * steps for B, steps in shapes])
         blocks = [part.unflatten(0, (steps, B)) for part, (B, steps) in zip(parts, shapes, strict=True)]
@@ -74,7 +66,7 @@ def run(
             weights = list(params[k * per_direction : (k + 1) * per_direction])
 
             def block(x: Tensor, state: State, weights=weights) -> tuple[Tensor, State]:
-                y, *final = kernel(x, _hidden(state), weights, bias, 1, 0.0, training, False, False)
+                y, *final = alone.torch_kernel(x, state=state, params=weights)
                 return y, tuple(final)
 
             y, final = walk(block, blocks, tuple(s[k : k + 1] for s in state))
@@ -103,10 +95,6 @@ def in_blocks(cell: str, data: Tensor, state: State, params: Sequence[Tensor], s
         return False
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *state, *params))
     return differentiated or (cell == "lstm" and steps >= LEAST_STEPS)
-
-
-def _hidden(state: State) -> "Tensor | State":
-    return state if len(state) == 2 else state[0]
 
 
 def _ahead(kernel: Kernel, blocks: Sequence[Tensor], state: State) -> tuple[list[Tensor], State]:

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as _dropout
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 
-from ..reference import GATES
+from ..cells import CELLS
 from ..sequences import untraced
+from ..stack import Stack
 from . import packed
 from .packed import State
 
@@ -51,15 +51,10 @@ class Segments(NamedTuple):
 
 @untraced
 def run(
-    cell: str,
+    stack: Stack,
     x: Tensor,
     state: State,
     params: Sequence[Tensor],
-    num_layers: int,
-    bias: bool,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
     *,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -79,14 +74,15 @@ def run(
     own); and with cell_states, of an LSTM, c_t of the last layer (T, B, D*H) or (total, D*H), else None.
 
     >>> import torch
+    >>> from fastrnn.stack import Stack
     >>> from fastrnn.torch_path import segments
     >>> gru, x, h_0 = torch.nn.GRU(3, 4), torch.randn(5, 2, 3), torch.zeros(1, 2, 4)
     >>> reset = torch.tensor([[0, 0], [0, 0], [1, 0], [0, 0], [0, 0]]).bool()  # row 0 begins anew at t = 2
-    >>> y, _, _ = segments.run("gru", x, (h_0,), list(gru.parameters()), 1, True, 0.0, True, False, reset=reset)
+    >>> y, _, _ = segments.run(Stack("gru"), x, (h_0,), list(gru.parameters()), reset=reset)
     >>> torch.allclose(y[2:, 0], gru(x[2:, 0])[0], atol=1e-6)
     True
     """
-    D, B = 2 if bidirectional else 1, state[0].shape[1]
+    D, B, num_layers, bias = stack.directions, state[0].shape[1], stack.num_layers, stack.bias
     segments = _cut(x, B, D, lengths, cu_seqlens, reset)
     resets = reset_state or (None,) * len(state)
     initial = [_initial(segments, s, r) for s, r in zip(state, resets, strict=True)]
@@ -94,17 +90,10 @@ def run(
 
     def layers(source: Tensor, first: int, last: int) -> tuple[Tensor, State]:
         of_these = params[first * per_layer : last * per_layer]
+        these = stack._replace(num_layers=last - first)
+        of_these = packed.on_its_own(of_these, bias) if apart else of_these
         return packed.run(
-            cell,
-            source,
-            segments.batch_sizes,
-            tuple(s[first * D : last * D] for s in initial),
-            packed.on_its_own(of_these, bias) if apart else of_these,
-            last - first,
-            bias,
-            dropout,
-            training,
-            bidirectional,
+            these, source, segments.batch_sizes, tuple(s[first * D : last * D] for s in initial), of_these
         )
 
     source = (x if cu_seqlens is not None else x.flatten(0, 1)).index_select(0, segments.places)
@@ -112,7 +101,7 @@ def run(
     apart = num_layers - 1 if cell_states else 0  # the last layer: its cell states need its input
     if apart:
         source, below = layers(source, 0, apart)
-        source = _dropout(source, dropout, training)
+        source = dropout(source, stack.dropout, stack.training)
     y, finals = layers(source, apart, num_layers)
     if below:
         finals = tuple(torch.cat(parts) for parts in zip(below, finals, strict=True))
@@ -213,7 +202,7 @@ def _cell_states(
     for d, (walk, h) in enumerate(zip(segments.walks, y.chunk(D, -1), strict=True)):
         W_ih, W_hh, *b = params[d * len(params) // D : (d + 1) * len(params) // D]
         b_ih, b_hh = b[:2] if bias else (None, None)
-        ifg = 3 * W_hh.shape[0] // GATES["lstm"]  # rows of the gates that c takes; o comes last
+        ifg = 3 * W_hh.shape[0] // CELLS["lstm"].gates  # rows of the gates that c takes; o comes last
         h_0, c_0 = (s[d].to(y.dtype) for s in initial)
         h_prev = h.index_select(0, walk.packed).roll(1, 0).index_copy(0, walk.starts, h_0)
         gates = linear(x.index_select(0, walk.packed), W_ih[:ifg], None if b_ih is None else b_ih[:ifg])

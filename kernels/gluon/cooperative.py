@@ -6,7 +6,8 @@
                dh = W_hh^T[own units] d_gates[t] + rest
 
 Programs and groups are those of ../tile/cooperative.py, the protocol is in ../exchange.py, the layout of tensors in
-../loop.py; helpers of these serve both dialects, since layouts come with the offsets. What differs is where things are:
+../arguments.py; helpers of ../loop.py and ../rows.py serve both dialects, since layouts come with the offsets. What
+differs is where things are:
 
 The exchanged state goes straight from L2 to the registers that the tensor cores read (operands.py): no warp reads what
 another does, 16 bytes a load where H allows it. A copy through shared memory (cp.async) would free registers, but pass
@@ -17,7 +18,7 @@ element whose cell it computes: pointwise work is spread over all threads, at th
 
 The first IN_REGISTERS operands of W_hh stay in registers, the others are read from shared memory every step.
 
-Grid: (P, batch tiles, D). Source: as ../tile/cooperative.py.
+Grid: (programs of a group, batch tiles, R). Source: as ../tile/cooperative.py.
 
 Limit: forward, the latency of a step, as there; backward, from H = 1024 on, what each program reads through L2: G times
 as many bytes as forward.
@@ -30,34 +31,34 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .. import loop
-from ..exchange import Group, announce, meet, publish, receive
-from ..loop import Constants, Gradients, Outputs, Saved, first_state, load_bias, load_state, store_state
+from ..exchange import Group, announce, counter_of, meet, publish, receive
+from ..loop import Constants, first_state, load_bias, load_state, store_state
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows, live, slot
 from .layouts import block_barrier
 from .operands import load_layout, load_piece, load_weights, product_layout, weight
 
 
+class Form(NamedTuple):
+    """What the planner chose."""
+
+    BLOCK_B: int
+    BLOCK_N: int
+    K_TILES: tuple[tuple[int, int], ...]
+    WARPS: int
+    SPIN_ON_LOAD: bool  # how a program waits at the grid barrier
+    IN_REGISTERS: int
+
+
 class Held(NamedTuple):
     """What a program holds for all of time."""
 
-    W_hh: (
-        Any  # an operand for each piece of K and gate, the first IN_REGISTERS in registers, the others in shared memory
-    )
+    W_hh: Any  # an operand for each piece of K and gate, the first IN_REGISTERS in registers, others in shared memory
     b_hh: Any  # G tiles [BLOCK_B, BLOCK_N]; None in backward
     sums: Any  # shared memory where the warps' sums meet
     piece_rows: Any  # [BLOCK_B], in the layout that pieces of the state are read in; in backward a Rows
     piece_mask: Any  # which of them exist
     group: Any
-
-
-class Form(NamedTuple):
-    """What the planner chose."""
-
-    K_TILES: Any
-    WARPS: Any
-    SPIN_ON_LOAD: Any
-    IN_REGISTERS: Any
 
 
 @gluon.constexpr_function
@@ -81,17 +82,14 @@ def sums_layout(WARPS, BLOCK_B, BLOCK_N):
 
 
 @gluon.jit
-def place(
-    rows_ptr, T, B, D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr,
-    RAGGED: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
+def place(K: gl.constexpr, table_ptr, T, B, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
     """This program's rows and units, the first row of its batch tile, and the tile's rows."""
-    direction = (gl.program_id(2) if D > 1 else gl.to_tensor(0)).to(gl.int64)
+    recurrence = (gl.program_id(2) if K.D * K.N > 1 else gl.to_tensor(0)).to(gl.int64)
     first_row = gl.program_id(1).to(gl.int64) * BLOCK_B
     offs_b = gl.arange(0, BLOCK_B, gl.SliceLayout(1, LAYOUT))
     offs_n = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-    units = Units(offs_n, (first_row + offs_b < B)[:, None] & (offs_n < H)[None, :])
-    return find_rows(rows_ptr, direction, D, T, B, first_row, offs_b, RAGGED), units, first_row, offs_b
+    units = Units(offs_n, (first_row + offs_b < B)[:, None] & (offs_n < K.H)[None, :])
+    return find_rows(K, table_ptr, recurrence, T, B, first_row, offs_b), units, first_row, offs_b
 
 
 @gluon.jit
@@ -137,10 +135,10 @@ def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back)
         longer = ()
         for g in gl.static_range(K.gates):
             if group.last is not None and g == K.gates - 1:
-                d_gate = load_piece(group.last + now * K.H, rows.D * K.H, slots, mask, K.H, F.K_TILES, i, F.WARPS)
+                d_gate = load_piece(group.last + now * K.H, rows.count * K.H, slots, mask, K.H, F.K_TILES, i, F.WARPS)
             else:
                 ptr = group.exchanged + (now * K.gates + g) * K.H
-                d_gate = load_piece(ptr, rows.D * K.gates * K.H, slots, mask, K.H, F.K_TILES, i, F.WARPS)
+                d_gate = load_piece(ptr, rows.count * K.gates * K.H, slots, mask, K.H, F.K_TILES, i, F.WARPS)
             W_g = weight(held.W_hh[i * K.gates + g], F.WARPS, i * K.gates + g < F.IN_REGISTERS)
             longer = longer + (mma_v2(W_g, d_gate, sums[g], input_precision=K.precision),)
         sums = longer
@@ -151,76 +149,63 @@ def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back)
 
 
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
-def forward(
-    x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
-    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, rows_ptr, reset_ptr, reset_h_ptr, reset_c_ptr,
-    exchanged_ptr, counters_ptr,
-    T, B,
-    CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
-    RAGGED: gl.constexpr, BY_STEP: gl.constexpr,
-    D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
-    WARPS: gl.constexpr, PRECISION: gl.constexpr, SPIN_ON_LOAD: gl.constexpr, COUNTER_STRIDE: gl.constexpr,
-    IN_REGISTERS: gl.constexpr,
-):  # fmt: skip
-    K: gl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
-    F: gl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD, IN_REGISTERS)
+def forward(inputs, outputs, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: gl.constexpr, FORM: gl.constexpr):
+    K: gl.constexpr = Constants(
+        CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+    )  # fmt: skip
+    F: gl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS)
+    BLOCK_B: gl.constexpr = FORM.BLOCK_B
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    K_TILES: gl.constexpr = FORM.K_TILES
+    WARPS: gl.constexpr = FORM.WARPS
     TIER: gl.constexpr = loop.Tier(receive, gates, publish, False, F)
-    SUMS: gl.constexpr = gl.SliceLayout(0, cell_layout(WARPS))
-    rows, units, first_row, offs_b = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_N, RAGGED, SUMS)
-    if HAS_C:
-        first, last, starts, cells = (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
-    else:
-        first, last, starts, cells = (h_0_ptr,), (h_n_ptr,), (reset_h_ptr,), ()
-    PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, W_hh_ptr.dtype.element_ty)
+    rows, units, first_row, offs_b = place(
+        K, sequences.rows, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
+    )
+    resets = Resets(sequences.reset, sequences.starts)
+    PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, inputs.W_hh.dtype.element_ty)
     piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
-    counter_ptr = counters_ptr + (gl.program_id(1) * D + gl.program_id(2)) * COUNTER_STRIDE
-    exchanged_ptr += (rows.direction * B + first_row) * H
-    buffer = B.to(gl.int64) * D * H
-    group = Group(counter_ptr, gl.num_programs(0).to(gl.int64), exchanged_ptr, None, buffer, offs_b)
-    W_hh = load_weights(W_hh_ptr, rows.direction, G, H, BLOCK_N, K_TILES, WARPS, IN_REGISTERS, True)
-    b_hh = load_bias(K, b_hh_ptr, rows.direction, units)
-    sums = gl.allocate_shared_memory(gl.float32, [G, WARPS, BLOCK_B, BLOCK_N], sums_layout(WARPS, BLOCK_B, BLOCK_N))
+    exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * K.H
+    buffer = B.to(gl.int64) * (K.D * K.N * K.H)
+    programs = gl.num_programs(0).to(gl.int64)
+    group = Group(counter_of(exchange.counters, rows), programs, exchanged_ptr, None, buffer, offs_b)
+    W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, True)
+    b_hh = load_bias(K, inputs.b_hh, rows.recurrence, units)
+    shared: gl.constexpr = sums_layout(WARPS, BLOCK_B, BLOCK_N)
+    sums = gl.allocate_shared_memory(gl.float32, [K.gates, WARPS, BLOCK_B, BLOCK_N], shared)
     held = Held(W_hh, b_hh, sums, piece_rows, first_row + piece_rows < B, group)
-    resets = Resets(reset_ptr, starts)
-    state = first_state(K, first, rows, units, resets)
+    state = first_state(K, inputs.states, rows, units, resets, B)
     publish(held, K, F, units, state, 0)
-    out = Outputs(y_ptr, cells, saved_ptr)
-    state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
-    store_state(K, last, rows, units, state)
+    state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
+    store_state(K, outputs.finals, rows, units, B, state)
 
 
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
-def backward(
-    dy_ptr, dh_n_ptr, dc_n_ptr, dc_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-    d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, d_reset_h_ptr, d_reset_c_ptr, counters_ptr,
-    T, B,
-    CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
-    RAGGED: gl.constexpr, BY_STEP: gl.constexpr,
-    D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
-    WARPS: gl.constexpr, PRECISION: gl.constexpr, SPIN_ON_LOAD: gl.constexpr, COUNTER_STRIDE: gl.constexpr,
-    IN_REGISTERS: gl.constexpr,
-):  # fmt: skip
-    K: gl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
-    F: gl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD, IN_REGISTERS)
+def backward(read, grads, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: gl.constexpr, FORM: gl.constexpr):
+    K: gl.constexpr = Constants(
+        CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+    )  # fmt: skip
+    F: gl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS)
+    BLOCK_B: gl.constexpr = FORM.BLOCK_B
+    BLOCK_N: gl.constexpr = FORM.BLOCK_N
+    K_TILES: gl.constexpr = FORM.K_TILES
+    WARPS: gl.constexpr = FORM.WARPS
     TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
-    SUMS: gl.constexpr = gl.SliceLayout(0, cell_layout(WARPS))
-    rows, units, first_row, offs_b = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_N, RAGGED, SUMS)
-    if HAS_C:
-        last, first, starts = (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr)
-        cells = (dc_ptr,)
-    else:
-        last, first, starts, cells = (dh_n_ptr,), (dh_0_ptr,), (d_reset_h_ptr,), ()
-    PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, W_hh_ptr.dtype.element_ty)
+    rows, units, first_row, offs_b = place(
+        K, sequences.rows, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
+    )
+    resets = Resets(sequences.reset, sequences.starts)
+    PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, read.W_hh.dtype.element_ty)
     piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
-    counter_ptr = counters_ptr + (gl.program_id(1) * D + gl.program_id(2)) * COUNTER_STRIDE
-    group = Group(counter_ptr, gl.num_programs(0).to(gl.int64), d_x_gates_ptr, d_rec_last_ptr, None, offs_b)
-    W_hh = load_weights(W_hh_ptr, rows.direction, G, H, BLOCK_N, K_TILES, WARPS, IN_REGISTERS, False)
-    pieces = find_rows(rows_ptr, rows.direction, D, T, B, first_row, piece_rows, RAGGED)
-    sums = gl.allocate_shared_memory(gl.float32, [1, WARPS, BLOCK_B, BLOCK_N], sums_layout(WARPS, BLOCK_B, BLOCK_N))
+    programs = gl.num_programs(0).to(gl.int64)
+    group = Group(counter_of(exchange.counters, rows), programs, grads.d_x_gates, grads.d_rec_last, None, offs_b)
+    W_hh = load_weights(K, F, read.W_hh, rows.recurrence, False)
+    pieces = find_rows(K, sequences.rows, rows.recurrence, T, B, first_row, piece_rows)
+    shared: gl.constexpr = sums_layout(WARPS, BLOCK_B, BLOCK_N)
+    sums = gl.allocate_shared_memory(gl.float32, [1, WARPS, BLOCK_B, BLOCK_N], shared)
     held = Held(W_hh, None, sums, pieces, first_row + piece_rows < B, group)
-    read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
-    grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
-    d_state = load_state(K, last, rows, units)
-    resets = Resets(reset_ptr, (reset_kept_ptr,))
+    d_state = load_state(K, read.d_finals, rows, units, B)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(K, first, rows, units, d_state)
+    store_state(K, grads.d_states, rows, units, B, d_state)

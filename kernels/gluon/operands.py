@@ -65,17 +65,13 @@ def as_operand(tile, WARPS: gl.constexpr, index: gl.constexpr):
 
 
 @gluon.jit
-def load_weights(
-    W_hh_ptr, direction, G: gl.constexpr, H: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
-    WARPS: gl.constexpr, IN_REGISTERS: gl.constexpr, BY_ROW: gl.constexpr,
-):  # fmt: skip
+def load_weights(K: gl.constexpr, F: gl.constexpr, W_hh_ptr, recurrence, BY_ROW: gl.constexpr):
     """An operand for each piece of K and gate, the first IN_REGISTERS in registers, the rest in shared memory."""
     tiles = ()
-    for i in gl.static_range(len(K_TILES)):
-        for g in gl.static_range(G):
-            block_ptr = W_hh_ptr + (direction * G + g) * H * H
-            tile = load_weight(block_ptr, H, BLOCK_N, K_TILES, i, WARPS, BY_ROW)
-            if i * G + g < IN_REGISTERS:
+    for i in gl.static_range(len(F.K_TILES)):
+        for g in gl.static_range(K.gates):
+            tile = load_weight(K, F, W_hh_ptr + (recurrence * K.gates + g) * K.H * K.H, i, BY_ROW)
+            if i * K.gates + g < F.IN_REGISTERS:
                 tiles = tiles + (tile,)
             else:
                 tiles = tiles + (to_shared(tile),)
@@ -83,20 +79,20 @@ def load_weights(
 
 
 @gluon.jit
-def load_weight(
-    block_ptr, H: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, i: gl.constexpr, WARPS: gl.constexpr,
-    BY_ROW: gl.constexpr,
-):  # fmt: skip
+def load_weight(K: gl.constexpr, F: gl.constexpr, block_ptr, i: gl.constexpr, BY_ROW: gl.constexpr):
     """[WARPS, BLOCK_N, K] of a gate's block of W_hh: its rows are the own units if BY_ROW, else its columns."""
+    K_TILES: gl.constexpr = F.K_TILES
+    WARPS: gl.constexpr = F.WARPS
+    BLOCK_N: gl.constexpr = F.BLOCK_N
     LAYOUT: gl.constexpr = load_layout(K_TILES[i][1], WARPS, block_ptr.dtype.element_ty)
     offs_k = columns(K_TILES, i, WARPS, gl.SliceLayout(1, LAYOUT))[:, None, :]
     units = gl.arange(0, BLOCK_N, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     own = (gl.program_id(0) * BLOCK_N + units)[None, :, None]
     if BY_ROW:
-        tile_ptr = block_ptr + own * H + offs_k
+        tile_ptr = block_ptr + own * K.H + offs_k
     else:
-        tile_ptr = block_ptr + offs_k * H + own
-    tile = gl.load(tile_ptr, mask=(offs_k < H) & (own < H), other=0.0)
+        tile_ptr = block_ptr + offs_k * K.H + own
+    tile = gl.load(tile_ptr, mask=(offs_k < K.H) & (own < K.H), other=0.0)
     return as_operand(tile, WARPS, 0)
 
 

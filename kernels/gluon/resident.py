@@ -17,9 +17,9 @@ shares of their own columns, a few neighbours of one row. x_gates, saved tiles a
 layout. In the layout of the products a warp has 8 columns of 16 rows, so that each access meets 8 lines of L1, a cycle
 each: 1.26 us a step instead of 0.65 (LSTM, H = 64, bf16, forward, measured on an H100).
 
-The layout of tensors is in ../loop.py, sequences of their own lengths and resets in ../rows.py: their helpers serve
-both dialects, since layouts come with the offsets.
-Grid: (batch tiles, D), clusters. Source: as ../tile/resident.py.
+The layout of tensors is in ../arguments.py. Helpers of ../loop.py and ../rows.py serve both dialects, since layouts
+come with the offsets.
+Grid: (batch tiles, R), clusters. Source: as ../tile/resident.py.
 
 Limit: the chain of dependent latencies of a step (barrier, ldmatrix, products, activations, store), and with clusters
 the exchange; for 16 warps their issue slots come near. W_hh in registers costs nothing.
@@ -32,7 +32,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .. import loop
-from ..loop import Constants, Gradients, Outputs, Saved, first_state, load_bias, load_state, store_state
+from ..loop import Constants, first_state, load_bias, load_state, store_state
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows
 from . import layouts
@@ -55,7 +55,17 @@ class Held(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What the planner chose, and the layouts that follow from it."""
+    """What the planner chose."""
+
+    BLOCK_B: int
+    BLOCK_H: int
+    SHARES: int
+    IN_REGISTERS: int
+    BIAS_KEPT: bool = True  # forward: whether the bias stays in registers
+
+
+class Layouts(NamedTuple):
+    """What verbs must know of a Form, and the layouts that follow from it."""
 
     CTAS: Any
     SHARES: Any
@@ -69,13 +79,14 @@ class Form(NamedTuple):
 
 
 @gluon.constexpr_function
-def form(shares, in_registers, bias_kept, bits, block_b, block_h, ctas, warps, dim):
-    """The form of a pass: dim is 2 in forward, where programs of a cluster split columns, 0 in backward."""
+def layouts_of(form, bits, ctas, warps, dim):
+    """The layouts of a pass: dim is 2 in forward, where programs of a cluster split columns, 0 in backward."""
+    block_b, block_h, shares, in_registers, bias_kept = form
     product = layouts.product(warps, shares, ctas, dim)
     summed = layouts.summed(shares * ctas if dim == 0 else shares, block_b, block_h, warps, ctas)
     a, w = (gl.DotOperandLayout(i, product, 32 // bits) for i in (0, 1))
     gathered = layouts.gathered(bits, block_h, warps, ctas) if ctas > 1 else None
-    return Form(ctas, shares, in_registers, bias_kept, product, a, w, summed, gathered)
+    return Layouts(ctas, shares, in_registers, bias_kept, product, a, w, summed, gathered)
 
 
 @gluon.jit
@@ -91,22 +102,19 @@ def cluster_barrier():
 
 
 @gluon.jit
-def place(
-    rows_ptr, T, B, D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr,
-    RAGGED: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
+def place(K: gl.constexpr, table_ptr, T, B, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, LAYOUT: gl.constexpr):
     """This program's rows and units."""
-    direction = (gl.program_id(1) if D > 1 else gl.to_tensor(0)).to(gl.int64)
+    recurrence = (gl.program_id(1) if K.D * K.N > 1 else gl.to_tensor(0)).to(gl.int64)
     first_row = gl.program_id(0).to(gl.int64) * BLOCK_B
     offs_b = gl.arange(0, BLOCK_B, gl.SliceLayout(1, LAYOUT))
     offs_h = gl.arange(0, BLOCK_H, gl.SliceLayout(0, LAYOUT))
-    units = Units(offs_h, (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :])
-    return find_rows(rows_ptr, direction, D, T, B, first_row, offs_b, RAGGED), units
+    units = Units(offs_h, (first_row + offs_b < B)[:, None] & (offs_h < K.H)[None, :])
+    return find_rows(K, table_ptr, recurrence, T, B, first_row, offs_b), units
 
 
 @gluon.jit
 def load_weights(
-    K: gl.constexpr, F: gl.constexpr, W_hh_ptr, direction, BLOCK_H: gl.constexpr, SUMMANDS: gl.constexpr,
+    K: gl.constexpr, F: gl.constexpr, W_hh_ptr, recurrence, BLOCK_H: gl.constexpr, SUMMANDS: gl.constexpr,
     SHARED: gl.constexpr, TRANSPOSED: gl.constexpr,
 ):  # fmt: skip
     """G operands [SUMMANDS, BLOCK_H // SUMMANDS of k, BLOCK_H of n]: W_hh[n, k], or W_hh[k, n] if TRANSPOSED."""
@@ -118,7 +126,7 @@ def load_weights(
     offsets = offs_k * K.H + offs_n if TRANSPOSED else offs_n * K.H + offs_k
     operands = ()
     for g in gl.static_range(K.gates):
-        tile = gl.load(W_hh_ptr + (direction * K.gates + g) * K.H * K.H + offsets, mask=mask, other=0.0)
+        tile = gl.load(W_hh_ptr + (recurrence * K.gates + g) * K.H * K.H + offsets, mask=mask, other=0.0)
         if g < F.IN_REGISTERS:
             operands = operands + (tile,)
         else:
@@ -141,12 +149,12 @@ def in_shares(tile, SHARES: gl.constexpr):
 
 
 @gluon.jit
-def receive(held, K: gl.constexpr, F: gl.constexpr, units, direction, state, step):
+def receive(held, K: gl.constexpr, F: gl.constexpr, units, recurrence, state, step):
     """h of all units, gathered from the shared memories of the cluster's programs; and the bias."""
     if F.BIAS_KEPT:
         b_hh = held.b_hh
     else:  # it comes from L1 every step
-        b_hh = load_bias(K, held.b_hh, direction, units)
+        b_hh = load_bias(K, held.b_hh, recurrence, units)
     if F.CTAS > 1:
         cluster_barrier()
         GATHERED: gl.constexpr = F.GATHERED
@@ -219,35 +227,28 @@ def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back)
 
 
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
-def forward(
-    x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
-    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, rows_ptr, reset_ptr, reset_h_ptr, reset_c_ptr,
-    T, B,
-    CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
-    RAGGED: gl.constexpr, BY_STEP: gl.constexpr,
-    D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
-    SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr, BIAS_KEPT: gl.constexpr,
-):  # fmt: skip
+def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constexpr, FORM: gl.constexpr):
+    K: gl.constexpr = Constants(
+        CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+    )  # fmt: skip
     CTAS: gl.constexpr = gl.num_ctas()
-    dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
-    BITS: gl.constexpr = dtype.primitive_bitwidth
-    K: gl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
-    F: gl.constexpr = form(SHARES, IN_REGISTERS, BIAS_KEPT, BITS, BLOCK_B, BLOCK_H, CTAS, gl.num_warps(), 2)
-    TIER: gl.constexpr = loop.Tier(receive, gates, publish, True, F)
-    rows, units = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_H, RAGGED, gl.SliceLayout(0, F.SUMMED))
-    if HAS_C:
-        first, last, starts, cells = (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
-    else:
-        first, last, starts, cells = (h_0_ptr,), (h_n_ptr,), (reset_h_ptr,), ()
+    BLOCK_B: gl.constexpr = FORM.BLOCK_B
+    BLOCK_H: gl.constexpr = FORM.BLOCK_H
+    SHARES: gl.constexpr = FORM.SHARES
     DEPTH: gl.constexpr = BLOCK_H // SHARES
-    W_hh = load_weights(
-        K, F, W_hh_ptr, rows.direction, BLOCK_H, SHARES, layouts.operand(BITS, DEPTH, [1, 2, 0], CTAS, 2), False
-    )
-    b_hh = load_bias(K, b_hh_ptr, rows.direction, units)
-    if not BIAS_KEPT:
-        b_hh = b_hh_ptr
-    resets = Resets(reset_ptr, starts)
-    state = first_state(K, first, rows, units, resets)
+    dtype: gl.constexpr = inputs.W_hh.dtype.element_ty
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    F: gl.constexpr = layouts_of(FORM, BITS, CTAS, gl.num_warps(), 2)
+    TIER: gl.constexpr = loop.Tier(receive, gates, publish, True, F)
+    rows, units = place(K, sequences.rows, T, B, BLOCK_B, BLOCK_H, gl.SliceLayout(0, F.SUMMED))
+    resets = Resets(sequences.reset, sequences.starts)
+    shared: gl.constexpr = layouts.operand(BITS, DEPTH, [1, 2, 0], CTAS, 2)
+    W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, BLOCK_H, SHARES, shared, False)
+    b_hh = load_bias(K, inputs.b_hh, rows.recurrence, units)
+    if not F.BIAS_KEPT:
+        b_hh = inputs.b_hh
+    state = first_state(K, inputs.states, rows, units, resets, B)
     whole = gl.allocate_shared_memory(
         dtype, [2, SHARES, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, None)
     )
@@ -256,53 +257,42 @@ def forward(
         own = gl.allocate_shared_memory(
             dtype, [2, BLOCK_B, BLOCK_H], layouts.operand(BITS, BLOCK_H // CTAS, [1, 0], CTAS, 1)
         )
-    summands = gl.allocate_shared_memory(gl.float32, [G, SHARES, BLOCK_B, BLOCK_H], layouts.partial(BLOCK_H, CTAS, 2))
+    partial: gl.constexpr = layouts.partial(BLOCK_H, CTAS, 2)
+    summands = gl.allocate_shared_memory(gl.float32, [K.gates, SHARES, BLOCK_B, BLOCK_H], partial)
     held = Held(W_hh, b_hh, whole, own, summands)
     publish(held, K, F, units, state, 0)
-    out = Outputs(y_ptr, cells, saved_ptr)
-    state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
-    store_state(K, last, rows, units, state)
+    state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
+    store_state(K, outputs.finals, rows, units, B, state)
     if CTAS > 1:
         gl.barrier(cluster=True)  # no program ends while others read its shared memory
 
 
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
-def backward(
-    dy_ptr, dh_n_ptr, dc_n_ptr, dc_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-    d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, d_reset_h_ptr, d_reset_c_ptr,
-    T, B,
-    CELL: gl.constexpr, G: gl.constexpr, S: gl.constexpr, HAS_C: gl.constexpr, ACTIVATIONS: gl.constexpr,
-    RAGGED: gl.constexpr, BY_STEP: gl.constexpr,
-    D: gl.constexpr, H: gl.constexpr, BLOCK_B: gl.constexpr, BLOCK_H: gl.constexpr, PRECISION: gl.constexpr,
-    SHARES: gl.constexpr, IN_REGISTERS: gl.constexpr,
-):  # fmt: skip
+def backward(read, grads, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constexpr, FORM: gl.constexpr):
+    K: gl.constexpr = Constants(
+        CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+    )  # fmt: skip
     CTAS: gl.constexpr = gl.num_ctas()
-    dtype: gl.constexpr = W_hh_ptr.dtype.element_ty
-    BITS: gl.constexpr = dtype.primitive_bitwidth
-    K: gl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
-    F: gl.constexpr = form(SHARES, IN_REGISTERS, True, BITS, BLOCK_B, BLOCK_H, CTAS, gl.num_warps(), 0)
-    TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, True, F)
-    rows, units = place(rows_ptr, T, B, D, H, BLOCK_B, BLOCK_H, RAGGED, gl.SliceLayout(0, F.SUMMED))
-    if HAS_C:
-        last, first, starts = (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr)
-        cells = (dc_ptr,)
-    else:
-        last, first, starts, cells = (dh_n_ptr,), (dh_0_ptr,), (d_reset_h_ptr,), ()
-    SUMMANDS: gl.constexpr = SHARES * CTAS
+    BLOCK_B: gl.constexpr = FORM.BLOCK_B
+    BLOCK_H: gl.constexpr = FORM.BLOCK_H
+    SUMMANDS: gl.constexpr = FORM.SHARES * CTAS
     DEPTH: gl.constexpr = BLOCK_H // SUMMANDS
-    W_hh = load_weights(
-        K, F, W_hh_ptr, rows.direction, BLOCK_H, SUMMANDS, layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0), True
-    )
-    d_state = load_state(K, last, rows, units)
+    dtype: gl.constexpr = read.W_hh.dtype.element_ty
+    BITS: gl.constexpr = dtype.primitive_bitwidth
+    F: gl.constexpr = layouts_of(FORM, BITS, CTAS, gl.num_warps(), 0)
+    TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, True, F)
+    rows, units = place(K, sequences.rows, T, B, BLOCK_B, BLOCK_H, gl.SliceLayout(0, F.SUMMED))
+    resets = Resets(sequences.reset, sequences.starts)
+    shared: gl.constexpr = layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0)
+    W_hh = load_weights(K, F, read.W_hh, rows.recurrence, BLOCK_H, SUMMANDS, shared, True)
+    d_state = load_state(K, read.d_finals, rows, units, B)
     d_tile = gl.allocate_shared_memory(
-        dtype, [G, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
+        dtype, [K.gates, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
     )
     summands = gl.allocate_shared_memory(gl.float32, [2, SUMMANDS, BLOCK_B, BLOCK_H], layouts.partial(BLOCK_H, CTAS, 0))
     held = Held(W_hh, None, d_tile, None, summands)
-    read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
-    grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
-    resets = Resets(reset_ptr, (reset_kept_ptr,))
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(K, first, rows, units, d_state)
+    store_state(K, grads.d_states, rows, units, B, d_state)
     if CTAS > 1:
         gl.barrier(cluster=True)

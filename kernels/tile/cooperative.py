@@ -18,7 +18,8 @@ size), ...), covers it with powers of two, small ones, since each is an operand 
 
 Source: Diamos et al. 2016 (persistent RNNs) for the split over the GPU with a barrier a step.
 
-Grid: (P, batch tiles, D); the last two number the groups. The layout of tensors is in ../loop.py.
+Grid: (programs of a group, batch tiles, R); the last two number the groups. The layout of tensors is in
+../arguments.py.
 
 Limit: the latency of a step, not bandwidth: one grid barrier and one read of the state through L2 (about 1 us on an
 H100 by public notes), then product, sum over the warps, activations, store.
@@ -30,10 +31,20 @@ import triton
 import triton.language as tl
 
 from .. import loop
-from ..exchange import Group, announce, load_exchanged, meet, publish, receive
-from ..loop import Constants, Gradients, Outputs, Saved, first_state, load_bias, load_state, store_state
+from ..exchange import Group, announce, counter_of, load_exchanged, meet, publish, receive
+from ..loop import Constants, first_state, load_bias, load_state, store_state
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows, live, slot
+
+
+class Form(NamedTuple):
+    """What the planner chose."""
+
+    BLOCK_B: int
+    BLOCK_N: int
+    K_TILES: tuple[tuple[int, int], ...]
+    WARPS: int
+    SPIN_ON_LOAD: bool  # how a program waits at the grid barrier
 
 
 class Held(NamedTuple):
@@ -45,24 +56,14 @@ class Held(NamedTuple):
     group: Any
 
 
-class Form(NamedTuple):
-    """What the planner chose."""
-
-    K_TILES: Any
-    WARPS: Any
-    SPIN_ON_LOAD: Any
-
-
 @triton.jit
-def place(rows_ptr, T, B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr):
-    """This program's rows and units, the first row of its batch tile, and the tile's rows and their mask."""
-    direction, D = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+def place(K: tl.constexpr, table_ptr, T, B, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's rows and units, the first row of its batch tile, and the tile's rows."""
     first_row = tl.program_id(1).to(tl.int64) * BLOCK_B
     offs_b = tl.arange(0, BLOCK_B)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = first_row + offs_b < B
-    units = Units(offs_n, row_mask[:, None] & (offs_n < H)[None, :])
-    return find_rows(rows_ptr, direction, D, T, B, first_row, offs_b, RAGGED), units, first_row, offs_b, row_mask
+    units = Units(offs_n, (first_row + offs_b < B)[:, None] & (offs_n < K.H)[None, :])
+    return find_rows(K, table_ptr, tl.program_id(2).to(tl.int64), T, B, first_row, offs_b), units, first_row, offs_b
 
 
 @triton.jit
@@ -73,22 +74,18 @@ def columns(K_TILES: tl.constexpr, i: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def load_weights(
-    W_hh_ptr, direction, offs_n,
-    G: tl.constexpr, H: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr, BY_ROW: tl.constexpr,
-):  # fmt: skip
+def load_weights(K: tl.constexpr, F: tl.constexpr, W_hh_ptr, recurrence, offs_n, BY_ROW: tl.constexpr):
     """[WARPS, K, BLOCK_N] for each piece of K and gate: rows of W_hh are the own units if BY_ROW, else its columns."""
-    tiles = ()
-    for i in tl.static_range(len(K_TILES)):
-        offs_k = columns(K_TILES, i, WARPS)[:, :, None]
-        own = offs_n[None, None, :]
-        for g in tl.static_range(G):
-            block_ptr = W_hh_ptr + (direction * G + g) * H * H
+    tiles, own = (), offs_n[None, None, :]
+    for i in tl.static_range(len(F.K_TILES)):
+        offs_k = columns(F.K_TILES, i, F.WARPS)[:, :, None]
+        for g in tl.static_range(K.gates):
+            block_ptr = W_hh_ptr + (recurrence * K.gates + g) * K.H * K.H
             if BY_ROW:
-                tile_ptr = block_ptr + own * H + offs_k
+                tile_ptr = block_ptr + own * K.H + offs_k
             else:
-                tile_ptr = block_ptr + offs_k * H + own
-            tiles = tiles + (tl.load(tile_ptr, mask=(offs_k < H) & (own < H), other=0.0),)
+                tile_ptr = block_ptr + offs_k * K.H + own
+            tiles = tiles + (tl.load(tile_ptr, mask=(offs_k < K.H) & (own < K.H), other=0.0),)
     return tiles
 
 
@@ -122,73 +119,51 @@ def d_hidden(held, K: tl.constexpr, F: tl.constexpr, dh, sent, rows, step, back)
         offs_k = columns(F.K_TILES, i, F.WARPS)
         for g in tl.static_range(K.gates):
             if group.last is not None and g == K.gates - 1:
-                d_gate = load_exchanged(group.last + now * K.H, rows.D * K.H, offs_k, K.H, rows.slots, mask)
+                d_gate = load_exchanged(group.last + now * K.H, rows.count * K.H, offs_k, K.H, rows.slots, mask)
             else:
                 ptr = group.exchanged + (now * K.gates + g) * K.H
-                d_gate = load_exchanged(ptr, rows.D * K.gates * K.H, offs_k, K.H, rows.slots, mask)
+                d_gate = load_exchanged(ptr, rows.count * K.gates * K.H, offs_k, K.H, rows.slots, mask)
             total = tl.dot(d_gate, held.W_hh[i * K.gates + g], acc=total, input_precision=K.precision)
     return dh + tl.sum(total, 0)
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
-def forward(
-    x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
-    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, rows_ptr, reset_ptr, reset_h_ptr, reset_c_ptr,
-    exchanged_ptr, counters_ptr,
-    T, B,
-    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
-    RAGGED: tl.constexpr, BY_STEP: tl.constexpr,
-    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
-    PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
-):  # fmt: skip
-    K: tl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
-    F: tl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD)
+def forward(inputs, outputs, sequences, exchange, T, B, CELL: tl.constexpr, SIZES: tl.constexpr, FORM: tl.constexpr):
+    K: tl.constexpr = Constants(
+        CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+    )  # fmt: skip
+    F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, False, F)
-    rows, units, first_row, offs_b, row_mask = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_N, RAGGED)
-    if HAS_C:
-        first, last, starts, cells = (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
-    else:
-        first, last, starts, cells = (h_0_ptr,), (h_n_ptr,), (reset_h_ptr,), ()
-    counter_ptr = counters_ptr + (tl.program_id(1) * rows.D + tl.program_id(2)) * COUNTER_STRIDE
-    exchanged_ptr += (rows.direction * B + first_row) * H
-    buffer = rows.D * tl.cast(B, tl.int64) * H
+    rows, units, first_row, offs_b = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
+    resets = Resets(sequences.reset, sequences.starts)
+    exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * K.H
+    buffer = rows.count * tl.cast(B, tl.int64) * K.H
+    counter_ptr = counter_of(exchange.counters, rows)
     group = Group(counter_ptr, tl.num_programs(0).to(tl.int64), exchanged_ptr, None, buffer, offs_b)
-    W_hh = load_weights(W_hh_ptr, rows.direction, units.offs, G, H, K_TILES, WARPS, True)
-    held = Held(W_hh, load_bias(K, b_hh_ptr, rows.direction, units), row_mask, group)
-    resets = Resets(reset_ptr, starts)
-    state = first_state(K, first, rows, units, resets)
+    W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, units.offs, True)
+    held = Held(W_hh, load_bias(K, inputs.b_hh, rows.recurrence, units), first_row + offs_b < B, group)
+    state = first_state(K, inputs.states, rows, units, resets, B)
     publish(held, K, F, units, state, 0)
-    out = Outputs(y_ptr, cells, saved_ptr)
-    state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
-    store_state(K, last, rows, units, state)
+    state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
+    store_state(K, outputs.finals, rows, units, B, state)
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
-def backward(
-    dy_ptr, dh_n_ptr, dc_n_ptr, dc_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-    d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, d_reset_h_ptr, d_reset_c_ptr, counters_ptr,
-    T, B,
-    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
-    RAGGED: tl.constexpr, BY_STEP: tl.constexpr,
-    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, WARPS: tl.constexpr,
-    PRECISION: tl.constexpr, SPIN_ON_LOAD: tl.constexpr, COUNTER_STRIDE: tl.constexpr,
-):  # fmt: skip
-    K: tl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
-    F: tl.constexpr = Form(K_TILES, WARPS, SPIN_ON_LOAD)
+def backward(read, grads, sequences, exchange, T, B, CELL: tl.constexpr, SIZES: tl.constexpr, FORM: tl.constexpr):
+    K: tl.constexpr = Constants(
+        CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+    )  # fmt: skip
+    F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
-    rows, units, _, offs_b, row_mask = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_N, RAGGED)
-    if HAS_C:
-        last, first, starts = (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr)
-        cells = (dc_ptr,)
-    else:
-        last, first, starts, cells = (dh_n_ptr,), (dh_0_ptr,), (d_reset_h_ptr,), ()
-    counter_ptr = counters_ptr + (tl.program_id(1) * rows.D + tl.program_id(2)) * COUNTER_STRIDE
-    group = Group(counter_ptr, tl.num_programs(0).to(tl.int64), d_x_gates_ptr, d_rec_last_ptr, None, offs_b)
-    W_hh = load_weights(W_hh_ptr, rows.direction, units.offs, G, H, K_TILES, WARPS, False)
-    held = Held(W_hh, None, row_mask, group)
-    read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
-    grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
-    d_state = load_state(K, last, rows, units)
-    resets = Resets(reset_ptr, (reset_kept_ptr,))
+    rows, units, first_row, offs_b = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
+    resets = Resets(sequences.reset, sequences.starts)
+    counter_ptr = counter_of(exchange.counters, rows)
+    programs = tl.num_programs(0).to(tl.int64)
+    group = Group(counter_ptr, programs, grads.d_x_gates, grads.d_rec_last, None, offs_b)
+    W_hh = load_weights(K, F, read.W_hh, rows.recurrence, units.offs, False)
+    held = Held(W_hh, None, first_row + offs_b < B, group)
+    d_state = load_state(K, read.d_finals, rows, units, B)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(K, first, rows, units, d_state)
+    store_state(K, grads.d_states, rows, units, B, d_state)

@@ -6,12 +6,12 @@
 Source: section 3 of Appleyard et al. 2016 (arXiv:1604.01946) for the split of the input product from the recurrent
 one; Diamos et al. 2016 (persistent RNNs) for weights that stay on chip.
 
-The layout of every tensor is in ../loop.py, sequences of their own lengths and resets in ../rows.py.
+The layout of every tensor is in ../arguments.py, sequences of their own lengths and resets in ../rows.py.
 
-Grid: (batch tiles, D). W_hh is read before the loop, once; x_gates (backward: everything a step reads) of the next
+Grid: (batch tiles, R). W_hh is read before the loop, once; x_gates (backward: everything a step reads) of the next
 step is loaded before this step's product, so that its latency hides behind it. The state is fp32 from step to step
 and is rounded where it is stored or multiplied. Forward saves the cell's saved tiles and c of every step, and only
-if saved_ptr is given (or c_ptr: the RNN needs nothing but y). dW_hh and db_hh are left to one product and one sum
+where they are given (the RNN needs nothing but y). dW_hh and db_hh are left to one product and one sum
 after the loop: accumulators for them would take the registers that hold W_hh.
 
 Limit: one SM's shared-memory bandwidth (W_hh passes through it every step) and the chain product, activations,
@@ -24,9 +24,16 @@ import triton
 import triton.language as tl
 
 from .. import loop
-from ..loop import Constants, Gradients, Outputs, Saved, first_state, load_bias, load_state, store_state
+from ..loop import Constants, first_state, load_bias, load_state, store_state
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows
+
+
+class Form(NamedTuple):
+    """What the planner chose."""
+
+    BLOCK_B: int
+    BLOCK_H: int
 
 
 class Held(NamedTuple):
@@ -37,22 +44,21 @@ class Held(NamedTuple):
 
 
 @triton.jit
-def place(rows_ptr, T, B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, RAGGED: tl.constexpr):
+def place(K: tl.constexpr, table_ptr, T, B, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
     """This program's rows and units."""
-    direction, D = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_B
     offs_b, offs_h = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_H)
-    units = Units(offs_h, (first_row + offs_b < B)[:, None] & (offs_h < H)[None, :])
-    return find_rows(rows_ptr, direction, D, T, B, first_row, offs_b, RAGGED), units
+    units = Units(offs_h, (first_row + offs_b < B)[:, None] & (offs_h < K.H)[None, :])
+    return find_rows(K, table_ptr, tl.program_id(1).to(tl.int64), T, B, first_row, offs_b), units
 
 
 @triton.jit
-def load_weights(K: tl.constexpr, W_hh_ptr, direction, units, TRANSPOSED: tl.constexpr):
+def load_weights(K: tl.constexpr, W_hh_ptr, recurrence, units, TRANSPOSED: tl.constexpr):
     """W_hh gate by gate, [BLOCK_H, BLOCK_H], as it is stored or TRANSPOSED."""
     tiles, offs = (), units.offs
     mask = (offs < K.H)[:, None] & (offs < K.H)[None, :]
     for g in tl.static_range(K.gates):
-        block_ptr = W_hh_ptr + (direction * K.gates + g) * K.H * K.H
+        block_ptr = W_hh_ptr + (recurrence * K.gates + g) * K.H * K.H
         if TRANSPOSED:
             at = offs[None, :] * K.H + offs[:, None]
         else:
@@ -62,7 +68,7 @@ def load_weights(K: tl.constexpr, W_hh_ptr, direction, units, TRANSPOSED: tl.con
 
 
 @triton.jit
-def receive(held, K: tl.constexpr, F: tl.constexpr, units, direction, state, step):
+def receive(held, K: tl.constexpr, F: tl.constexpr, units, recurrence, state, step):
     """h, which no other program has a part of."""
     return state[0].to(held.W_hh[0].dtype)
 
@@ -96,51 +102,31 @@ def d_hidden(held, K: tl.constexpr, F: tl.constexpr, dh, d_rec, rows, step, back
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
-def forward(
-    x_gates_ptr, W_hh_ptr, b_hh_ptr, h_0_ptr, c_0_ptr,
-    y_ptr, h_n_ptr, c_n_ptr, c_ptr, saved_ptr, rows_ptr, reset_ptr, reset_h_ptr, reset_c_ptr,
-    T, B,
-    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
-    RAGGED: tl.constexpr, BY_STEP: tl.constexpr,
-    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    K: tl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
-    rows, units = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_H, RAGGED)
-    if HAS_C:
-        first, last, starts, cells = (h_0_ptr, c_0_ptr), (h_n_ptr, c_n_ptr), (reset_h_ptr, reset_c_ptr), (c_ptr,)
-    else:
-        first, last, starts, cells = (h_0_ptr,), (h_n_ptr,), (reset_h_ptr,), ()
-    resets = Resets(reset_ptr, starts)
-    W_hh = load_weights(K, W_hh_ptr, rows.direction, units, TRANSPOSED=True)
-    held = Held(W_hh, load_bias(K, b_hh_ptr, rows.direction, units))
-    state = first_state(K, first, rows, units, resets)
-    out = Outputs(y_ptr, cells, saved_ptr)
+def forward(inputs, outputs, sequences, T, B, CELL: tl.constexpr, SIZES: tl.constexpr, FORM: tl.constexpr):
+    K: tl.constexpr = Constants(
+        CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+    )  # fmt: skip
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, True, None)
-    state = loop.forward(TIER, K, held, x_gates_ptr, out, rows, units, resets, state)
-    store_state(K, last, rows, units, state)
+    rows, units = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_H)
+    resets = Resets(sequences.reset, sequences.starts)
+    W_hh = load_weights(K, inputs.W_hh, rows.recurrence, units, TRANSPOSED=True)
+    held = Held(W_hh, load_bias(K, inputs.b_hh, rows.recurrence, units))
+    state = first_state(K, inputs.states, rows, units, resets, B)
+    state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
+    store_state(K, outputs.finals, rows, units, B, state)
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
-def backward(
-    dy_ptr, dh_n_ptr, dc_n_ptr, dc_ptr, W_hh_ptr, kept_0_ptr, kept_ptr, saved_ptr, rows_ptr, reset_ptr, reset_kept_ptr,
-    d_x_gates_ptr, d_rec_last_ptr, dh_0_ptr, dc_0_ptr, d_reset_h_ptr, d_reset_c_ptr,
-    T, B,
-    CELL: tl.constexpr, G: tl.constexpr, S: tl.constexpr, HAS_C: tl.constexpr, ACTIVATIONS: tl.constexpr,
-    RAGGED: tl.constexpr, BY_STEP: tl.constexpr,
-    H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    K: tl.constexpr = Constants(CELL, G, 1 + HAS_C, S, ACTIVATIONS, rows_ptr is not None, BY_STEP, H, PRECISION)
-    rows, units = place(rows_ptr, T, B, H, BLOCK_B, BLOCK_H, RAGGED)
-    if HAS_C:
-        last, first, starts = (dh_n_ptr, dc_n_ptr), (dh_0_ptr, dc_0_ptr), (d_reset_h_ptr, d_reset_c_ptr)
-        cells = (dc_ptr,)
-    else:
-        last, first, starts, cells = (dh_n_ptr,), (dh_0_ptr,), (d_reset_h_ptr,), ()
-    resets = Resets(reset_ptr, (reset_kept_ptr,))
-    held = Held(load_weights(K, W_hh_ptr, rows.direction, units, TRANSPOSED=False), None)
-    read = Saved(dy_ptr, cells, kept_0_ptr, kept_ptr, saved_ptr)
-    grads = Gradients(d_x_gates_ptr, d_rec_last_ptr, starts)
-    d_state = load_state(K, last, rows, units)
+def backward(read, grads, sequences, T, B, CELL: tl.constexpr, SIZES: tl.constexpr, FORM: tl.constexpr):
+    K: tl.constexpr = Constants(
+        CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+    )  # fmt: skip
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, True, None)
+    rows, units = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_H)
+    resets = Resets(sequences.reset, sequences.starts)
+    held = Held(load_weights(K, read.W_hh, rows.recurrence, units, TRANSPOSED=False), None)
+    d_state = load_state(K, read.d_finals, rows, units, B)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(K, first, rows, units, d_state)
+    store_state(K, grads.d_states, rows, units, B, d_state)

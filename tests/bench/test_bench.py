@@ -39,7 +39,7 @@ from bench import (
 )
 from bench.adapters import IMPLEMENTATIONS, Built, Missing
 from bench.workload import Data, Workload
-from fastrnn import plan, reference
+from fastrnn import cells, plan
 from fastrnn.compat import spills
 from fastrnn.device import DeviceSpec
 from fastrnn.planning.kernel_plan import KernelPlan
@@ -66,7 +66,7 @@ def test_implementations_agree_with_the_reference(device, name, workload):
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("cell", reference.STEPS)
+@pytest.mark.parametrize("cell", cells.CELLS)
 def test_the_reference_of_the_benchmarks_is_the_specification(device, cell):
     """The loop over torch.nn's cells in fp64, and fastrnn's reference backend."""
     for case in CASES:
@@ -319,7 +319,7 @@ def test_every_item_runs_what_there_is(tmp_path, monkeypatch):
         assert all((gpu.ROOT / word).exists() for word in command if word.startswith("tests/"))
         if command[1:3] == ["-m", "bench.launches"]:
             check, tier, cell, hidden, dtype, kind = command[3:]
-            assert check == "check" and tier in TIERS and cell in reference.GATES and hidden.isdecimal()
+            assert check == "check" and tier in TIERS and cell in cells.CELLS and hidden.isdecimal()
             assert dtype in ("float16", "bfloat16", "float32", "tf32") and kind in ("plain", *SEQUENCES)
         elif command[1:2] == ["-m"] and command[2].startswith("bench."):
             module = importlib.import_module(command[2])

@@ -4,15 +4,16 @@ All programs are alive; the schedule picks who runs at every atomic, load and st
 runs under 20, and under 200 with --wide=yes; `--schedules N` sets how many it is at most.
 """
 
+import dataclasses
 import functools
 import random
 
 import pytest
 import torch
 
-from fastrnn import ops
 from fastrnn.compat import interpreter
-from fastrnn.ops import recurrence
+from fastrnn.ops import library, recurrence
+from fastrnn.ops.schema import Args, BackwardArgs
 from fastrnn.planning.planner import plan
 
 from ..support.cases import CELLS, Case, make_problem, over_budget
@@ -22,8 +23,6 @@ from ..support.width import wide
 pytestmark = pytest.mark.skipif(
     not interpreter.ENABLED, reason="schedules are the interpreter's: set TRITON_INTERPRET=1"
 )
-
-SHARED = {"exchanged_ptr", "d_x_gates_ptr", "d_rec_last_ptr"}  # what one program writes and another reads
 
 
 @pytest.fixture
@@ -37,7 +36,11 @@ def scheduled(monkeypatch):
         choices = random.Random(seed)
 
         def watched_launch(kernel, grid, *args, **kwargs):
-            tensors = [a for name, a in zip(kernel.arg_names, args) if name in SHARED and a is not None]  # noqa: B905
+            groups = dict(zip(kernel.arg_names, args))  # noqa: B905
+            # What one program writes and another reads.
+            grads, exchange = groups.get("grads"), groups["exchange"]
+            shared = (exchange.states,) if grads is None else (grads.d_x_gates, grads.d_rec_last)
+            tensors = [tensor for tensor in shared if tensor is not None]
             launch(
                 kernel,
                 grid,
@@ -65,24 +68,13 @@ def small(cell: str):
 def passes(cell: str):
     """Run forward alone, and backward alone on what a forward kept: (name, run) with run() giving its outputs."""
     problem = small(cell)
-    x_gates, W_hh, b_hh, h_0, c_0 = problem.inputs
-    forward = functools.partial(ops.library._recurrence, x_gates, W_hh, b_hh, h_0, c_0, cell, True, "cooperative")
-    y, _, _, saved, c = forward()
-    backward = functools.partial(
-        ops.library._recurrence_backward,
-        *problem.upstream,
-        None,
-        W_hh,
-        h_0,
-        c_0,
-        y,
-        saved,
-        c,
-        cell,
-        False,
-        False,
-        "cooperative",
-    )
+    x_gates, W_hh, b_hh, *states = problem.inputs
+    state_0 = torch.stack([state for state in states if state is not None])
+    forward = functools.partial(library._recurrence, *Args(x_gates, W_hh, b_hh, state_0, cell, True, "cooperative"))
+    y, finals, saved, steps = forward()
+    upstream = torch.randn_like(y), torch.randn_like(finals), None
+    args = BackwardArgs(*upstream, W_hh, state_0, y, saved, steps, cell, False, False, "cooperative")
+    backward = functools.partial(library._recurrence_backward, *args)
     return {"forward": forward, "backward": backward}
 
 
@@ -108,42 +100,39 @@ def test_schedules_stay_in_the_budget(cell, scheduled):
         assert not over_budget(problem, functools.partial(recurrence, backend="cooperative"))
 
 
-BARRIER, EXCHANGE, COOPERATIVE, LAUNCH = (
-    "kernels/barrier.py", "kernels/exchange.py", "kernels/tile/cooperative.py", "fastrnn/ops/launch.py"
-)  # fmt: skip
-STORE = "    tl.store(group.exchanged + (step % 2) * group.buffer + at, h, mask=units.mask)\n"
 ARRIVE = "    arrive(group.counter)\n"
 RECEIVE = "    meet(group, step + 1, F)\n"  # h of the step before; publish hands on that of the next
+MEET, RECEIVED, PUBLISH, ANNOUNCE = (f"kernels.exchange.{name}" for name in ("meet", "receive", "publish", "announce"))
+NO_WAIT = {MEET: ("wait(group.counter, times * group.programs, F.SPIN_ON_LOAD)", "pass")}
+NO_ARRIVAL = {PUBLISH: ("arrive(group.counter)", "pass"), ANNOUNCE: ("arrive(held.group.counter)", "pass")}
+LOW, HIGH = ({MEET: ("times * group.programs", f"times * group.programs {off} 1")} for off in "-+")
+LATE = {RECEIVED: (RECEIVE, ""), PUBLISH: ("    tl.store(", "    meet(group, step, F)\n    tl.store(")}
 
-LATE = {RECEIVE: "", STORE: f"    meet(group, step, F)\n{STORE}"}
-NO_WAIT = {"wait(group.counter, times * group.programs, F.SPIN_ON_LOAD)": "pass"}
-NO_ARRIVAL = {"arrive(group.counter)": "pass", "arrive(held.group.counter)": "pass"}
-LOW, HIGH = ({"times * group.programs": f"times * group.programs {off} 1"} for off in "-+")
-
-# What is broken: where, the texts and what takes their place, in which pass it must be caught, and as what.
+# What is broken: in each function a text and what takes its place, in which pass it must be caught, and as what.
 MUTATIONS = {
-    "barrier removed": (EXCHANGE, NO_WAIT | NO_ARRIVAL, "both", Race),
-    "wait removed": (EXCHANGE, NO_WAIT, "both", Race),
-    "arrival removed": (EXCHANGE, NO_ARRIVAL, "both", RuntimeError),
-    "arrival before the store": (EXCHANGE, {STORE + ARRIVE: ARRIVE + STORE}, "forward", Race),
-    "target one too low": (EXCHANGE, LOW, "both", Race),
-    "target one too high": (EXCHANGE, HIGH, "both", RuntimeError),
-    "groups share a counter": (LAUNCH, {"counters.stride(0)": "0"}, "both", Race),
-    "release made relaxed": (BARRIER, {'sem="release"': 'sem="relaxed"'}, "both", Race),
-    "acquire made relaxed": (BARRIER, {'sem="acquire"': 'sem="relaxed"'}, "both", Race),
-    "state loaded before the barrier": (EXCHANGE, LATE, "forward", Race),
-    "d_gates read a step early": (COOPERATIVE, {"meet(group, back + 1, F)": "meet(group, back, F)"}, "backward", Race),
+    "barrier removed": (NO_WAIT | NO_ARRIVAL, "both", Race),
+    "wait removed": (NO_WAIT, "both", Race),
+    "arrival removed": (NO_ARRIVAL, "both", RuntimeError),
+    "arrival before the store": ({PUBLISH: ("    tl.store(", ARRIVE + "    tl.store(")}, "forward", Race),
+    "target one too low": (LOW, "both", Race),
+    "target one too high": (HIGH, "both", RuntimeError),
+    "groups share a counter": ({"kernels.exchange.counter_of": ("* COUNTER_STRIDE", "* 0")}, "both", Race),
+    "release made relaxed": ({"kernels.barrier.arrive": ('sem="release"', 'sem="relaxed"')}, "both", Race),
+    "acquire made relaxed": ({"kernels.barrier.wait": ('sem="acquire"', 'sem="relaxed"')}, "both", Race),
+    "state loaded before the barrier": (LATE, "forward", Race),
+    "d_gates read a step early": (
+        {"kernels.tile.cooperative.d_hidden": ("meet(group, back + 1, F)", "meet(group, back, F)")}, "backward", Race),
     "one buffer for even and odd steps": (
-        EXCHANGE, {"(step % 2) * group.buffer": "0"}, "forward", Race),
+        {RECEIVED: ("(step % 2) * group.buffer", "0"), PUBLISH: ("(step % 2) * group.buffer", "0")}, "forward", Race),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_every_broken_protocol_is_caught(name, cell, scheduled, mutate):
-    path, texts, where, kind = MUTATIONS[name]
+    changes, where, kind = MUTATIONS[name]
     runs = passes(cell)
-    mutate(path, texts)
+    mutate(changes)
     for which in ("forward", "backward") if where == "both" else (where,):
         caught = None
         for seed in range(20):
@@ -168,8 +157,8 @@ def test_the_form_that_spins_on_a_load(cell, scheduled, monkeypatch):
 
     run = passes(cell)
     expected = {which: run[which]() for which in run}
-    planned = launch.plan
-    monkeypatch.setattr(launch, "plan", lambda *args, **kwargs: spinning(planned(*args, **kwargs)))
+    planned = launch.kernel_for
+    monkeypatch.setattr(launch, "kernel_for", lambda *args: spinning(planned(*args)))
     for which in run:
         for seed in range(5):
             scheduled(seed)
@@ -177,7 +166,5 @@ def test_the_form_that_spins_on_a_load(cell, scheduled, monkeypatch):
                 assert torch.equal(a, b)
 
 
-def spinning(chosen):
-    import dataclasses
-
-    return dataclasses.replace(chosen, kernel=dataclasses.replace(chosen.kernel, spin_on_load=True))
+def spinning(kernel):
+    return dataclasses.replace(kernel, form={**kernel.form, "SPIN_ON_LOAD": True})

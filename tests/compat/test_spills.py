@@ -68,10 +68,13 @@ def test_dtypes_devices_and_absent_pointers_share_no_form(chosen):
 
 
 @pytest.mark.parametrize(
-    ("forgotten", "check"),
-    (("tuple(options.items()), ", two_clusters), (", argument.data_ptr() % 16 == 0", two_alignments)),
+    ("function", "forgotten", "check"),
+    (
+        ("first_without_spills", "tuple(options.items()), ", two_clusters),
+        ("_as_compiled", ", argument.data_ptr() % 16 == 0", two_alignments),
+    ),
 )
-def test_a_key_that_forgets_is_noticed(chosen, mutate, forgotten, check):
-    mutate("fastrnn/compat/spills.py", {forgotten: ""})
+def test_a_key_that_forgets_is_noticed(chosen, mutate, function, forgotten, check):
+    mutate({f"fastrnn.compat.spills.{function}": (forgotten, "")})
     with pytest.raises(AssertionError):
         check(chosen)

@@ -55,6 +55,12 @@ INTEGERS = {
     "sub.s32 %r12, %r10, %r11;": lambda a, b: a - b,
     "mul.lo.s32 %r12, %r10, %r11;": lambda a, b: a * b,
     "mul.hi.s32 %r12, %r10, %r11;": lambda a, b: (a.astype(np.int64) * b >> 32).astype(np.int32),
+    "cvt.u16.u32 %rs9, %r10;\nmul.hi.u16 %rs9, %rs9, -21845;\ncvt.u32.u16 %r12, %rs9;": (
+        lambda a, b: ((a.view(np.uint32) & 65535) * 43691 >> 16).view(np.int32)
+    ),
+    "mul.hi.u32 %r12, %r10, -5;": lambda a, b: (
+        (a.view(np.uint32).astype(np.uint64) * (2**32 - 5) >> np.uint64(32)).astype(np.uint32).view(np.int32)
+    ),
     "mul.wide.s32 %rd9, %r10, %r11;\ncvt.u32.u64 %r12, %rd9;": lambda a, b: a * b,
     "mad.lo.s32 %r12, %r10, %r11, 7;": lambda a, b: a * b + 7,
     "and.b32 %r12, %r10, %r11;": lambda a, b: a & b,

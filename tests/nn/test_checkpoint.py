@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_iter
 
 import fastrnn
 from fastrnn import reference
-from fastrnn.nn import functional, layers
+from fastrnn.nn import layers, paths
 from fastrnn.planning.tiers import TIERS
+from fastrnn.stack import Stack
 
 from ..support.cases import CELLS, DTYPES, Case, make_problem, over_budget, require_kernel
 
@@ -29,9 +30,8 @@ def layer(cell: str, x_gates, W_hh, b_hh, h_0, c_0, backend: str, K: int | None)
     identity = torch.eye(D * G * H, dtype=x_gates.dtype, device=x_gates.device).chunk(D)
     params = [p for d in range(D) for p in (identity[d], W_hh[d], torch.zeros_like(b_hh[d]), b_hh[d])]
     hx = h_0 if c_0 is None else (h_0, c_0)
-    y, *final = functional.run(
-        cell, x_gates.flatten(2), hx, params, 1, True, False, 0.0, True, D == 2, backend, checkpoint_every=K
-    )
+    stack = Stack(cell, training=True, bidirectional=D == 2, backend=backend, checkpoint_every=K)
+    y, final = paths.run(stack, x_gates.flatten(2), hx, params)
     return y.unflatten(2, (D, H)), final[0], (final[1] if c_0 is not None else None)
 
 
@@ -67,7 +67,7 @@ def test_a_state_rounded_between_chunks_is_noticed(cell, monkeypatch, device):
     def rounding(step, x, state, K, *window):
         def rounded(xs, state, *window):
             y, after, c = step(xs, state, *window)
-            return y, tuple(s.bfloat16().float() for s in after), c
+            return y, after._replace(states=after.states.bfloat16().float()), c
 
         return in_chunks(rounded, x, state, K, *window)
 

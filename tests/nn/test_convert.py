@@ -62,9 +62,7 @@ def test_kernels_run_after_convert(device, monkeypatch):
     """Nothing else shows that the outputs of a converted model come from a kernel of ours."""
     calls = []
     forward = fastrnn.ops.launch.forward
-    monkeypatch.setattr(
-        "fastrnn.ops.launch.forward", lambda *args, **named: calls.append(args[0]) or forward(*args, **named)
-    )
+    monkeypatch.setattr("fastrnn.ops.launch.forward", lambda args: calls.append(args.cell) or forward(args))
     model, x = Tagger().to(device), torch.randn(4, 2, 4, device=device)
     before = model(x)
     assert not calls

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn.nn import functional
+from fastrnn.nn import paths
 
 from .test_wavefront import as_wavefront, results
 
@@ -17,8 +17,8 @@ OURS = ("reference", "resident", "cooperative")
 @pytest.fixture
 def masks(monkeypatch) -> list[torch.Tensor]:
     """What is kept of the input of each layer but the first, over all of time, as it is drawn."""
-    drawn, mask = [], functional.drop_mask
-    monkeypatch.setattr(functional, "drop_mask", lambda *args: drawn.append(mask(*args)) or drawn[-1])
+    drawn, mask = [], paths.drop_mask
+    monkeypatch.setattr(paths, "drop_mask", lambda *args: drawn.append(mask(*args)) or drawn[-1])
     return drawn
 
 
@@ -44,21 +44,21 @@ def test_masks_drawn_chunk_by_chunk_are_noticed(monkeypatch, device):
     """A mutant: in the wavefront's order layers take turns."""
     run = {"backend": "resident", "dropout": 0.5}
     chunked = results("GRU", device, checkpoint_every=3, **run)
-    dropping, mask = functional.dropping, functional.drop_mask
+    dropping, mask = paths.dropping, paths.drop_mask
 
     def by_chunk(step, masks, p):
         return dropping(step, (mask(m, p) for m in masks), p)
 
     as_wavefront(monkeypatch, 3)
-    monkeypatch.setattr(functional, "dropping", by_chunk)
+    monkeypatch.setattr(paths, "dropping", by_chunk)
     assert not torch.equal(results("GRU", device, **run)[0], chunked[0])
 
 
 @pytest.mark.parametrize("p", (0.25, 0.8, 1.0))
 def test_rate_and_scale(p, device):
     x = torch.ones(100, 30, 20, device=device, requires_grad=True)
-    mask = functional.drop_mask(x, p)
-    dropped = functional.drop(x, mask, p)
+    mask = paths.drop_mask(x, p)
+    dropped = paths.drop(x, mask, p)
     assert abs(mask.float().mean().item() - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 1e-9  # five sigma
     torch.testing.assert_close(dropped, mask / (1 - p) if p < 1 else torch.zeros_like(x))
     dropped.sum().backward()
@@ -80,7 +80,7 @@ def test_backward_keeps_a_byte_an_element(device):
     x = torch.randn(50, 4, 8, device=device, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        functional.drop(x, functional.drop_mask(x, 0.5), 0.5)
+        paths.drop(x, paths.drop_mask(x, 0.5), 0.5)
     assert sum(kept) == x.numel()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn.nn import functional, wavefront
+from fastrnn.nn import paths, wavefront
 from fastrnn.planning.planner import CHUNK_STEPS_PER_LAYER, plan
 
 BF16 = torch.bfloat16
@@ -151,15 +151,16 @@ def test_a_broken_schedule_is_noticed(name):
     old, new, symptom = MUTATIONS[name]
     source = Path(wavefront.__file__).read_text()
     assert source.count(old) == 1, f"{old!r}: mutate the code that took its place"
-    mutant = ModuleType("fastrnn.mutant")
-    exec(source.replace("from .", "from fastrnn.").replace(old, new), mutant.__dict__)
+    mutant = ModuleType("fastrnn.nn.mutant")
+    mutant.__package__ = "fastrnn.nn"
+    exec(source.replace(old, new), mutant.__dict__)
     found = faults(mutant)
     assert any(symptom in fault for fault in found), found
 
 
 def as_wavefront(monkeypatch, chunk: int) -> None:
     """As if the planner had said that it pays, without streams."""
-    monkeypatch.setattr(functional, "plan", lambda *a, **k: dataclasses.replace(plan(*a, **k), wavefront=chunk))
+    monkeypatch.setattr(paths, "plan", lambda *a, **k: dataclasses.replace(plan(*a, **k), wavefront=chunk))
     monkeypatch.setattr(wavefront, "streams_of", lambda device, layers: ())
 
 
@@ -194,7 +195,7 @@ def test_equals_layer_after_layer(name, backend, dtype, monkeypatch, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_streams_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(functional, "plan", lambda *a, **k: dataclasses.replace(plan(*a, **k), wavefront=3))
+    monkeypatch.setattr(paths, "plan", lambda *a, **k: dataclasses.replace(plan(*a, **k), wavefront=3))
     found = results("LSTM", "cuda", backend="resident")
     monkeypatch.setattr(wavefront, "streams_of", lambda device, layers: ())
     for a, b in zip(found, results("LSTM", "cuda", backend="resident"), strict=True):

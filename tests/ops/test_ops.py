@@ -4,29 +4,38 @@ import pytest
 import torch
 
 from fastrnn import ops, reference
-from fastrnn.ops import launch
+from fastrnn.ops import launch, library
+from fastrnn.ops.schema import Args, BackwardArgs
 
-from ..support.cases import CELLS, Case, make_problem
+from ..support.cases import CELLS, Case, Problem, make_problem
+
+
+def args_of(problem: Problem, save: bool, backend: str) -> Args:
+    x_gates, W_hh, b_hh, *states = problem.inputs
+    state_0 = torch.stack([state for state in states if state is not None]).detach()
+    return Args(x_gates, W_hh, b_hh, state_0.requires_grad_(x_gates.requires_grad), problem.cell, save, backend)
 
 
 @pytest.mark.parametrize("backend", ("resident", "cooperative"))
 @pytest.mark.parametrize("save", (True, False))
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_forward(cell, save, backend, device):
-    inputs = make_problem(cell, Case(T=2, B=3, H=5, D=2), torch.float32, device).inputs
-    if save:
-        inputs = tuple(None if t is None else t.requires_grad_() for t in inputs)
-    torch.library.opcheck(ops.library._recurrence, (*inputs, cell, save, backend))
+    problem = make_problem(cell, Case(T=2, B=3, H=5, D=2), torch.float32, device)
+    for tensor in problem.inputs:
+        if save and tensor is not None:
+            tensor.requires_grad_()
+    torch.library.opcheck(library._recurrence, args_of(problem, save, backend))
 
 
 @pytest.mark.parametrize("backend", ("resident", "cooperative"))
 @pytest.mark.parametrize("cell", CELLS)
 def test_opcheck_backward(cell, backend, device):
     problem = make_problem(cell, Case(T=2, B=3, H=5, D=2), torch.float32, device)
-    x_gates, W_hh, b_hh, h_0, c_0 = problem.inputs
-    y, _, _, saved, c = ops.library._recurrence(x_gates, W_hh, b_hh, h_0, c_0, cell, True, backend)
-    arguments = (*problem.upstream, None, W_hh, h_0, c_0, y, saved, c, cell, True, True, backend)
-    torch.library.opcheck(ops.library._recurrence_backward, arguments)
+    args = args_of(problem, True, backend)
+    y, finals, saved, steps = library._recurrence(*args)
+    upstream = torch.randn_like(y), torch.randn_like(finals), None
+    given = BackwardArgs(*upstream, args.W_hh, args.state_0, y, saved, steps, cell, True, True, backend)
+    torch.library.opcheck(library._recurrence_backward, given)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -37,7 +46,7 @@ def test_nothing_is_kept_without_gradients(cell, device):
 
     def spy(*args, **named):
         outputs = original(*args, **named)
-        kept.append(sum(t.numel() for t in outputs[3:]))
+        kept.append(outputs.saved.numel() + outputs.steps.numel())
         return outputs
 
     launch.forward = spy
@@ -79,8 +88,9 @@ def test_backward_twice_needs_retain_graph(cell, device):
 
 
 def test_backward_without_saving_says_so(device):
-    inputs = make_problem("gru", Case(T=2, B=3, H=5, D=1), torch.float32, device).inputs
-    y, *_ = ops.library._recurrence(inputs[0].requires_grad_(), *inputs[1:], "gru", False, "resident")
+    problem = make_problem("gru", Case(T=2, B=3, H=5, D=1), torch.float32, device)
+    problem.inputs[0].requires_grad_()
+    y, *_ = library._recurrence(*args_of(problem, False, "resident"))
     with pytest.raises(RuntimeError, match="ran with save=False"):
         y.sum().backward()
 

@@ -8,7 +8,8 @@ import torch
 
 from fastrnn import reference
 from fastrnn.compat import interpreter
-from fastrnn.kernels.cells import CELLS as CELL_TABLE
+from fastrnn.kernels.arguments import Inputs, Outputs, Sequences, Sizes
+from fastrnn.kernels.cells import rnn_tanh_forward
 from fastrnn.kernels.tile import resident
 from fastrnn.ops import recurrence
 from fastrnn.planning.tiers import TIERS
@@ -87,14 +88,11 @@ def test_offsets_beyond_2_31_elements(device):
     x_gates, y = (torch.empty(2, B, 1, 1, H, dtype=torch.float16, device=device) for _ in range(2))
     small = torch.zeros(1, 16, H, dtype=torch.float16, device=device)
     x_gates[:, :16] = torch.tensor([0.5, -0.5], device=device)[:, None, None, None, None]
-    cell = CELL_TABLE["rnn_tanh"]
+    sizes = Sizes(1, 1, 1, 0, 1, 1, H, False, False, False, "exact", "ieee")
     # The interpreter would copy all 16 GiB back; on the CPU kernels write in place, and untouched pages cost nothing.
     with interpreter.corrected(), unittest.mock.patch("triton.runtime.interpreter.GridExecutor._restore_args_dev"):
-        resident.forward[(1, 1)](
-            x_gates, small, None, small, None, y, small, *[None] * 7, 2, B,
-            CELL=cell.forward, G=1, S=0, HAS_C=False, ACTIVATIONS="exact",
-            RAGGED=False, BY_STEP=False, H=H, BLOCK_B=16, BLOCK_H=H, PRECISION="ieee",
-        )  # fmt: skip
+        groups = Inputs(x_gates, small, None, None), Outputs(y, None, None, None), Sequences(None, None, None)
+        resident.forward[(1, 1)](*groups, 2, B, rnn_tanh_forward, sizes, resident.Form(16, H))
     expected = torch.tensor([0.5, -0.5]).tanh().half().tolist()
     assert y[:, 0, 0, 0, 0].tolist() == expected
     assert y[:, 15, 0, 0, 15].tolist() == expected

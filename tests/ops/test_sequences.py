@@ -82,7 +82,7 @@ def test_a_tile_stops_at_its_longest_row(backend, broken, mutate, device, monkey
     from triton.runtime.interpreter import InterpreterBuilder
 
     if broken:
-        mutate(ROWS, {"longest = tl.maximum(": "longest = T + 0 * tl.maximum("})
+        mutate({"kernels.rows.find_rows": ("longest = tl.maximum(", "longest = T + 0 * tl.maximum(")})
     products, dot = [], InterpreterBuilder.create_dot
     monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda *args: [products.append(1), dot(*args)][1])
     counts = []
@@ -97,47 +97,48 @@ def test_a_tile_stops_at_its_longest_row(backend, broken, mutate, device, monkey
     assert (counts[0] == counts[1] > 0) != broken
 
 
-LOOP, ROWS, LAUNCH = "kernels/loop.py", "kernels/rows.py", "fastrnn/ops/launch.py"
-# What is broken: where, which text, by what, and the cell and kind of sequences that show it.
+# What is broken: in which function, which text, by what, and the cell and kind of sequences that show it.
 MUTATIONS = {
     "frozen rows go on": (
-        LOOP, "rows, step, K.own_lengths), after", "rows, step, False), after", "lstm", "lengths"),
+        "kernels.loop.forward", "rows, step, K.own_lengths), after", "rows, step, False), after", "lstm", "lengths"),
     "frozen rows have gradients": (
-        LOOP, "keep(alive, d_rec,", "keep(alive | True, d_rec,", "rnn_tanh", "lengths"),
+        "kernels.loop.differentiate", "keep(alive, d_rec,", "keep(alive | True, d_rec,", "rnn_tanh", "lengths"),
     "gradients stop at an end": (
-        LOOP, "keep(alive, d_before,", "keep(alive | True, d_before,", "lstm", "lengths"),
+        "kernels.loop.differentiate", "keep(alive, d_before,", "keep(alive | True, d_before,", "lstm", "lengths"),
     "a row kept that is past its end": (
-        LOOP, "(t < rows.lengths)", "(t < t + rows.lengths)", "gru", "lengths"),
+        "kernels.loop.load_saved", "(t < rows.lengths)", "(t < t + rows.lengths)", "gru", "lengths"),
     "another row's states": (
-        ROWS, "direction * rows, sequence", "direction * rows, offs_b", "rnn_tanh", "ragged"),
+        "kernels.rows.find_rows", "first_state, sequence)", "first_state, offs_b)", "rnn_tanh", "ragged"),
     "the tile's last row for its longest": (
-        ROWS, "tl.load(table_ptr + 2 * rows + first_row)", "tl.load(table_ptr + 3 * rows - 1)", "gru", "lengths"),
+        "kernels.rows.find_rows", "2 * rows + first_row), 1)", "3 * rows - 1), 1)", "gru", "lengths"),
     "segments of direction 1 a step late": (
-        ROWS, "step, rows.T - step)", "step, rows.T - 1 - step)", "lstm", "resets"),
+        "kernels.rows._edge", "step, rows.T - step)", "step, rows.T - 1 - step)", "lstm", "resets"),
     "resets past an end": (
-        ROWS, "edge < rows.lengths", "edge < rows.T + 0 * rows.lengths", "rnn_tanh", "lengths, resets by step"),
+        "kernels.rows.load_restart", "edge < rows.lengths", "edge < rows.T + 0 * rows.lengths", "rnn_tanh",
+        "lengths, resets by step"),
     "states by step from another step": (
-        ROWS, "(_edge(rows, step) * rows", "(tl.maximum(step - 1, 0) * rows", "gru", "lengths, resets by step"),
+        "kernels.rows.slot_at_edge", "_edge(rows, step)", "tl.maximum(step - 1, 0)", "gru", "lengths, resets by step"),
     "gradients go past a reset": (
-        LOOP, "return keep(restart, zeros, d_state)", "return d_state", "lstm", "resets"),
+        "kernels.loop.cut", "return keep(restart, zeros, d_state)", "return d_state", "lstm", "resets"),
     "the state before a reset for what follows it": (
-        LOOP, "tiles[len(tiles) - 2], before)", "before, before)", "gru", "resets to a state"),
+        "kernels.loop.differentiate", "tiles.starts, before)", "before, before)", "gru", "resets to a state"),
     "gradient of c dropped": (
-        LOOP, "d_state[n] + tiles[S + 1 + n].to(tl.float32)", "d_state[n]", "lstm", "lengths"),
+        "kernels.loop.differentiate", "d_state[n] + tiles.d_steps[n - 1].to(tl.float32)", "d_state[n]", "lstm",
+        "lengths"),
     "h_0 dropped from dW_hh": (
-        LAUNCH, "h_0[d], sequences, start", "0 * h_0[d], sequences, start", "gru", "lengths"),
+        "fastrnn.ops.launch._weight_gradient", "y, h_0, segments", "y, 0 * h_0, segments", "gru", "lengths"),
     "resets dropped from dW_hh": (
-        LAUNCH, "sequences, start, by_step).flatten", "sequences, None, by_step).flatten", "lstm", "resets to a state"),
+        "fastrnn.ops.launch._weight_gradient", "segments, start,", "segments, None,", "lstm", "resets to a state"),
     "gradients of starts not summed": (
-        LAUNCH, "of.summed(d)", "of.summed(d * 0)", "gru", "resets to a state"),
+        "fastrnn.ops.launch._of_starts", "slots.summed(d)", "slots.summed(d * 0)", "gru", "resets to a state"),
 }  # fmt: skip
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_error_budget_catches(name, mutate, device):
-    path, old, new, cell, kind = MUTATIONS[name]
+    function, old, new, cell, kind = MUTATIONS[name]
     problem = make_sequences(cell, Case(T=5, B=18, H=12, D=2), torch.float32, device, kind)
     assert not over_budget(problem)
-    mutate(path, {old: new})
+    mutate({function: (old, new)})
     assert over_budget(problem)

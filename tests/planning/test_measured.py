@@ -45,7 +45,7 @@ def forgotten():
 
 @pytest.mark.usefixtures("forgotten")
 def test_another_number_of_warps_is_noticed(mutate):
-    mutate("fastrnn/planning/cluster.py", {"16 if gate_bytes >= 128 * KIB else min(8, block_h // 8)": "16"})
+    mutate({"fastrnn.planning.cluster.held": ("16 if gate_bytes >= 128 * KIB else min(8, block_h // 8)", "16")})
     passes = [measured.today("lstm", 256, which) for which in ("forward", "backward")]
     assert sum(passes) > 1.06 * (1.3107 + 1.3258)
 

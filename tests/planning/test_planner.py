@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import fastrnn
+from fastrnn.cells import CELLS
 from fastrnn.compat import spills
 from fastrnn.device import SPECS, DeviceSpec
-from fastrnn.planning import cluster, cooperative, tiers
+from fastrnn.planning import cluster, cooperative
 from fastrnn.planning.planner import torch_precision
+from fastrnn.planning.tiers import TIERS
 
 BF16 = torch.bfloat16
 
@@ -111,13 +113,14 @@ def test_a_larger_batch_takes_larger_tiles_before_it_is_refused():
 
 
 def test_saved_bytes_are_what_the_op_keeps(device):
-    from fastrnn import ops
-
-    from ..support.cases import CELLS, Case, make_problem
+    from fastrnn.ops import library
+    from fastrnn.ops.schema import Args
 
     for cell in CELLS:
-        inputs = make_problem(cell, Case(T=5, B=3, H=24, D=2), torch.float16, device).inputs
-        kept = ops.library._recurrence(*inputs, cell, True, "resident")[3:]
+        G = CELLS[cell].gates
+        x_gates = torch.randn(5, 3, 2, G, 24, dtype=torch.float16, device=device)
+        W_hh = torch.randn(2, G * 24, 24, dtype=torch.float16, device=device)
+        kept = library._recurrence(*Args(x_gates, W_hh, None, None, cell, True, "resident"))[2:]
         plan = fastrnn.plan(
             cell, hidden_size=24, batch_size=3, seq_len=5, directions=2, dtype=torch.float16, device="sm_80"
         )
@@ -176,9 +179,9 @@ def test_gluon_where_it_runs_and_fits_in_registers(monkeypatch):
     assert resident(dtype=torch.float32, precision="ieee").kernel.dialect == "tile Triton"
     assert resident(device="gfx942").kernel.dialect == "tile Triton"
     monkeypatch.setattr(spills, "triton_version", lambda: (3, 5))
-    tiers.resident.cache_clear()
+    TIERS["resident"].plan.cache_clear()
     assert dialects() == ["tile Triton"] * 3
-    tiers.resident.cache_clear()
+    TIERS["resident"].plan.cache_clear()
 
 
 @pytest.mark.parametrize(("hidden_size", "tier"), ((64, "resident"), (256, "cluster"), (650, "cooperative")))

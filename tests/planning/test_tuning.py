@@ -10,8 +10,10 @@ from bench import tune
 from bench.tune import trying
 from fastrnn import plan
 from fastrnn.compat import spills
+from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import PASSES, Problem
 from fastrnn.planning import cluster, tuning
+from fastrnn.planning.kernel_plan import Request
 
 SIZES = {"hidden_size": 256, "batch_size": 16, "dtype": torch.bfloat16, "device": "sm_90"}
 
@@ -29,8 +31,12 @@ def tuned(tmp_path, monkeypatch):
     cluster.cluster.cache_clear()
 
 
-def key_of(kernel) -> str:
-    return tuning.kernel_key("lstm", 256, torch.bfloat16, kernel)
+def request(H: int) -> Request:
+    return Request("lstm", H, 16, 1, 1, torch.bfloat16, "ieee", DeviceSpec.named("sm_90"))
+
+
+def key_of(kernel, H: int = 256) -> str:
+    return tuning.kernel_key(request(H), kernel)
 
 
 def test_without_a_file_the_planners_order_stays():
@@ -46,14 +52,14 @@ def test_the_tuned_form_is_tried_first_and_the_others_after_it(tuned):
     assert after.choices["backward"] == (form, *before.choices["backward"][:-1])
     assert after.choices["forward"] == before.choices["forward"]
     other = plan("lstm", **SIZES | {"hidden_size": 512}).kernel
-    assert tuning.ordered(other, "lstm", 512, torch.bfloat16, cluster.DeviceSpec.named("sm_90")) == other
+    assert tuning.ordered(other, request(512)) == other
 
 
 def test_forms_of_pieces_come_back_from_json_as_they_were(tuned):
     sizes = SIZES | {"hidden_size": 1024}
     before = plan("lstm", **sizes).kernel
     form = before.choices["forward"][1]
-    tuned(forms={tuning.kernel_key("lstm", 1024, torch.bfloat16, before): {"forward": form}})
+    tuned(forms={key_of(before, 1024): {"forward": form}})
     assert plan("lstm", **sizes).kernel.choices["forward"][0] == form
 
 
@@ -117,13 +123,13 @@ class Kernel:
 def test_a_form_that_spills_in_one_pass_is_not_taken_for_that_of_the_other(monkeypatch):
     """In the cooperative tier the forms of both passes are alike: here all but one spill, another one in each pass."""
     problem = Problem("lstm", 1024, arch="sm_90")
-    kernel = tune._kernel(problem, cluster.DeviceSpec.named("sm_90"))
+    kernel = tune._kernel(problem, DeviceSpec.named("sm_90"))
     shared = [form for form in kernel.choices["forward"] if form in kernel.choices["backward"]]
     clean = {"forward": shared[0], "backward": shared[-1]}
     assert shared[0] != shared[-1]
 
     def run(problem, which, dry):
-        choices = tune._kernel(problem, cluster.DeviceSpec.named("sm_90")).choices
+        choices = tune._kernel(problem, DeviceSpec.named("sm_90")).choices
         for name in PASSES[: 1 + PASSES.index(which)]:
             function = Kernel(name, lambda options, name=name: int(not clean[name].items() <= options.items()))
             spills.first_without_spills(function, "sm_90", choices[name], (), (1,), {})
@@ -131,7 +137,7 @@ def test_a_form_that_spills_in_one_pass_is_not_taken_for_that_of_the_other(monke
 
     monkeypatch.setattr(spills, "spilled_registers", lambda spills: spills)
     monkeypatch.setattr(tune, "_us_per_step", run)
-    monkeypatch.setattr(cluster.DeviceSpec, "of", lambda _: cluster.DeviceSpec.named("sm_90"))
+    monkeypatch.setattr(DeviceSpec, "of", lambda _: DeviceSpec.named("sm_90"))
 
     def free_of_spills():
         records = tune.tune(problem, SimpleNamespace(arch="sm_90", dry=False))
@@ -145,5 +151,5 @@ def test_a_form_that_spills_in_one_pass_is_not_taken_for_that_of_the_other(monke
 
 def test_every_committed_file_is_read_and_fits_its_board():
     for file in tuning.FOLDER.glob("*.json"):
-        assert file.stem in cluster.DeviceSpec.named(file.stem).arch
+        assert file.stem in DeviceSpec.named(file.stem).arch
         tuning.read(file)

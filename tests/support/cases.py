@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrnn import plan, reference
+from fastrnn import cells, plan, reference
 from fastrnn.ops import recurrence
 from fastrnn.planning.kernel_plan import GridTooLargeError
 from fastrnn.sequences import Sequences
 
-CELLS = tuple(reference.STEPS)
+CELLS = tuple(cells.CELLS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -67,7 +67,7 @@ class Problem(NamedTuple):
 def make_problem(cell: str, case: Case, dtype: torch.dtype, device: str, bias: bool = True) -> Problem:
     """Random arguments that dtype represents exactly, so that only the computation can err."""
     T, B, H, D = case
-    G = reference.GATES[cell]
+    G = cells.CELLS[cell].gates
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape) * scale).to(dtype).to(device)

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastrnn.reference import GATES
+from fastrnn.cells import CELLS
+from fastrnn.stack import Stack
 from fastrnn.torch_path import segments
 
 I, H = 3, 4
@@ -52,7 +53,7 @@ def make_batch(
 ) -> Batch:
     T, B = max(*lengths, 1), len(lengths)
     states = 2 if cell == "lstm" else 1
-    G = GATES[cell]
+    G = CELLS[cell].gates
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64)
@@ -138,15 +139,10 @@ def run(batch: Batch, **more) -> dict[str, Tensor]:
             for s, steps in zip(reset_state, per_step, strict=True)
         )
     y, finals, c = segments.run(
-        batch.cell,
+        Stack(batch.cell, batch.L, batch.bias, training=True, bidirectional=batch.D == 2),
         x,
         batch.state,
         batch.params,
-        batch.L,
-        batch.bias,
-        0.0,
-        True,
-        batch.D == 2,
         **rows,
         reset=reset,
         reset_state=reset_state or None,

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from fastrnn.stack import Stack
 from fastrnn.torch_path import packed, segments
 
 from ..support.cases import CELLS
@@ -35,7 +36,9 @@ def test_packed_sequences_of_torch(cell):
     module = getattr(torch.nn, cell.upper())(I, H, 2, bidirectional=True)
     x, lengths = torch.randn(6, 4, I), torch.tensor([3, 6, 1, 2])
     state = (torch.randn(4, 4, H),) * (2 if cell == "lstm" else 1)
-    y, finals, c = segments.run(cell, x, state, list(module.parameters()), 2, True, 0.0, True, True, lengths=lengths)
+    y, finals, c = segments.run(
+        Stack(cell, 2, training=True, bidirectional=True), x, state, list(module.parameters()), lengths=lengths
+    )
     of_torch = pack_padded_sequence(x, lengths, enforce_sorted=False)
     expected, final = module(of_torch, state if cell == "lstm" else state[0])
     torch.testing.assert_close(y, pad_packed_sequence(expected)[0])
@@ -152,8 +155,9 @@ def test_dropout_between_layers_is_the_same_with_cell_states():
 
     def outputs(cell_states: bool, dropout: float = 0.5, training: bool = True) -> Tensor:
         torch.manual_seed(3)
-        args = "lstm", x, state, list(module.parameters()), 3, True, dropout, training, True
-        return segments.run(*args, lengths=lengths, cell_states=cell_states)[0]
+        stack = Stack("lstm", 3, dropout=dropout, training=training, bidirectional=True)
+        params = list(module.parameters())
+        return segments.run(stack, x, state, params, lengths=lengths, cell_states=cell_states)[0]
 
     torch.testing.assert_close(outputs(True), outputs(False), rtol=0, atol=0)
     assert not torch.allclose(outputs(True), outputs(True, dropout=0.0))
@@ -166,7 +170,7 @@ def test_proj_size(bias):
     module = torch.nn.LSTM(I, H, 2, bias=bias, proj_size=P, bidirectional=True).double()
     x, lengths = torch.randn(T, B, I, dtype=torch.float64), [5, 2, 4]
     state = tuple(torch.randn(4, B, n, dtype=torch.float64) for n in (P, H))
-    args = "lstm", x, state, list(module.parameters()), 2, bias, 0.0, True, True
+    args = Stack("lstm", 2, bias, training=True, bidirectional=True), x, state, list(module.parameters())
     y, (h_n, c_n), c = segments.run(*args, lengths=torch.tensor(lengths), cell_states=True)
     for b, length in enumerate(lengths):
         row, finals = module(x[:length, b], tuple(s[:, b] for s in state))
@@ -187,7 +191,7 @@ def test_cell_states_of_16_bits_are_summed_in_more():
     T, B = 64, 32
     c_0 = torch.linspace(5, 15, B).bfloat16()
     x, state = torch.zeros(T, B, 1).bfloat16(), (torch.zeros(1, B, 1).bfloat16(), c_0[None, :, None])
-    _, _, c = segments.run("lstm", x, state, list(module.parameters()), 1, True, 0.0, True, False, cell_states=True)
+    _, _, c = segments.run(Stack("lstm"), x, state, list(module.parameters()), cell_states=True)
     i, f, g = torch.tensor(-4.0).sigmoid(), torch.tensor(9.0).sigmoid(), torch.tensor(1.0).tanh()
     expected = c_0.float() * f**T + i * g * (1 - f**T) / (1 - f)
     assert c.dtype == torch.bfloat16

@@ -9,7 +9,6 @@ python -m tests.support.launcher.run count                  microseconds of the 
 
 import contextlib
 import functools
-import inspect
 import json
 import sys
 import time
@@ -23,10 +22,11 @@ from triton.runtime import driver as of_triton
 from triton.runtime.jit import JITFunction
 
 from fastrnn import ops
+from fastrnn.cells import CELLS
 from fastrnn.compat import spills
 from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import Problem as Sizes
-from fastrnn.inspect.compile import call_backward, call_forward
+from fastrnn.inspect.compile import call_backward, call_forward, members
 from fastrnn.ops import launch
 from fastrnn.planning.planner import plan
 
@@ -51,11 +51,11 @@ KINDS = ("lengths, resets by step", "resets to a state", "ragged, resets by step
 class Seen(NamedTuple):
     """A launch: what launch.py was given and gave back, by name, and what it launched."""
 
-    known: dict[str, Tensor | None]
+    known: dict[str, Tensor]
     backend: str
     compiled: Any
     grid: tuple[int, ...]
-    passed: dict[str, Any]
+    passed: dict[str, Any]  # by dotted names
 
 
 @contextlib.contextmanager
@@ -68,27 +68,25 @@ def watched() -> Iterator[list[Seen]]:
     def run(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
         compiled = launched(self, *args, grid=grid, warmup=warmup, **options)
         if not warmup:
-            started.append((compiled, grid, dict(zip(self.arg_names, args, strict=False)) | options))
+            given = dict(zip(self.arg_names, args, strict=False)) | options
+            passed = dict(pair for name, value in given.items() for pair in members(name, value))
+            started.append((compiled, grid, passed))
         return compiled
 
-    def watching(original: Any, results: tuple[str, ...]) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(original).bind(*args, **kwargs).arguments
-            outputs = original(*args, **kwargs)
-            known = {k: v for k, v in given.items() if v is None or isinstance(v, Tensor)}
-            known |= dict(zip(results, outputs, strict=True))
-            found.append(Seen(known, given["backend"], *started.pop()))
-            return outputs
+    def watching(original: Any) -> Any:
+        def call(args: Any) -> Any:
+            results = original(args)
+            known = {**args._asdict(), **results._asdict()}
+            found.append(Seen({k: v for k, v in known.items() if isinstance(v, Tensor)}, args.backend, *started.pop()))
+            return results
 
         return call
 
-    of_forward = ("y", "h_n", "c_n", "saved", "c")
-    of_backward = ("d_x_gates", "dW_hh", "db_hh", "dh_0", "dc_0", "d_reset_h", "d_reset_c")
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(DeviceSpec, "of", lambda _: spec(GPU)),
-        mock.patch.object(launch, "forward", watching(launch.forward, of_forward)),
-        mock.patch.object(launch, "backward", watching(launch.backward, of_backward)),
+        mock.patch.object(launch, "forward", watching(launch.forward)),
+        mock.patch.object(launch, "backward", watching(launch.backward)),
     ):
         yield found
 
@@ -111,7 +109,9 @@ def faults_of(seen: Seen, cell: str, case: Case, record: dict[str, Any]) -> list
         "error": 0,
     }
     faults = [name for name, value in expected.items() if record[name] != value]
-    names = [name for name, kind in seen.compiled.src.signature.items() if kind != "constexpr"]
+    constants = {name for name, kind in seen.compiled.src.signature.items() if kind == "constexpr"}
+    passed = {name: value for name, value in seen.passed.items() if isinstance(value, Tensor) or name in ("T", "B")}
+    names = [name for name in passed if name.split(".")[0] not in constants]
     values = [*_arguments(seen, cell, names, T, B), 0, 0]  # behind them Triton's scratch memory, of which there is none
     sizes = [4 if name in ("T", "B") else 8 for name in names] + [8, 8]
     if record["sizes"] != sizes:
@@ -121,22 +121,36 @@ def faults_of(seen: Seen, cell: str, case: Case, record: dict[str, Any]) -> list
 
 
 def _arguments(seen: Seen, cell: str, names: list[str], T: int, B: int) -> Iterator[int]:
-    """What a kernel's parameters must be: pointers to the tensors of that name, where the caller has them."""
-    known = dict(seen.known)
-    if "dy" in known:  # the state that the backward pass starts from is c where there is one
-        state = "c" if cell == "lstm" else "h"
-        known |= {"kept_0": known[f"{state}_0"], "reset_kept": known.get(f"reset_{state}")}
-        known["kept"] = known["c" if cell == "lstm" else "y"]
-        for name in ("d_reset_h", "d_reset_c"):  # of them the caller gets sums, unless they are by step
-            known.pop(name)
+    """What a kernel's parameters must be: pointers to the tensors that they are for, where the caller has them."""
+    known, backward = seen.known, "dy" in seen.known
+    places = CELLS[cell].kept_places
+
+    def member(group: str, n: int) -> Tensor | None:
+        """Of a group's tuple: which state of all it is for."""
+        if group == "before":
+            return known["state_0"][places[n]] if "state_0" in known else None
+        if group == "kept":
+            return known["y"] if places[n] == 0 else known["steps"][places[n] - 1]
+        if group == "d_starts":  # of which the caller gets sums, unless they are by step
+            by_step = known[group].numel() == len(known[group]) * known["y"].numel()
+            return known[group][n] if by_step else None
+        return known[group][places[n] if backward and group == "starts" else n]
+
+    renamed = {"states": "state_0", "d_states": "d_state_0", "tiles": "saved"}
     for name in names:
         if name in ("T", "B"):
             yield seen.passed[name] if "rows" in known and name == "T" else {"T": T, "B": B}[name]
             continue
-        tensor = known.get(name.removesuffix("_ptr"))
+        room, *parts = name.split(".")
+        if room == "exchange":
+            tensor = None
+        elif len(parts) == 2:
+            tensor = member(parts[0], int(parts[1]))
+        else:
+            tensor = known.get(renamed.get(parts[0], parts[0]))
         # What launch.py allocates for itself: it is told from the others by being none of them.
         own = seen.passed[name].data_ptr()
-        others = [t.data_ptr() for t in known.values() if t is not None]
+        others = [t.data_ptr() for t in known.values()]
         yield tensor.data_ptr() if tensor is not None else own if own not in others else -1
 
 
@@ -159,9 +173,9 @@ def launches(driver: Driver, *tiers: str, sizes: dict[str, list] = SIZES, kinds:
 
 # How a launch is changed, on which tier, and what must be noticed.
 MUTATIONS = {
-    "two pointers": ("resident", "x_gates_ptr"),
+    "two pointers": ("resident", "inputs.x_gates"),
     "two numbers": ("resident", "T"),
-    "null for a pointer": ("resident", "saved_ptr"),
+    "null for a pointer": ("resident", "outputs.saved"),
     "grid turned": ("cooperative", "grid"),
     "no cooperative launch": ("cooperative", "cooperative"),
     "default stream": ("resident", "stream"),
@@ -169,7 +183,7 @@ MUTATIONS = {
     "more warps": ("resident", "Triton Error [CUDA]: invalid argument"),
     "smaller clusters": ("cluster", "cluster misconfiguration"),
     "portable clusters only": ("cluster", "cluster misconfiguration"),
-    "launch.py swaps": ("resident", "h_n_ptr"),
+    "launch.py swaps": ("resident", "outputs.finals"),
 }
 
 
@@ -197,13 +211,14 @@ def _changing(name: str) -> Any:
     launched = of_triton.active.launcher_cls.__call__
 
     def call(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
-        args = list(args)
-        pointers = [i for i, arg in enumerate(args) if isinstance(arg, Tensor)]
-        numbers = [i for i, arg in enumerate(args) if type(arg) is int and arg in (3, 17)]  # T and B, before others
-        i, j = {"two pointers": pointers[:2], "two numbers": numbers[:2]}.get(name, (0, 0))
-        args[i], args[j] = args[j], args[i]
-        if name == "null for a pointer":
-            args[pointers[-1]] = None
+        first, second, *args = args
+        i, j = (i for i, arg in enumerate(args) if type(arg) is int)  # T and B
+        if name == "two numbers":
+            args[i], args[j] = args[j], args[i]
+        if name == "two pointers" and hasattr(first, "x_gates"):
+            first = first._replace(x_gates=first.W_hh, W_hh=first.x_gates)
+        if name == "null for a pointer" and hasattr(second, "saved"):
+            second = second._replace(saved=None)
         x, y = (y, x) if name == "grid turned" else (x, y)
         stream = 0 if name == "default stream" else stream
         warps, ctas, shared = packed
@@ -212,19 +227,22 @@ def _changing(name: str) -> Any:
         shared = shared // 2 if name == "less shared memory" else shared
         cooperative = self.launch_cooperative_grid and name != "no cooperative launch"
         with mock.patch.object(self, "launch_cooperative_grid", cooperative):
-            launched(self, x, y, z, stream, function, (warps, ctas, shared), metadata, enter, leave, *args)
+            launched(
+                self, x, y, z, stream, function, (warps, ctas, shared), metadata, enter, leave, first, second, *args
+            )
 
     return call
 
 
 def _swapping(launched: Any) -> Any:
-    """launch.py's call of a kernel with y and h_n in each other's place."""
+    """launch.py's call of a kernel with y and the final states in each other's place."""
 
-    def call(which: str, cell: str, backend: str, y: Tensor, B: int, rows: Any, by_step: bool, *pointers: Any) -> None:
-        order = list(pointers)
+    def call(which: str, *args: Any) -> None:
+        *others, groups = args
         if which == "forward":
-            order[5], order[6] = order[6], order[5]
-        launched(which, cell, backend, y, B, rows, by_step, *order)
+            inputs, outputs, sequences = groups
+            groups = inputs, outputs._replace(y=outputs.finals, finals=outputs.y), sequences
+        launched(which, *others, groups)
 
     return call
 

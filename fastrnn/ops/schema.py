@@ -1,0 +1,106 @@
+"""What goes in and out of the recurrence's two ops, named once.
+
+torch.library's schemas are flat: a NamedTuple here is one, and whatever handles an op's arguments or gradients does so
+by these names. P states of a cell are one tensor, h first; R = D * N recurrences of K units run side by side, D
+directions of N heads. slots are (T, B), or (total,) of ragged sequences.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Args(NamedTuple):
+    """Of fastrnn::recurrence."""
+
+    x_gates: Tensor  # (*slots, R, G, K)
+    W_hh: Tensor  # (R, G*K, K)
+    b_hh: Tensor | None  # (R, G*K)
+    state_0: Tensor | None  # (P, D, B, N*K); None is zeros
+    cell: str
+    save: bool  # what backward needs
+    backend: str
+    # Of which x_gates was made: only passed on to double backward.
+    x: Tensor | None = None
+    W_ih: Tensor | None = None
+    b_ih: Tensor | None = None
+    # Of sequences.Sequences, and what states start anew from, (P, D, B, N*K) or by_step (P, *slots, D, N*K)
+    rows: Tensor | None = None
+    reset: Tensor | None = None
+    starts: Tensor | None = None
+    by_step: bool = False
+    all_steps: bool = False  # keep the states of all steps
+    heads: int = 1  # N
+
+
+class Results(NamedTuple):
+    """Of fastrnn::recurrence; what a cell or call lacks has no elements."""
+
+    y: Tensor  # (*slots, R, K)
+    finals: Tensor  # as state_0
+    saved: Tensor  # (*slots, R, S, K)
+    steps: Tensor  # the states of all steps beside h, (P - 1, *slots, R, K)
+
+
+class BackwardArgs(NamedTuple):
+    """Of fastrnn::recurrence_backward: upstream gradients, which may be None, and of Args and Results what it needs."""
+
+    dy: Tensor | None
+    d_finals: Tensor | None
+    d_steps: Tensor | None
+    W_hh: Tensor
+    state_0: Tensor | None
+    y: Tensor
+    saved: Tensor
+    steps: Tensor
+    cell: str
+    needs_dW: bool
+    needs_db: bool
+    backend: str
+    b_hh: Tensor | None = None
+    x: Tensor | None = None
+    W_ih: Tensor | None = None
+    b_ih: Tensor | None = None
+    rows: Tensor | None = None
+    reset: Tensor | None = None
+    starts: Tensor | None = None
+    by_step: bool = False
+    heads: int = 1
+
+
+class BackwardResults(NamedTuple):
+    """Gradients; what is not wanted has no elements."""
+
+    d_x_gates: Tensor
+    dW_hh: Tensor
+    db_hh: Tensor
+    d_state_0: Tensor
+    d_starts: Tensor
+
+
+# The dimension of B in dense tensors (T, B, ...) that are not named here is 1.
+OF_STATES = ("state_0", "starts", "finals", "steps", "d_finals", "d_steps", "d_state_0", "d_starts")
+BATCH_DIMS: dict[str, int] = dict.fromkeys(OF_STATES, 2)
+
+
+def define(name: str, arguments: Any, results: Any, run: Callable, fake: Callable) -> Any:
+    """A torch.library op with the schema of two NamedTuples; run and fake take the one and return the other."""
+
+    def flat(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(run(arguments(*args)))
+
+    parameters = inspect.signature(arguments).parameters.values()
+    prototype = inspect.Signature(list(parameters), return_annotation=tuple[(Tensor,) * len(results._fields)])
+    flat.__signature__ = prototype  # type: ignore[attr-defined]
+    schema = torch.library.infer_schema(flat, mutates_args=())
+    op = torch.library.custom_op(name, flat, mutates_args=(), schema=schema)
+    op.register_fake(lambda *args: tuple(fake(arguments(*args))))
+    return op
+
+
+def contiguous(args: Any) -> Any:
+    """The same arguments with every tensor contiguous, as kernels want them."""
+    return type(args)(*(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args))

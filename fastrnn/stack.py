@@ -1,0 +1,54 @@
+"""What a module is, in one record that every path is handed."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS, Cell
+
+
+class Stack(NamedTuple):
+    """Layers of a cell, as torch.nn's arguments describe them, and how ours are to run them."""
+
+    cell: str
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    backend: str = "auto"
+    checkpoint_every: int | None = None  # steps of a chunk
+
+    @property
+    def of_cell(self) -> Cell:
+        return CELLS[self.cell]
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def states(self) -> int:
+        """How many states a call takes and returns, h first."""
+        return len(CELLS[self.cell].states)
+
+    @property
+    def dropped(self) -> float:
+        """The share of a layer's output that does not reach the next layer in this call."""
+        return self.dropout if self.training else 0.0
+
+    def hidden(self, state: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """A state as torch takes and returns it: one tensor, or the LSTM's pair."""
+        return state[0] if len(state) == 1 else state
+
+    def torch_kernel(
+        self, *sequences: Tensor, state: "tuple[Tensor, ...]", params: "list[Tensor]"
+    ) -> "tuple[Tensor, ...]":
+        """torch's own kernel on dense input, or on packed data and batch sizes; output and the final states."""
+        kernel = getattr(torch._VF, self.cell)
+        options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
+        if len(sequences) == 2:
+            return kernel(*sequences, self.hidden(state), params, *options)
+        return kernel(*sequences, self.hidden(state), params, *options, self.batch_first)
