@@ -1,11 +1,11 @@
 """What a launch hands to a kernel: pointers in groups, any of which may be None, and constants.
 
 A layer has D directions of N heads: R = D N recurrences side by side, each of H units with a W_hh of its own (where N
-is 1, H is the layer's). All tensors are contiguous; slots are time and batch, [T, B], or ragged (rows.py); a cell has
-P states, h first.
+is 1, H is the layer's). All tensors are contiguous; slots are time and batch, [T, B], or ragged (rows.py). A group of
+states has a pointer for each state of the cell, h first.
 
-    x_gates, d_x_gates   [slots, R, G, H]    W_hh   [R, G, H, H]    first and last states      [P, D, B, N, H]
-    y, states of all steps  [slots, R, H]    b_hh   [R, G, H]       saved                      [slots, R, S, H]
+    x_gates, d_x_gates      [slots, R, G, H]    W_hh   [R, G, H, H]    first and last states   [D, B, N, H]
+    y, states of all steps  [slots, R, H]       b_hh   [R, G, H]       saved                   [slots, R, S, H]
 
 This file needs no Triton, and kernels take its groups as they are.
 """
@@ -38,7 +38,7 @@ class Saved(NamedTuple):
     d_steps: Any  # as steps
     d_finals: Any
     W_hh: Any
-    before: Any  # the kept states before the first step, [D, B, N, H] each
+    before: Any  # the kept states before the first step
     kept: Any  # the kept states of all steps
     tiles: Any  # what the cell saved
 

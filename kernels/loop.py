@@ -254,29 +254,28 @@ def as_fp32(tiles):
 
 
 @triton.jit
-def state_offsets(K: tl.constexpr, rows, units, B, n: tl.constexpr):
-    """Where state n of a program's rows and units is in [P, D, B, N, H]."""
-    row = n * (K.D * K.N * tl.cast(B, tl.int64)) + rows.first_state
-    return row * K.H + rows.states[:, None] * (K.N * K.H) + units.offs[None, :]
+def state_offsets(K: tl.constexpr, rows, units):
+    """Where a program's rows and units of a state are in [D, B, N, H]."""
+    return rows.first_state * K.H + rows.states[:, None] * (K.N * K.H) + units.offs[None, :]
 
 
 @triton.jit
-def load_state(K: tl.constexpr, ptr, rows, units, B):
-    """States, or their gradients, in fp32; zeros for an absent pointer."""
+def load_state(K: tl.constexpr, ptrs, rows, units):
+    """States, or their gradients, in fp32; zeros where none are given."""
     state = ()
     for n in tl.static_range(K.states):
-        if ptr is None:
+        if ptrs is None:
             state = state + (zeros_like(units.mask),)
         else:
-            tile = tl.load(ptr + state_offsets(K, rows, units, B, n), mask=units.mask, other=0.0)
+            tile = tl.load(ptrs[n] + state_offsets(K, rows, units), mask=units.mask, other=0.0)
             state = state + (tile.to(tl.float32),)
     return state
 
 
 @triton.jit
-def first_state(K: tl.constexpr, ptr, rows, units, resets, B):
+def first_state(K: tl.constexpr, ptrs, rows, units, resets):
     """The states before the first step: given, or started anew where a segment begins there."""
-    state = load_state(K, ptr, rows, units, B)
+    state = load_state(K, ptrs, rows, units)
     if resets.mask is not None:
         restart, starts = load_starts(resets, rows, units, 0, K)
         state = keep(restart, starts, state)
@@ -284,12 +283,12 @@ def first_state(K: tl.constexpr, ptr, rows, units, resets, B):
 
 
 @triton.jit
-def store_state(K: tl.constexpr, ptr, rows, units, B, state):
+def store_state(K: tl.constexpr, ptrs, rows, units, state):
     """Store states, or their gradients."""
-    if ptr is not None:
+    if ptrs is not None:
         for n in tl.static_range(K.states):
-            at = ptr + state_offsets(K, rows, units, B, n)
-            tl.store(at, state[n].to(ptr.dtype.element_ty), mask=units.mask)
+            at = ptrs[n] + state_offsets(K, rows, units)
+            tl.store(at, state[n].to(at.dtype.element_ty), mask=units.mask)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ def first_without_spills(
     Asked once for all that compiles alike: a thread's registers are known to the compiler only at the end, and whether
     a choice spills follows no rule that was found.
     """
-    key = (function, device, tuple(options.items()), tuple(map(_as_compiled, arguments)))
+    key = (function, device, tuple(options.items()), tuple(map(as_compiled, arguments)))
     if key not in _chosen:
         spills = []
         for choice in choices:
@@ -44,12 +44,12 @@ def taken(name: str) -> list[dict[str, Any]]:
     return [choice for (function, *_), choice in _chosen.items() if function.__name__ == name]
 
 
-def _as_compiled(argument: Any) -> Hashable:
+def as_compiled(argument: Any) -> Hashable:
     """What Triton compiles an argument for: a tensor's dtype, and whether it lies at a multiple of 16 bytes."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, tuple):  # of pointers, or of constants
-        return tuple(_as_compiled(a) if isinstance(a, torch.Tensor | tuple) else a for a in argument)
+        return tuple(as_compiled(a) if isinstance(a, torch.Tensor | tuple) else a for a in argument)
     return type(argument) if isinstance(argument, int) else argument  # sizes are not specialized
 
 

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ..compat import driver
-from ..planning.planner import Plan, plan
+from ..compat.cached import cached
+from ..device import DeviceSpec
+from ..planning import tuning
+from ..planning.planner import Plan, plan, torch_precision
 from ..planning.tiers import TIERS
 from ..sequences import stops_at_torchs_kernels, untraced
 from ..stack import Stack
@@ -126,16 +129,26 @@ def _run(call: Call) -> Found:
 
 def planned(call: Call) -> Plan:
     """The plan of a call; torch.export's sizes are symbols where they may change: it is that of its example."""
-    stack = call.stack
     T, B = (size.node.hint if isinstance(size, torch.SymInt) else size for size in (call.T, call.B))
+    T, B = max(1, T // max(B, 1)) if call.ragged else T, max(B, 1)
+    return _planned(call.stack, call.H, T, B, compute_dtype(call.input), call.input.device, _facts())
+
+
+def _facts() -> tuple:
+    """What a plan depends on beside the call: it is made again where any of this is another."""
+    return plan, DeviceSpec.of, id(tuning.TUNED), torch_precision(), len(driver.refused)
+
+
+@cached
+def _planned(stack: Stack, H: int, T: int, B: int, dtype: torch.dtype, device: torch.device, facts: tuple) -> Plan:
     return plan(
         stack.cell,
-        hidden_size=call.H,
-        batch_size=max(B, 1),
-        seq_len=max(1, T // max(B, 1)) if call.ragged else T,
+        hidden_size=H,
+        batch_size=B,
+        seq_len=T,
         directions=stack.directions,
-        dtype=compute_dtype(call.input),
-        device=str(call.input.device),
+        dtype=dtype,
+        device=str(device),
         backend=stack.backend,
         num_layers=stack.num_layers,
         checkpoint_every=stack.checkpoint_every,

@@ -1,5 +1,6 @@
 """Allocate outputs and launch the kernels of a plan; what is left to one product and one sum is here too."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ def forward(args: Args) -> Results:
         b_hh = y.new_zeros(x_gates.shape[-3], x_gates.shape[-2] * x_gates.shape[-1])
     steps = _present(results.steps)
     groups = (
-        Inputs(x_gates, args.W_hh, b_hh, args.state_0),
-        Outputs(y, _each(steps), _present(results.saved), results.finals),
+        Inputs(x_gates, args.W_hh, b_hh, _each(args.state_0)),
+        Outputs(y, _each(steps), _present(results.saved), _each(results.finals)),
         Sequences(args.rows, _bytes(args.reset), _each(args.starts)),
     )
     _launch("forward", args, y, request, kernel, groups)
@@ -103,7 +104,7 @@ def backward(args: BackwardArgs) -> BackwardResults:
         read = Saved(
             args.dy,
             _each(args.d_steps),
-            args.d_finals,
+            _each(args.d_finals),
             args.W_hh,
             before=tuple(state_0[place] for place in places),
             kept=tuple(y if place == 0 else args.steps[place - 1] for place in places),
@@ -111,15 +112,17 @@ def backward(args: BackwardArgs) -> BackwardResults:
         )
         kept_starts = None if starts is None else tuple(starts[place] for place in places)
         sequences = Sequences(args.rows, _bytes(args.reset), kept_starts)
-        gradients = Gradients(d_x_gates, d_rec_last, d_state_0, _each(d_starts))
+        gradients = Gradients(d_x_gates, d_rec_last, _each(d_state_0), _each(d_starts))
         request = _request(args, y, B)
         _launch("backward", args, y, request, kernel_for(request, args.backend), (read, gradients, sequences))
     d_rec = [d_x_gates] if d_rec_last is None else [d_x_gates[..., :-1, :], d_rec_last]
     dW_hh, db_hh = y.new_empty(0), y.new_empty(0)
     if args.needs_dW:
-        dW_hh = torch.stack([_weight_gradient(args, r, d_rec, state_0[0]) for r in range(R)])
+        gradients = [_weight_gradient(args, r, d_rec, state_0[0]) for r in range(R)]
+        dW_hh = gradients[0].unsqueeze(0) if R == 1 else torch.stack(gradients)
     if args.needs_db:
-        db_hh = torch.cat([d.flatten(0, -4).sum(0) for d in d_rec], dim=1).flatten(1)
+        sums = [d.flatten(0, -4).sum(0).flatten(1) for d in d_rec]
+        db_hh = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
     return BackwardResults(
         d_x_gates,
         dW_hh,
@@ -161,8 +164,9 @@ def _weight_gradient(args: BackwardArgs, r: int, d_rec: list[Tensor], h_0: Tenso
             gradients.append(d_gates.flatten(0, -2).T @ h_prev)
             continue
         first, rest, shifted = (d_gates[0], d_gates[1:], y[:-1]) if d == 0 else (d_gates[-1], d_gates[:-1], y[1:])
-        gradients.append(torch.addmm(first.T @ h_0, rest.flatten(0, 1).T, shifted.flatten(0, 1)))
-    return torch.cat(gradients)
+        rest, shifted = rest.flatten(0, 1).T, shifted.flatten(0, 1)
+        gradients.append(rest @ shifted if args.state_0 is None else torch.addmm(first.T @ h_0, rest, shifted))
+    return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
 
 
 def _batch(args: Args | BackwardArgs) -> int:
@@ -196,54 +200,86 @@ def _launch(
     which: str, args: Args | BackwardArgs, y: Tensor, request: Request, kernel: KernelPlan, groups: tuple
 ) -> None:
     """Launch the kernel of a pass for y (*slots, R, K), with groups of pointers as in kernels/arguments.py."""
-    from ..kernels.tile import cooperative, resident
-
-    cell, cooperates = request.of_cell, args.backend == "cooperative"
     # Of ragged sequences, which the table bounds, a mean.
     T = max(1, y.shape[0] if y.dim() == 4 else y.shape[0] // request.B)
     # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
     with interpreter.corrected(), torch.cuda.device_of(y):
-        if kernel.dialect == "Gluon":  # imported only here: Triton before 3.6 lacks what it needs
-            from ..kernels.gluon import cooperative, resident
-        module = cooperative if cooperates else resident
-        function = getattr(module, which)
-        if cooperates:
+        if args.backend == "cooperative":
             groups = (*groups, _exchange(which, y, request, kernel))
-        own_lengths, ragged = args.rows is not None, y.dim() == 3
-        sizes = Sizes(
-            cell.gates, len(cell.states), len(cell.kept), cell.saved, request.D, request.N, request.H, own_lengths,
-            args.by_step, ragged, kernel.activations, kernel.precision,
-        )  # fmt: skip
-        arguments = (*groups, T, request.B, cell.kernel(which), sizes)
-
-        def as_launched(choice: dict[str, Any]) -> dict[str, Any]:
-            """A way of compiling the kernel: its Form, and options of the launch."""
-            form = {name: value for name, value in choice.items() if name.isupper()}
-            options = {name: value for name, value in choice.items() if not name.isupper()}
-            return {"FORM": module.Form(**kernel.form, **form), **options}
-
-        choices = kernel.choices[which]
         if interpreter.ENABLED:
-            form = as_launched(choices[0])["FORM"]
-            if cooperates:
-                from ..compat import concurrent_interpreter
-
-                concurrent_interpreter.launch(function, kernel.grid, *arguments, form)
-            else:
-                function[kernel.grid](*arguments, form)
+            function, constants, as_launched = _function(which, args, y, request, kernel)
+            form = as_launched(kernel.choices[which][0])["FORM"]
+            _interpret(function, kernel, (*groups, T, request.B, *constants, form))
             return
-        options: dict[str, Any] = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
-        if cooperates:
-            # The driver refuses a grid whose programs cannot all be resident, instead of leaving it to hang.
-            options["launch_cooperative_grid"] = True
+        from ..compat import launcher
+
+        key = (which, args.backend, args.by_step, request, y.dim(), y.device, _pointers(groups))
+        ready, constants = _ready.get(key, (None, ()))
         try:
+            if launcher.usable(ready):
+                ready.launch(kernel.grid, (*groups, T, request.B, *constants))  # type: ignore[union-attr]
+                return
+            function, constants, as_launched = _function(which, args, y, request, kernel)
+            arguments = (*groups, T, request.B, *constants)
+            options: dict[str, Any] = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
+            if args.backend == "cooperative":
+                # The driver refuses a grid whose programs cannot all be resident, instead of leaving it to hang.
+                options["launch_cooperative_grid"] = True
             options |= spills.first_without_spills(
-                function, request.spec, choices, arguments, kernel.grid, options, as_launched
+                function, request.spec, kernel.choices[which], arguments, kernel.grid, options, as_launched
             )
-            function[kernel.grid](*arguments, **options)
+            compiled = function[kernel.grid](*arguments, **options)
         except Exception as error:
             driver.refuse(error, args.backend, args.cell, request.H, y.dtype, kernel, request.spec)
             raise
+        _ready[key] = launcher.ready(compiled), (*constants, options["FORM"])
+
+
+def _pointers(groups: tuple) -> tuple:
+    """What Triton compiles pointers for: dtypes, and which are multiples of 16; None where there is none."""
+    found: list[Any] = []
+    for group in groups:
+        for member in group:
+            if isinstance(member, tuple):
+                found.append(tuple([(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in member]))
+            else:
+                found.append(None if member is None else (member.dtype, member.data_ptr() % 16 == 0))
+    return tuple(found)
+
+
+# Kernels that were launched, by all that they were compiled for, and their constants.
+_ready: dict[tuple, tuple[Any, tuple]] = {}
+
+
+def _function(
+    which: str, args: Args | BackwardArgs, y: Tensor, request: Request, kernel: KernelPlan
+) -> tuple[Any, tuple, Callable[[dict], dict]]:
+    """The kernel of a pass, its constants but the Form, and what makes this and options of the launch of a choice."""
+    if kernel.dialect == "Gluon":  # imported only here: Triton before 3.6 lacks what it needs
+        from ..kernels.gluon import cooperative, resident
+    else:
+        from ..kernels.tile import cooperative, resident
+    module, cell = cooperative if args.backend == "cooperative" else resident, request.of_cell
+    sizes = Sizes(
+        cell.gates, len(cell.states), len(cell.kept), cell.saved, request.D, request.N, request.H,
+        args.rows is not None, args.by_step, y.dim() == 3, kernel.activations, kernel.precision,
+    )  # fmt: skip
+
+    def as_launched(choice: dict[str, Any]) -> dict[str, Any]:
+        form = {name: value for name, value in choice.items() if name.isupper()}
+        options = {name: value for name, value in choice.items() if not name.isupper()}
+        return {"FORM": module.Form(**kernel.form, **form), **options}
+
+    return getattr(module, which), (cell.kernel(which), sizes), as_launched
+
+
+def _interpret(function: Any, kernel: KernelPlan, arguments: tuple) -> None:
+    if len(kernel.grid) < 3:
+        function[kernel.grid](*arguments)
+    else:
+        from ..compat import concurrent_interpreter
+
+        concurrent_interpreter.launch(function, kernel.grid, *arguments)
 
 
 def _exchange(which: str, y: Tensor, request: Request, kernel: KernelPlan) -> Exchange:

@@ -49,16 +49,12 @@ def _backward(ctx, dy, d_finals, d_saved, d_steps):
     needs = Args(*ctx.needs_input_grad)
     # Functions of the other arguments, by which double backward differentiates.
     y, saved, steps = y.detach(), saved.detach(), steps.detach()
-    run = _RecurrenceBackward.apply if torch_func.transforming() else _recurrence_backward
-    found = BackwardResults(
-        *run(
-            *BackwardArgs(
-                dy, d_finals, d_steps, args.W_hh, args.state_0, y, saved, steps, args.cell,
-                bool(needs.W_hh), bool(needs.b_hh), args.backend, args.b_hh, args.x, args.W_ih, args.b_ih, args.rows,
-                args.reset, args.starts, args.by_step, args.heads,
-            )
-        )
+    given = BackwardArgs(
+        dy, d_finals, d_steps, args.W_hh, args.state_0, y, saved, steps, args.cell, bool(needs.W_hh), bool(needs.b_hh),
+        args.backend, args.b_hh, args.x, args.W_ih, args.b_ih, args.rows, args.reset, args.starts, args.by_step,
+        args.heads,
     )  # fmt: skip
+    found = _run_backward(given)
     return NO_GRADIENTS._replace(
         x_gates=found.d_x_gates,
         W_hh=found.dW_hh if needs.W_hh else None,
@@ -113,6 +109,38 @@ _RecurrenceBackward = torch_func.function(
 )
 
 
+class _Eager(torch.autograd.Function):
+    """The op's gradients without the op, whose dispatch is a third of the host's time of a call."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        results = launch.forward(Args(*args))
+        _save(ctx, args, results)
+        return tuple(results)
+
+    backward: Any = staticmethod(_backward)
+
+
+class _EagerBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        results = launch.backward(BackwardArgs(*args))
+        _save_backward(ctx, args, results)
+        return tuple(results)
+
+    backward: Any = staticmethod(_double_backward)
+
+
+def _observed(tensor: Tensor) -> bool:
+    """Whether somebody wants to see an op: a compiler, an exporter, a tracer, a mode, a subclass of Tensor."""
+    return (
+        type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def run(args: Args) -> Results:
     """The recurrence with its gradients; save is found out here."""
     # Each level of nested transforms has an answer of its own to whether gradients are wanted: there, always.
@@ -121,8 +149,21 @@ def run(args: Args) -> Results:
     asked = torch.is_grad_enabled() or torch.jit.is_tracing()
     wanted = (args.x_gates, args.W_hh, args.b_hh, args.state_0, args.starts)
     save = transforming or (asked and any(t is not None and t.requires_grad for t in wanted))
-    op = _Recurrence.apply if transforming else _recurrence
-    return Results(*op(*args._replace(save=save)))
+    args = args._replace(save=save)
+    if transforming:
+        return Results(*_Recurrence.apply(*args))
+    if _observed(args.x_gates):
+        return Results(*_recurrence(*args))
+    return Results(*_Eager.apply(*args)) if save else launch.forward(args)
+
+
+def _run_backward(args: BackwardArgs) -> BackwardResults:
+    if torch_func.transforming():
+        return BackwardResults(*_RecurrenceBackward.apply(*args))
+    if _observed(args.y):
+        return BackwardResults(*_recurrence_backward(*args))
+    # With gradients enabled, those of the gradients are wanted.
+    return BackwardResults(*_EagerBackward.apply(*args)) if torch.is_grad_enabled() else launch.backward(args)
 
 
 def recurrence(

@@ -103,4 +103,9 @@ def define(name: str, arguments: Any, results: Any, run: Callable, fake: Callabl
 
 def contiguous(args: Any) -> Any:
     """The same arguments with every tensor contiguous, as kernels want them."""
-    return type(args)(*(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args))
+    strided = [
+        name
+        for name, arg in zip(args._fields, args, strict=True)
+        if isinstance(arg, Tensor) and not arg.is_contiguous()
+    ]
+    return args._replace(**{name: getattr(args, name).contiguous() for name in strided}) if strided else args

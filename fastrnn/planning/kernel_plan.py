@@ -122,7 +122,7 @@ def register_limits(spec: DeviceSpec, warps: int) -> tuple[dict[str, Any], ...]:
     there are, it spills more of others; and given registers for it, it loads all pieces of the state at once.
     """
     most = registers(spec, warps)
-    return ({},) if spec.is_amd else ({}, {"maxnreg": most}, {"maxnreg": most - 8})
+    return ({},) if spec.is_amd else ({}, {"maxnreg": most}, {"maxnreg": most - 8}, {"maxnreg": most // 8 * 8 - 16})
 
 
 def tiles(size: int, tile: int) -> int:

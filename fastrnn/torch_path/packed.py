@@ -23,7 +23,7 @@ from ..stack import Stack
 
 # Of a block, on the average, for which oneDNN's LSTM beats the packed form without gradients; the GRU and the RNN have
 # nothing fused to gain. `python -m bench.segments --blocks` measures it; docs/performance.md has the table.
-LEAST_STEPS = 3
+FUSED, LEAST_STEPS = ("lstm",), 3
 
 State = tuple[Tensor, ...]  # (h,) or (h, c), each (L*D, S, H) of S sequences; of a block (1, those that go on, H)
 Kernel = Callable[[Tensor, State], tuple[Tensor, State]]  # one layer, one direction of a block
@@ -94,7 +94,7 @@ def in_blocks(cell: str, data: Tensor, state: State, params: Sequence[Tensor], s
     if data.device.type != "cpu" or projected or torch.is_autocast_enabled("cpu"):
         return False
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *state, *params))
-    return differentiated or (cell == "lstm" and steps >= LEAST_STEPS)
+    return differentiated or (cell in FUSED and steps >= LEAST_STEPS)
 
 
 def _ahead(kernel: Kernel, blocks: Sequence[Tensor], state: State) -> tuple[list[Tensor], State]:

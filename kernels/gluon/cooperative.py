@@ -175,10 +175,10 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: gl.constexpr, SIZE
     shared: gl.constexpr = sums_layout(WARPS, BLOCK_B, BLOCK_N)
     sums = gl.allocate_shared_memory(gl.float32, [K.gates, WARPS, BLOCK_B, BLOCK_N], shared)
     held = Held(W_hh, b_hh, sums, piece_rows, first_row + piece_rows < B, group)
-    state = first_state(K, inputs.states, rows, units, resets, B)
+    state = first_state(K, inputs.states, rows, units, resets)
     publish(held, K, F, units, state, 0)
     state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
-    store_state(K, outputs.finals, rows, units, B, state)
+    store_state(K, outputs.finals, rows, units, state)
 
 
 @gluon.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -206,6 +206,6 @@ def backward(read, grads, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: 
     shared: gl.constexpr = sums_layout(WARPS, BLOCK_B, BLOCK_N)
     sums = gl.allocate_shared_memory(gl.float32, [1, WARPS, BLOCK_B, BLOCK_N], shared)
     held = Held(W_hh, None, sums, pieces, first_row + piece_rows < B, group)
-    d_state = load_state(K, read.d_finals, rows, units, B)
+    d_state = load_state(K, read.d_finals, rows, units)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(K, grads.d_states, rows, units, B, d_state)
+    store_state(K, grads.d_states, rows, units, d_state)

@@ -248,7 +248,7 @@ def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.cons
     b_hh = load_bias(K, inputs.b_hh, rows.recurrence, units)
     if not F.BIAS_KEPT:
         b_hh = inputs.b_hh
-    state = first_state(K, inputs.states, rows, units, resets, B)
+    state = first_state(K, inputs.states, rows, units, resets)
     whole = gl.allocate_shared_memory(
         dtype, [2, SHARES, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, None)
     )
@@ -262,7 +262,7 @@ def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.cons
     held = Held(W_hh, b_hh, whole, own, summands)
     publish(held, K, F, units, state, 0)
     state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
-    store_state(K, outputs.finals, rows, units, B, state)
+    store_state(K, outputs.finals, rows, units, state)
     if CTAS > 1:
         gl.barrier(cluster=True)  # no program ends while others read its shared memory
 
@@ -286,13 +286,13 @@ def backward(read, grads, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constex
     resets = Resets(sequences.reset, sequences.starts)
     shared: gl.constexpr = layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0)
     W_hh = load_weights(K, F, read.W_hh, rows.recurrence, BLOCK_H, SUMMANDS, shared, True)
-    d_state = load_state(K, read.d_finals, rows, units, B)
+    d_state = load_state(K, read.d_finals, rows, units)
     d_tile = gl.allocate_shared_memory(
         dtype, [K.gates, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
     )
     summands = gl.allocate_shared_memory(gl.float32, [2, SUMMANDS, BLOCK_B, BLOCK_H], layouts.partial(BLOCK_H, CTAS, 0))
     held = Held(W_hh, None, d_tile, None, summands)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(K, grads.d_states, rows, units, B, d_state)
+    store_state(K, grads.d_states, rows, units, d_state)
     if CTAS > 1:
         gl.barrier(cluster=True)

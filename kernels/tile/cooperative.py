@@ -143,10 +143,10 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: tl.constexpr, SIZE
     group = Group(counter_ptr, tl.num_programs(0).to(tl.int64), exchanged_ptr, None, buffer, offs_b)
     W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, units.offs, True)
     held = Held(W_hh, load_bias(K, inputs.b_hh, rows.recurrence, units), first_row + offs_b < B, group)
-    state = first_state(K, inputs.states, rows, units, resets, B)
+    state = first_state(K, inputs.states, rows, units, resets)
     publish(held, K, F, units, state, 0)
     state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
-    store_state(K, outputs.finals, rows, units, B, state)
+    store_state(K, outputs.finals, rows, units, state)
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -164,6 +164,6 @@ def backward(read, grads, sequences, exchange, T, B, CELL: tl.constexpr, SIZES: 
     group = Group(counter_ptr, programs, grads.d_x_gates, grads.d_rec_last, None, offs_b)
     W_hh = load_weights(K, F, read.W_hh, rows.recurrence, units.offs, False)
     held = Held(W_hh, None, first_row + offs_b < B, group)
-    d_state = load_state(K, read.d_finals, rows, units, B)
+    d_state = load_state(K, read.d_finals, rows, units)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(K, grads.d_states, rows, units, B, d_state)
+    store_state(K, grads.d_states, rows, units, d_state)

@@ -112,9 +112,9 @@ def forward(inputs, outputs, sequences, T, B, CELL: tl.constexpr, SIZES: tl.cons
     resets = Resets(sequences.reset, sequences.starts)
     W_hh = load_weights(K, inputs.W_hh, rows.recurrence, units, TRANSPOSED=True)
     held = Held(W_hh, load_bias(K, inputs.b_hh, rows.recurrence, units))
-    state = first_state(K, inputs.states, rows, units, resets, B)
+    state = first_state(K, inputs.states, rows, units, resets)
     state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
-    store_state(K, outputs.finals, rows, units, B, state)
+    store_state(K, outputs.finals, rows, units, state)
 
 
 @triton.jit(do_not_specialize=["T", "B"], launch_metadata=of_launch)
@@ -127,6 +127,6 @@ def backward(read, grads, sequences, T, B, CELL: tl.constexpr, SIZES: tl.constex
     rows, units = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_H)
     resets = Resets(sequences.reset, sequences.starts)
     held = Held(load_weights(K, read.W_hh, rows.recurrence, units, TRANSPOSED=False), None)
-    d_state = load_state(K, read.d_finals, rows, units, B)
+    d_state = load_state(K, read.d_finals, rows, units)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
-    store_state(K, grads.d_states, rows, units, B, d_state)
+    store_state(K, grads.d_states, rows, units, d_state)

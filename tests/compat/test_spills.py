@@ -71,7 +71,7 @@ def test_dtypes_devices_and_absent_pointers_share_no_form(chosen):
     ("function", "forgotten", "check"),
     (
         ("first_without_spills", "tuple(options.items()), ", two_clusters),
-        ("_as_compiled", ", argument.data_ptr() % 16 == 0", two_alignments),
+        ("as_compiled", ", argument.data_ptr() % 16 == 0", two_alignments),
     ),
 )
 def test_a_key_that_forgets_is_noticed(chosen, mutate, function, forgotten, check):

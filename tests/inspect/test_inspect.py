@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from fastrnn.inspect import doctor, flow, sass
 from fastrnn.inspect.resources import occupancy
 from fastrnn.inspect.timing import RATES, bounds, chain
 
+from ..support import children
+
 ROOT = Path(__file__).parents[2]
 KEYS = [
     "cell", "pass", "arch", "backend", "dtype", "hidden", "batch", "programs", "ctas", "warps", "registers",
@@ -25,10 +28,13 @@ KEYS = [
 ]  # fmt: skip
 
 
-def cli(*arguments: str, interpret: str = "0") -> subprocess.CompletedProcess:
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "COLUMNS": "100"}
-    command = [sys.executable, "-W", "error", "-m", "fastrnn", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def cli(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess:
+    with mock.patch.dict(os.environ, COLUMNS="100"):
+        if not interpret:
+            return children.run(["-m", "fastrnn", *arguments])
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        command = [sys.executable, "-W", "error", "-m", "fastrnn", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +42,7 @@ def dumped(tmp_path_factory) -> tuple[Path, list[dict]]:
     """What the compiler left of the GRU at H=16 on an H100 and an MI300X, and the records."""
     folder = tmp_path_factory.mktemp("dump")
     flags = ["--cell", "gru", "--hidden", "16", "--arch", "sm_90", "gfx942", "--json", "--dump", str(folder)]
-    done = cli("inspect", *flags, interpret="1")  # which it must undo for itself
+    done = cli("inspect", *flags, interpret=True)  # which it must undo for itself
     assert done.returncode == 0, done.stderr
     return folder, [json.loads(line) for line in done.stdout.splitlines()]
 

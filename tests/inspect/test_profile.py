@@ -225,13 +225,19 @@ def test_a_gpu_that_is_not_there(capsys):
 @pytest.mark.parametrize("dialect", ("tile", "gluon"))
 def test_metadata_of_a_launch(dialect, which):
     """Flops of the recurrent product, bytes of what is there, by the parameters' own names."""
+    from fastrnn.kernels.arguments import Gradients, Inputs, Outputs, Saved
     from fastrnn.kernels.metadata import of_launch
 
     T, G, D, dtype = 5, 4, 1, torch.bfloat16
     gates, weights = torch.zeros(T, B, D, G, H, dtype=dtype), torch.zeros(D, G * H, H, dtype=dtype)
-    names = inspect.signature(
-        getattr(importlib.import_module(f"fastrnn.kernels.{dialect}.resident"), which).fn
-    ).parameters
-    given = {"x_gates_ptr": gates, "d_x_gates_ptr": gates, "W_hh_ptr": weights, "T": T, "B": B, "H": H}
-    found = of_launch((1, 1, 1), SimpleNamespace(name=which), {name: given.get(name) for name in names})
+    if which == "forward":
+        groups = {"inputs": Inputs(gates, weights, None, None), "outputs": Outputs(None, None, None, None)}
+    else:
+        read = Saved(None, None, None, weights, (None,), (None,), None)
+        groups = {"read": read, "grads": Gradients(gates, None, None, None)}
+    kernel = getattr(importlib.import_module(f"fastrnn.kernels.{dialect}.resident"), which).fn
+    names = inspect.signature(kernel).parameters
+    assert names.keys() >= groups.keys()
+    given = {name: {**groups, "T": T, "B": B}.get(name) for name in names}
+    found = of_launch((1, 1, 1), SimpleNamespace(name=which), given)
     assert found == {"name": f"{which} H=16 T=5 B=2", "flops16": 2 * T * B * weights.numel(), "bytes": 2 * (640 + 1024)}

@@ -25,7 +25,7 @@ MUTATIONS = {
     "both directions forward": ("rows.time_index", "== 0, step, rows.T - 1 - step", "< 9, step, rows.T", "rnn_tanh"),
     "another gate's bias": ("loop.load_bias", "(recurrence * K.gates + g)", "recurrence * K.gates", "gru"),
     "prefetched a step too far": ("loop.forward", "minimum(step + 1", "minimum(step + 2", "rnn_tanh"),
-    "another state's place": ("loop.state_offsets", "n * (", "0 * (", "lstm"),
+    "another state": ("loop.load_state", "ptrs[n]", "ptrs[0]", "lstm"),
     "W_hh transposed": (
         "tile.resident.load_weights", "offs[None, :] * K.H + offs[:, None]", "offs[:, None] * K.H + offs[None]", "gru"),
     "gradient of h_n dropped": ("tile.resident.backward", "read.d_finals", "None", "rnn_tanh"),

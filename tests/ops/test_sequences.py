@@ -117,7 +117,8 @@ MUTATIONS = {
         "kernels.rows.load_restart", "edge < rows.lengths", "edge < rows.T + 0 * rows.lengths", "rnn_tanh",
         "lengths, resets by step"),
     "states by step from another step": (
-        "kernels.rows.slot_at_edge", "_edge(rows, step)", "tl.maximum(step - 1, 0)", "gru", "lengths, resets by step"),
+        "kernels.rows.slot_at_edge", "(_edge(rows, step) *", "(tl.maximum(step - 1, 0) *", "gru",
+        "lengths, resets by step"),
     "gradients go past a reset": (
         "kernels.loop.cut", "return keep(restart, zeros, d_state)", "return d_state", "lstm", "resets"),
     "the state before a reset for what follows it": (

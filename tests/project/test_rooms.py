@@ -9,9 +9,8 @@ ROOT = Path(__file__).parents[2]
 # From the bottom up: a module imports from its own line and those above it.
 ORDER = (
     ("compat",),
-    ("sequences", "reference", "device"),
-    ("kernels",),
-    ("cells",),
+    ("kernels", "sequences", "device"),
+    ("cells", "reference", "stack"),
     ("planning",),
     ("ops",),
     ("torch_path",),

@@ -124,6 +124,7 @@ def _arguments(seen: Seen, cell: str, names: list[str], T: int, B: int) -> Itera
     """What a kernel's parameters must be: pointers to the tensors that they are for, where the caller has them."""
     known, backward = seen.known, "dy" in seen.known
     places = CELLS[cell].kept_places
+    renamed = {"states": "state_0", "d_states": "d_state_0", "tiles": "saved"}
 
     def member(group: str, n: int) -> Tensor | None:
         """Of a group's tuple: which state of all it is for."""
@@ -134,9 +135,8 @@ def _arguments(seen: Seen, cell: str, names: list[str], T: int, B: int) -> Itera
         if group == "d_starts":  # of which the caller gets sums, unless they are by step
             by_step = known[group].numel() == len(known[group]) * known["y"].numel()
             return known[group][n] if by_step else None
-        return known[group][places[n] if backward and group == "starts" else n]
+        return known[renamed.get(group, group)][places[n] if backward and group == "starts" else n]
 
-    renamed = {"states": "state_0", "d_states": "d_state_0", "tiles": "saved"}
     for name in names:
         if name in ("T", "B"):
             yield seen.passed[name] if "rows" in known and name == "T" else {"T": T, "B": B}[name]
@@ -183,7 +183,7 @@ MUTATIONS = {
     "more warps": ("resident", "Triton Error [CUDA]: invalid argument"),
     "smaller clusters": ("cluster", "cluster misconfiguration"),
     "portable clusters only": ("cluster", "cluster misconfiguration"),
-    "launch.py swaps": ("resident", "outputs.finals"),
+    "launch.py swaps": ("resident", "outputs.finals.0"),
 }
 
 
@@ -241,7 +241,7 @@ def _swapping(launched: Any) -> Any:
         *others, groups = args
         if which == "forward":
             inputs, outputs, sequences = groups
-            groups = inputs, outputs._replace(y=outputs.finals, finals=outputs.y), sequences
+            groups = inputs, outputs._replace(y=outputs.finals[0], finals=(outputs.y, *outputs.finals[1:])), sequences
         launched(which, *others, groups)
 
     return call

@@ -1,0 +1,53 @@
+"""What a call costs the host, without a clock: how many functions it runs may not grow unnoticed."""
+
+import json
+
+import pytest
+
+from ..support import children
+
+# Of a call like one before it: Python's and C's functions, torch 2.13 on Python 3.11; others differ by a few.
+BUDGET = {
+    "LSTM, 1, inference": 395,
+    "LSTM, 1, training": 785,
+    "LSTM, 2, inference": 660,
+    "LSTM, 2, training": 1390,
+    "GRU, 1, inference": 395,
+    "GRU, 1, training": 785,
+    "GRU, 2, inference": 660,
+    "GRU, 2, training": 1390,
+}
+
+
+def over(arguments: list[str]) -> set[str]:
+    done = children.run(arguments)
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout.splitlines()[-1])
+    assert counted.keys() == BUDGET.keys()
+    return {case for case, count in counted.items() if count > BUDGET[case]}
+
+
+def test_a_call_runs_no_more_functions_than_it_did():
+    assert not over(["-m", "bench.host_cost", "--calls"])
+
+
+@pytest.mark.parametrize(
+    ("target", "does"),
+    (("fastrnn.compat.launcher.usable", "lambda kernel: False"), ("fastrnn.ops.library._observed", "lambda x: True")),
+)
+def test_a_longer_way_is_noticed(target, does, tmp_path):
+    """Triton's binder at each launch; the op's dispatch."""
+    script = tmp_path / "longer.py"
+    script.write_text(
+        f"from unittest import mock\nimport fastrnn.compat.launcher\nfrom bench import host_cost\n"
+        f"with mock.patch({target!r}, {does}):\n    host_cost.main(['--calls'])\n"
+    )
+    assert over([str(script)]) == set(BUDGET)
+
+
+def test_the_table_has_a_row_for_each_case():
+    done = children.run(["-m", "bench.host_cost", "--count", "2"])
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| LSTM", "| GRU"))]
+    assert len(rows) == len(BUDGET)
+    assert all(float(row.split("|")[4]) > 0 for row in rows)
