@@ -1,12 +1,12 @@
 """Allocate outputs and launch the kernels of a plan; what is left to one product and one sum is here too."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cells import CELLS
+from ..cells import CELLS, Cell
 from ..compat import driver, interpreter, profiling, spills
 from ..device import DeviceSpec
 from ..kernels.arguments import Exchange, Gradients, Inputs, Outputs, Saved, Sequences, Sizes
@@ -214,10 +214,10 @@ def _launch(
         from ..compat import launcher
 
         key = (which, args.backend, args.by_step, request, y.dim(), y.device, _pointers(groups))
-        ready, constants = _ready.get(key, (None, ()))
+        ready = _ready.get(key)
         try:
-            if launcher.usable(ready):
-                ready.launch(kernel.grid, (*groups, T, request.B, *constants))  # type: ignore[union-attr]
+            if ready and ready.is_of(kernel, request.of_cell) and launcher.usable(ready.launcher):
+                ready.launcher.launch(kernel.grid, (*groups, T, request.B, *ready.constants))
                 return
             function, constants, as_launched = _function(which, args, y, request, kernel)
             arguments = (*groups, T, request.B, *constants)
@@ -232,7 +232,7 @@ def _launch(
         except Exception as error:
             driver.refuse(error, args.backend, args.cell, request.H, y.dtype, kernel, request.spec)
             raise
-        _ready[key] = launcher.ready(compiled), (*constants, options["FORM"])
+        _ready[key] = _Ready(launcher.ready(compiled), (*constants, options["FORM"]), kernel, request.of_cell)
 
 
 def _pointers(groups: tuple) -> tuple:
@@ -247,8 +247,20 @@ def _pointers(groups: tuple) -> tuple:
     return tuple(found)
 
 
-# Kernels that were launched, by all that they were compiled for, and their constants.
-_ready: dict[tuple, tuple[Any, tuple]] = {}
+class _Ready(NamedTuple):
+    """A kernel that was launched, and what it was compiled for beside the arguments."""
+
+    launcher: Any
+    constants: tuple
+    kernel: KernelPlan
+    cell: Cell
+
+    def is_of(self, kernel: KernelPlan, cell: Cell) -> bool:
+        """Tuning may have changed the one, and a test registered the other anew."""
+        return self.cell is cell and (self.kernel is kernel or self.kernel == kernel)
+
+
+_ready: dict[tuple, _Ready] = {}
 
 
 def _function(
