@@ -50,7 +50,7 @@ with host_cost.launching_nothing(), mock.patch.object(JITFunction, "run", binder
     with mock.patch.object(JITFunction, "run", lambda *args, **kwargs: counted.__setitem__(0, counted[0] + 1)):
         print(json.dumps(["other launcher", launches()]))
     with mock.patch.object(launch, "kernel_for", tuned):
-        print(json.dumps(["other forms", launches()]))
+        print(json.dumps(["other forms", launches(B=5)]))
 """
 
 
