@@ -34,6 +34,8 @@ except importlib.metadata.PackageNotFoundError:  # a bare checkout: child proces
 
 def pytest_collection_modifyitems(config, items):
     """Leave out what is wide, and skip what needs a package that is missing here, with its name."""
+    from .support import versions  # imports fastrnn, and with it what TRITON_INTERPRET says
+
     config.stash[COLLECTED] = list(items)
     wide, quick = config.getoption("--wide"), config.getoption("--quick")
     named = {Path(name).as_posix() for name in config.args}  # whoever names a wide test runs it
@@ -44,6 +46,9 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if missing := needed.missing_for(item.nodeid):
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
+        # Where kernels are interpreted, tests in this process skip by themselves: the tier has no form for it.
+        if versions.compiles_clusters(item):
+            item.add_marker(versions.NEEDS_CLUSTERS)
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -46,7 +46,8 @@ from fastrnn.planning.kernel_plan import KernelPlan
 from fastrnn.planning.tiers import TIERS
 from tests.support.cases import CASES, SEQUENCES, Case
 
-needs_clusters = pytest.mark.skipif(spills.triton_version() < (3, 8), reason="clusters need Triton 3.8 or newer")
+from ..support.versions import NEEDS_CLUSTERS
+
 SMALL = (
     Workload("t", "lstm", Case(5, 3, 4, 2), layers=2, input_size=3),
     Workload("t", "gru", Case(5, 3, 4, 1), heads=2),
@@ -445,7 +446,7 @@ def test_tuning_writes_a_file_that_the_planner_reads(tmp_path):
     assert set(json.loads((tmp_path / "tuned-interpreter.json").read_text())) == {"made", "forms", "ctas"}
 
 
-@needs_clusters
+@NEEDS_CLUSTERS
 def test_what_is_tuned_is_compiled_before(monkeypatch):
     """For each of the planner's forms, on sm_90."""
     monkeypatch.setattr(tune, "_us_per_step", lambda *_: 1.0)
@@ -459,7 +460,7 @@ def test_what_is_tuned_is_compiled_before(monkeypatch):
         assert len(before) > 20 and [tuned for tuned in planned if tuned.forms] == before
 
 
-@needs_clusters
+@NEEDS_CLUSTERS
 def test_jobs_get_the_kernel_that_they_ask_for(monkeypatch):
     """A record of each, of sm_90, but for the time."""
     monkeypatch.setattr(steps.measure, "us_per_step", lambda *_: {"forward": 2.0, "backward": 3.0})
@@ -470,7 +471,7 @@ def test_jobs_get_the_kernel_that_they_ask_for(monkeypatch):
     assert "do not hold" in steps.timed(prepare.Job("lstm", 512, "cluster", 2), "sm_90", dry=False)["missing"]
 
 
-@needs_clusters
+@NEEDS_CLUSTERS
 def test_forms_beside_the_planners(monkeypatch):
     """Each is planned as it says, and nothing of it stays."""
     before, times = plan_of(256), iter([64.0, 64.0 + 1024 * 1.5])

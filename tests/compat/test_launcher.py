@@ -4,11 +4,9 @@ import json
 
 import pytest
 
-from fastrnn.compat import spills
-
 from ..support import children
+from ..support.versions import NEEDS_CLUSTERS
 
-NEEDS_CLUSTERS = pytest.mark.skipif(spills.triton_version() < (3, 8), reason="clusters need Triton 3.8")
 # (H, D, of a cluster: programs), by tier, and the grid that the driver is asked for; B = 17 where D = 2, else 3.
 GRIDS = {
     "resident": {(24, 2, 1): [2, 2, 1], (64, 1, 1): [1, 1, 1]},

@@ -2,13 +2,10 @@
 
 import re
 
-import pytest
-
-from fastrnn.compat import spills
-
+from ..support.versions import NEEDS_CLUSTERS
 from .test_launcher import child
 
-pytestmark = pytest.mark.skipif(spills.triton_version() < (3, 8), reason="clusters need Triton 3.8")
+pytestmark = NEEDS_CLUSTERS
 CLUSTER = {"cluster": 16, "cooperative": 0, "error": 0}
 COOPERATIVE = {"cluster": 1, "cooperative": 1, "error": 0}
 REFUSED_CLUSTER = CLUSTER | {"error": 912}
