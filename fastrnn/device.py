@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .compat import driver, interpreter
+from .compat.cached import cached
 
 CLUSTERS = (2, 4, 8, 16)  # programs of a cluster
 
@@ -63,25 +64,30 @@ class DeviceSpec:
                 f"fastrnn's kernels run on CUDA or ROCm devices, or on CPU tensors in Triton's interpreter if "
                 f"TRITON_INTERPRET=1 is set before fastrnn is imported; a kernel for {device.type} tensors is missing"
             )
-        found = torch.cuda.get_device_properties(device)
-        if torch.version.hip:
-            arch = found.gcnArchName.split(":")[0]
-        else:
-            arch = f"sm_{found.major}{found.minor}"
-            if arch not in SPECS:  # sm_87, 103, 121: their family's first, with the shared memory read below
-                arch = f"sm_{found.major}0"
-        if arch not in SPECS:
-            raise NotImplementedError(f"fastrnn has no figures for {arch} ({found.name}); known are {', '.join(SPECS)}")
-        spec = replace(SPECS[arch], board=found.name, multiprocessors=found.multi_processor_count)
-        if spec.is_amd:
-            return spec
-        shared = getattr(found, "shared_memory_per_block_optin", spec.shared_bytes)
-        sizes = tuple(size for size in CLUSTERS if size <= spec.cluster_limit)
-        index = torch.cuda.current_device() if device.index is None else device.index
-        clusters = driver.clusters_at_once(index, shared, sizes) if sizes else ()
-        if not clusters and spec.multiprocessors == SPECS[arch].multiprocessors:  # the board of the table
-            clusters = spec.clusters
-        return replace(spec, shared_bytes=shared, clusters=clusters)
+        return _of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cached
+def _of_gpu(index: int) -> DeviceSpec:
+    """The spec of a GPU: its family's figures, and its own where the driver has them."""
+    found = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        arch = found.gcnArchName.split(":")[0]
+    else:
+        arch = f"sm_{found.major}{found.minor}"
+        if arch not in SPECS:  # sm_87, 103, 121: their family's first, with the shared memory read below
+            arch = f"sm_{found.major}0"
+    if arch not in SPECS:
+        raise NotImplementedError(f"fastrnn has no figures for {arch} ({found.name}); known are {', '.join(SPECS)}")
+    spec = replace(SPECS[arch], board=found.name, multiprocessors=found.multi_processor_count)
+    if spec.is_amd:
+        return spec
+    shared = getattr(found, "shared_memory_per_block_optin", spec.shared_bytes)
+    sizes = tuple(size for size in CLUSTERS if size <= spec.cluster_limit)
+    clusters = driver.clusters_at_once(index, shared, sizes) if sizes else ()
+    if not clusters and spec.multiprocessors == SPECS[arch].multiprocessors:  # the board of the table
+        clusters = spec.clusters
+    return replace(spec, shared_bytes=shared, clusters=clusters)
 
 
 def _nvidia(

@@ -202,17 +202,17 @@ def _launch(
     """Launch the kernel of a pass for y (*slots, R, K), with groups of pointers as in kernels/arguments.py."""
     # Of ragged sequences, which the table bounds, a mean.
     T = max(1, y.shape[0] if y.dim() == 4 else y.shape[0] // request.B)
-    # torch.cuda.device_of makes Triton launch on the tensors' GPU, and does nothing for CPU tensors.
-    with interpreter.corrected(), torch.cuda.device_of(y):
-        if args.backend == "cooperative":
-            groups = (*groups, _exchange(which, y, request, kernel))
-        if interpreter.ENABLED:
-            function, constants, as_launched = _function(which, args, y, request, kernel)
-            form = as_launched(kernel.choices[which][0])["FORM"]
-            _interpret(function, kernel, (*groups, T, request.B, *constants, form))
-            return
-        from ..compat import launcher
+    if args.backend == "cooperative":
+        groups = (*groups, _exchange(which, y, request, kernel))
+    if interpreter.ENABLED:
+        function, constants, as_launched = _function(which, args, y, request, kernel)
+        form = as_launched(kernel.choices[which][0])["FORM"]
+        _interpret(function, kernel, (*groups, T, request.B, *constants, form))
+        return
+    from ..compat import launcher
 
+    # Triton launches on the tensors' GPU; nothing is done for CPU tensors.
+    with torch.cuda.device_of(y):
         key = (which, args.backend, args.by_step, request, y.dim(), y.device, _pointers(groups))
         ready = _ready.get(key)
         try:
@@ -286,12 +286,13 @@ def _function(
 
 
 def _interpret(function: Any, kernel: KernelPlan, arguments: tuple) -> None:
-    if len(kernel.grid) < 3:
-        function[kernel.grid](*arguments)
-    else:
-        from ..compat import concurrent_interpreter
+    with interpreter.corrected():
+        if len(kernel.grid) < 3:
+            function[kernel.grid](*arguments)
+        else:
+            from ..compat import concurrent_interpreter
 
-        concurrent_interpreter.launch(function, kernel.grid, *arguments)
+            concurrent_interpreter.launch(function, kernel.grid, *arguments)
 
 
 def _exchange(which: str, y: Tensor, request: Request, kernel: KernelPlan) -> Exchange:
