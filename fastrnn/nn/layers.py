@@ -49,7 +49,7 @@ Weights = Callable[[], list[Tensor]]
 
 def weights_of(params: Sequence[Tensor], dtype: torch.dtype, chunked: bool) -> Weights:
     """A layer's parameters in the dtype to compute in; gradients of many chunks are summed in fp32, or fp64."""
-    rounded = [p.to(dtype) for p in params]
+    rounded = [p if p.dtype == dtype else p.to(dtype) for p in params]
     if not chunked or dtype.itemsize > 2:
         return lambda: rounded
     sums = [p.float() for p in params]
@@ -140,7 +140,7 @@ def _step(
     source = (None, None, None)
     with profiling.named("input product"):
         if all(x is xs[0] for x in xs):  # one product for both directions
-            source = xs[0], stacked(W_ih).flatten(0, 1), None if b_ih is None else stacked(b_ih).flatten()
+            source = xs[0], joined(W_ih), None if b_ih is None else joined(b_ih)
             x_gates = linear(*source).unflatten(-1, (len(xs), *gates))
         else:
             biases = b_ih or [None] * len(xs)
@@ -215,3 +215,8 @@ def in_chunks(
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """(N, ...) of N tensors; a view where there is one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """(N*R, ...) of N tensors (R, ...); itself where there is one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
