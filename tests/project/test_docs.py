@@ -159,3 +159,11 @@ def test_links_between_pages():
         for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_architecture_quotes_the_loop():
+    """Its lines stand in kernels/loop.py, in their order."""
+    quoted = re.search(r"```text\n(for step in .*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
+    lines = iter([line.strip() for line in (ROOT / "kernels/loop.py").read_text().splitlines()])
+    for line in quoted[1].splitlines():
+        assert line.strip() in lines, f"{line!r} is not in kernels/loop.py, or not behind the line before"
