@@ -46,3 +46,33 @@ def test_an_import_upwards_is_noticed(line, tmp_path):
     (tmp_path / "fastrnn/planning/tiers.py").write_text("from ..reference import GATES\nfrom . import cluster\n")
     (tmp_path / "fastrnn/ops/launch.py").write_text(f"def run():\n    {line}\n")
     assert [found.split(":")[0] for found in upward(tmp_path)] == ["fastrnn/ops/launch.py"]
+
+
+# What users call by name, with torch.nn's arguments and ours.
+PUBLIC = {"lstm", "gru", "rnn", "plan", "recurrence"}
+
+
+def crowded(root: Path) -> list[str]:
+    """Functions with more than nine arguments, and files with more than 320 lines."""
+    found = []
+    for path in sorted((*(root / "fastrnn").rglob("*.py"), *(root / "kernels").rglob("*.py"))):
+        source = path.read_text()
+        if source.count("\n") > 320:
+            found.append(path.name)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.name not in PUBLIC:
+                count = sum(map(len, (node.args.posonlyargs, node.args.args, node.args.kwonlyargs)))
+                found += [f"{path.name}: {node.name}"] * (count > 9)
+    return found
+
+
+def test_no_function_takes_more_than_nine_arguments():
+    assert crowded(ROOT) == []
+
+
+def test_a_tenth_argument_is_noticed(tmp_path):
+    (tmp_path / "fastrnn").mkdir()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "fastrnn/long.py").write_text("def f(a, b, c, d, e, f, g, h, i): ...\n" + "\n" * 320)
+    (tmp_path / "kernels/wide.py").write_text("def f(a, b, c, d, e, f, g, h, *, i, j): ...\n")
+    assert crowded(tmp_path) == ["long.py", "wide.py: f"]
