@@ -136,6 +136,8 @@ def planned(call: Call) -> Plan:
 
 def _facts() -> tuple:
     """What a plan depends on beside the call: it is made again where any of this is another."""
+    if torch.compiler.is_compiling():  # which keeps no plan
+        return ()
     return plan, DeviceSpec.of, id(tuning.TUNED), torch_precision(), len(driver.refused)
 
 

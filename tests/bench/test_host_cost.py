@@ -8,27 +8,28 @@ from ..support import children
 
 # Of a call like one before it: Python's and C's functions, torch 2.13 on Python 3.11; others differ by a few.
 BUDGET = {
-    "LSTM, 1, inference": 395,
-    "LSTM, 1, training": 785,
-    "LSTM, 2, inference": 660,
-    "LSTM, 2, training": 1390,
-    "GRU, 1, inference": 395,
-    "GRU, 1, training": 785,
-    "GRU, 2, inference": 660,
-    "GRU, 2, training": 1390,
+    "LSTM, 1, inference": 390,
+    "LSTM, 1, training": 770,
+    "LSTM, 2, inference": 650,
+    "LSTM, 2, training": 1370,
+    "GRU, 1, inference": 390,
+    "GRU, 1, training": 770,
+    "GRU, 2, inference": 650,
+    "GRU, 2, training": 1370,
 }
 
 
-def over(arguments: list[str]) -> set[str]:
+def counted(arguments: list[str]) -> dict[str, int]:
     done = children.run(arguments)
     assert done.returncode == 0, done.stderr
-    counted = json.loads(done.stdout.splitlines()[-1])
-    assert counted.keys() == BUDGET.keys()
-    return {case for case, count in counted.items() if count > BUDGET[case]}
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == BUDGET.keys()
+    return found
 
 
 def test_a_call_runs_no_more_functions_than_it_did():
-    assert not over(["-m", "bench.host_cost", "--calls"])
+    found = counted(["-m", "bench.host_cost", "--calls"])
+    assert {case: count for case, count in found.items() if count > BUDGET[case]} == {}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,8 @@ def test_a_longer_way_is_noticed(target, does, tmp_path):
         f"from unittest import mock\nimport fastrnn.compat.launcher\nfrom bench import host_cost\n"
         f"with mock.patch({target!r}, {does}):\n    host_cost.main(['--calls'])\n"
     )
-    assert over([str(script)]) == set(BUDGET)
+    shorter, longer = counted(["-m", "bench.host_cost", "--calls"]), counted([str(script)])
+    assert all(longer[case] > 1.05 * shorter[case] for case in BUDGET)
 
 
 def test_the_table_has_a_row_for_each_case():

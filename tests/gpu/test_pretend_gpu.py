@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,8 @@ def test_tests_are_native():
     done = pretending("--wide=no", *PART, "-k", chosen)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     for path in PART:
+        if path.endswith("torch_inputs.py") and find_spec("expecttest") is None:
+            continue  # all of it needs that
         assert re.search(rf"^{path} s*\.", done.stdout, re.MULTILINE), path
 
 

@@ -17,6 +17,9 @@ from fastrnn.device import DeviceSpec
 from ..support import children
 
 
+@pytest.mark.skipif(
+    inspect_table.snapshot()[0] != version("triton"), reason="another Triton makes other code; see `make matrix`"
+)
 @pytest.mark.one_in(len(ARCHS))
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("arch", ARCHS)
@@ -24,11 +27,8 @@ def test_planned_kernels_compile_clean_and_as_committed(arch, group):
     """No spill, no load of W_hh in the time loop, memory within limits, tensor cores; and the snapshot's figures."""
     rows = inspect_table.compile_group(group, arch, GROUPS[group], children.run)
     assert [(row, found) for row in rows if (found := inspect_table.faults(row))] == []
-    triton, committed = inspect_table.snapshot()
+    _, committed = inspect_table.snapshot()
     committed = [row for row in committed if (row["arch"], row["group"]) == (arch, group)]
-    if triton != version("triton"):  # another compiler makes other code of the same plans
-        planned = ("cell", "dtype", "precision", "hidden", "pass", "backend", "programs", "warps", "missing")
-        rows, committed = ([{key: row.get(key) for key in planned} for row in table] for table in (rows, committed))
     assert rows == committed, "`make snapshots` writes the table anew, for a reviewer to read the difference"
 
 

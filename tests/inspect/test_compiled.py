@@ -9,7 +9,7 @@ from fastrnn.planning.tiers import TIERS
 
 from ..support import children
 from ..support.cases import CELLS, Problem, beyond_budget, over_budget
-from ..support.versions import HAS_CLUSTERS
+from ..support.versions import HAS_CLUSTERS, NEEDS_CLUSTERS
 from ..support.width import wide
 
 
@@ -64,6 +64,7 @@ def test_plans_agree_with_tile_triton_under_the_interpreter(H, tmp_path):
         assert over_budget(problem) == {}  # the resident kernel: the interpreter holds any H
 
 
+@NEEDS_CLUSTERS
 @pytest.mark.parametrize("count", (10, wide(50)))
 def test_clusters_are_right_under_many_schedules(count):
     records = child("schedules", "sm_90", "cluster", str(count))

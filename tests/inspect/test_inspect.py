@@ -219,6 +219,7 @@ def test_executed_code_agrees_with_the_reference():
         )
 
 
+@pytest.mark.skipif("gfx942" not in DUMPED, reason="Triton 3.6 compiles no AMD kernels of ours")
 def test_amd_code_is_not_executed():
     done = cli("inspect", "--cell", "gru", "--hidden", "16", "--arch", "gfx942", "--execute")
     assert done.returncode == 2 and "execution of gfx942 code is missing" in done.stderr

@@ -33,6 +33,7 @@ from fastrnn.planning import cooperative
 
 from .cases import CELLS, SEQUENCES, TIMES, TIMES_FLOAT32, Case, Problem, make_problem, make_sequences, over_budget
 from .cluster_race import residual
+from .versions import HAS_CLUSTERS
 
 # Not aligned to 16 bytes, and aligned; rows and units masked; two directions; several programs where W_hh is split, and
 # pieces of 32 and 16 columns.
@@ -185,6 +186,8 @@ MUTATIONS = {
 
 def mutations() -> Iterator[dict]:
     for name, (backend, which, change, expected) in MUTATIONS.items():
+        if backend == "cluster" and not HAS_CLUSTERS:
+            continue
         problem = make_problem("lstm", CASES[backend], torch.bfloat16, "cpu")
         noticed = None
         for seed in range(4):

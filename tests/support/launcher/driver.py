@@ -5,6 +5,7 @@ import ctypes
 import json
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,4 +67,6 @@ def pretend(driver: Driver) -> None:
     }
     for name, fake in fakes.items():
         setattr(torch.cuda, name, fake)
+    # A CUDA build of torch asks the driver for what this one does not have, and says so.
+    warnings.filterwarnings("ignore", "CUDA initialization", UserWarning)
     torch._C._cuda_getCurrentRawStream = lambda device: STREAM
