@@ -38,7 +38,6 @@ class Call(NamedTuple):
     hx: Any  # as given
     params: Sequence[Tensor]
     options: Options  # checked
-    given: Options
     T: int  # total of a ragged input
     B: int
     H: int
@@ -92,6 +91,11 @@ def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options:
     out then. Inside torch.compile a launch is too late for that: the error passes, and the next call plans anew.
     """
     call = checked(stack, input, hx, params, options)
+    if stops_at_torchs_kernels() and backend_of(planned(call)) == "torch":
+        # torch.compile breaks its graph here; of a NamedTuple torch 2.11 hands on nothing there.
+        return _run_untraced(tuple(stack), input, hx, params, tuple(options))
+    if torch.compiler.is_compiling():
+        return _run(call)
     for _ in TIERS:
         try:
             return _run(call)
@@ -106,9 +110,8 @@ def checked(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], opti
     D, gates = stack.directions, stack.of_cell.gates
     check_params(gates, params, stack.num_layers, D, stack.bias)
     H, P = params[0].shape[0] // gates, params[1].shape[-1]
-    given = options
     T, B, options = check_options(options, input, stack, (P, H))
-    call = Call(stack, input, hx, params, options, given, T, B, H, P)
+    call = Call(stack, input, hx, params, options, T, B, H, P)
     state = () if hx is None else call.state
     if hx is not None:
         check_state(state, stack.states)
@@ -130,7 +133,7 @@ def _run(call: Call) -> Found:
 def planned(call: Call) -> Plan:
     """The plan of a call; torch.export's sizes are symbols where they may change: it is that of its example."""
     T, B = (size.node.hint if isinstance(size, torch.SymInt) else size for size in (call.T, call.B))
-    T, B = max(1, T // max(B, 1)) if call.ragged else T, max(B, 1)
+    T, B = max(1, T // max(B, 1) if call.ragged else T), max(B, 1)
     return _planned(call.stack, call.H, T, B, compute_dtype(call.input), call.input.device, _facts())
 
 
@@ -169,11 +172,6 @@ def _no_step(call: Call) -> Found:
         return y[:0].flatten(0, 1) if call.ragged else call.as_given(y[:0])
 
     return nothing(output), finals, *map(nothing, c)
-
-
-def _untraced(call: Call, backend: str) -> Found:
-    """What torch.compile breaks its graph before; of a NamedTuple torch 2.11 hands on nothing there."""
-    return _run_untraced(tuple(call.stack), call.input, call.hx, call.params, tuple(call.given))
 
 
 @untraced
@@ -304,7 +302,6 @@ def _no_chunks(call: Call, backend: str) -> bool:
 
 # The first one that applies is taken.
 PATHS: tuple[tuple[Callable[[Call, str], bool], Callable[[Call, str], Found]], ...] = (
-    (lambda call, backend: backend == "torch" and stops_at_torchs_kernels(), _untraced),
     (_no_chunks, _missing),
     (lambda call, backend: backend == "torch" and not call.options.plain, _segments),
     (lambda call, backend: backend == "torch" and call.stack.checkpoint_every is None, _torchs),

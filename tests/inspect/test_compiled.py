@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from fastrnn.compat import spills
 from fastrnn.planning.tiers import TIERS
 
 from ..support import children
@@ -72,6 +73,7 @@ def test_clusters_are_right_under_many_schedules(count):
     assert [record for record in records if record["faults"]] == []
 
 
+@pytest.mark.skipif(spills.triton_version() < (3, 9), reason="breaks PTX as Triton 3.9 writes it")
 def test_broken_ptx_is_noticed():
     records = child("mutations")
     assert len(records) > 8
