@@ -37,6 +37,16 @@ def test_launches_reach_the_driver_as_planned(tier):
     assert parameters["plain"] + 4 <= parameters["lengths, resets by step"]
 
 
+@pytest.mark.parametrize("tier", ("resident", pytest.param("cluster", marks=NEEDS_CLUSTERS), "cooperative"))
+def test_a_launch_past_the_binder_is_the_same(tier):
+    """Grid, threads, memory, stream, attributes, sizes and values of parameters; only the binder was not asked."""
+    records = child("again", tier)
+    assert len(records) >= 2
+    for record in records:
+        assert record["differ"] == ["bound"], record
+        assert sum(parameter is not None and parameter > 1 << 20 for parameter in record["given"]) >= 4
+
+
 def test_launches_changed_on_their_way_are_noticed():
     records = child("mutations")
     assert len(records) > 8

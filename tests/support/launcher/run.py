@@ -4,6 +4,7 @@ A JSON object a line:
 
 python -m tests.support.launcher.run launches resident      every launch of a case's both passes, and its faults
 python -m tests.support.launcher.run mutations              the faults of launches that are changed on their way
+python -m tests.support.launcher.run again resident         what differs where a launch goes past Triton's binder
 python -m tests.support.launcher.run count                  microseconds of the host's work a call, without a kernel
 """
 
@@ -27,7 +28,8 @@ from fastrnn.compat import spills
 from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import Problem as Sizes
 from fastrnn.inspect.compile import call_backward, call_forward, members
-from fastrnn.ops import launch
+from fastrnn.ops import launch, library
+from fastrnn.ops.schema import Args
 from fastrnn.planning.planner import plan
 
 from ..cases import Case, make_problem, make_sequences
@@ -247,6 +249,36 @@ def _swapping(launched: Any) -> Any:
     return call
 
 
+def again(driver: Driver, *tiers: str) -> Iterator[dict]:
+    """A call and the same call again, which goes by what the first one compiled: what of the launches differs."""
+    spec, bound, run = DeviceSpec.of(GPU), [0], JITFunction.run
+
+    def binder(self: Any, *args: Any, **options: Any) -> Any:
+        bound[0] += not options.get("warmup")
+        return run(self, *args, **options)
+
+    binder.__module__ = run.__module__  # as Triton's own
+    with mock.patch.object(JITFunction, "run", binder), mock.patch.object(DeviceSpec, "of", lambda _: spec):
+        for tier in tiers:
+            for cell, case in SIZES[tier]:
+                x_gates, W_hh, b_hh, *states = make_problem(cell, case, torch.bfloat16, "cpu").inputs
+                state_0 = torch.stack([state for state in states if state is not None])
+                args = Args(x_gates, W_hh, b_hh, state_0, cell, False, tier)
+                found = []
+                for _ in range(2):
+                    driver.launches()
+                    bound[0] = 0
+                    library.run(args)
+                    (record,) = driver.launches()
+                    given = [t.data_ptr() for t in (x_gates, W_hh, b_hh, state_0)]
+                    # Outputs are others each time: of addresses only what was given is compared.
+                    record["parameters"] = [p if p in given or p < 1 << 20 else None for p in record["parameters"]]
+                    found.append(record | {"bound": bound[0]})
+                first, second = found
+                differ = sorted(name for name in first if first[name] != second[name])
+                yield {"tier": tier, "cell": cell, **case._asdict(), "differ": differ, "given": first["parameters"]}
+
+
 def count(driver: Driver) -> Iterator[dict]:
     """Microseconds of a call of launch.forward and launch.backward (without sums and products), the best of five."""
     driver.set("records", 0)
@@ -278,5 +310,7 @@ def _us(call: Any, calls: int = 200) -> float:
 if __name__ == "__main__":
     driver = Driver()
     pretend(driver)
-    for record in {"launches": launches, "mutations": mutations, "count": count}[sys.argv[1]](driver, *sys.argv[2:]):
+    for record in {"launches": launches, "mutations": mutations, "again": again, "count": count}[sys.argv[1]](
+        driver, *sys.argv[2:]
+    ):
         print(json.dumps(record), flush=True)
