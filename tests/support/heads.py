@@ -46,7 +46,7 @@ def arguments(cell: str, kind: str, case: Case, device: str, dtype: torch.dtype)
 
     tensors = {
         "x_gates": by_head(x_gates),
-        "W_hh": (torch.randn(D * HEADS, G * K, K) / K**0.5).to(device, dtype),
+        "W_hh": ((2 * torch.rand(D * HEADS, G * K, K) - 1) / K**0.5).to(device, dtype),
         "b_hh": by_head(b_hh.unflatten(-1, (G, H))).flatten(-2),
         "state_0": torch.stack([state for state in states if state is not None]),
     }
@@ -86,6 +86,7 @@ def faults(cell: str, backend: str, kind: str, device: str, dtype: torch.dtype, 
 
 def main(arch: str, backend: str) -> None:
     for seed, cell in enumerate(CELLS):
+        torch.manual_seed(seed)
         with launches(DeviceSpec.named(arch), run=functools.partial(execute, seed=seed)):
             found = faults(cell, backend, "plain", "cpu", torch.bfloat16, SIZES[backend])
         print(json.dumps({"cell": cell, "faults": found}), flush=True)
