@@ -43,9 +43,7 @@ class Stack(NamedTuple):
         """A state as torch takes and returns it: one tensor, or the LSTM's pair."""
         return state[0] if len(state) == 1 else state
 
-    def torch_kernel(
-        self, *sequences: Tensor, state: "tuple[Tensor, ...]", params: "list[Tensor]"
-    ) -> "tuple[Tensor, ...]":
+    def torch_kernel(self, *sequences: Tensor, state: tuple[Tensor, ...], params: list[Tensor]) -> tuple[Tensor, ...]:
         """torch's own kernel on dense input, or on packed data and batch sizes; output and the final states."""
         kernel = getattr(torch._VF, self.cell)
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)

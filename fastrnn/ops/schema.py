@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Args(NamedTuple):
-    """Of fastrnn::recurrence."""
+    """Arguments of fastrnn::recurrence."""
 
     x_gates: Tensor  # (*slots, R, G, K)
     W_hh: Tensor  # (R, G*K, K)
@@ -23,7 +23,7 @@ class Args(NamedTuple):
     cell: str
     save: bool  # what backward needs
     backend: str
-    # Of which x_gates was made: only passed on to double backward.
+    # x_gates was made of these three. They are only passed on to double backward.
     x: Tensor | None = None
     W_ih: Tensor | None = None
     b_ih: Tensor | None = None
@@ -37,7 +37,7 @@ class Args(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Of fastrnn::recurrence; what a cell or call lacks has no elements."""
+    """Results of fastrnn::recurrence; what a cell or call lacks has no elements."""
 
     y: Tensor  # (*slots, R, K)
     finals: Tensor  # as state_0
@@ -46,7 +46,7 @@ class Results(NamedTuple):
 
 
 class BackwardArgs(NamedTuple):
-    """Of fastrnn::recurrence_backward: upstream gradients, which may be None, and of Args and Results what it needs."""
+    """Arguments of fastrnn::recurrence_backward: upstream gradients, which may be None, and what forward kept."""
 
     dy: Tensor | None
     d_finals: Tensor | None

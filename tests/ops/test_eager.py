@@ -125,6 +125,21 @@ def test_a_parameter_changed_before_backward_is_noticed(device):
         output.sum().backward()
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", NAMES)
+def test_final_states_may_be_changed_in_place(name, device):
+    """As torch.nn's: each state is its own, and backward goes on."""
+    module, x = made(name, device)
+    output, final = module(x)
+    first, *others = final if name == "LSTM" else (final,)
+    kept = [output.clone(), *(state.clone() for state in others)]
+    first.mul_(0.5)
+    for found, expected in zip((output, *others), kept, strict=True):
+        assert torch.equal(found, expected)
+    first.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_who_looks_sees_the_op(device):
     """Modes, which flop counters and exporters are, and compilers."""
     module, x = made("GRU", device)
