@@ -3,17 +3,22 @@
     RNN     h' = act(x + rec)
     GRU     r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
     LSTM    i, f, o = sigmoid(x + rec),  g = tanh(x_g + rec_g),  c' = f c + i g,  h' = o tanh(c')
+    sLSTM   a = x_i + rec_i,  b = m + logsigmoid(x_f + rec_f),  m' = max(a, b), but a where n is 0,
+            i = min(1, exp(a - m')),  f = min(1, exp(b - m')),  z = tanh(x_z + rec_z),  o = sigmoid(x_o + rec_o),
+            c' = f c + i z,  n' = f n + i,  h' = o c' / n'
 
-with x = W_ih x_t + b_ih and rec = W_hh h + b_hh, gates in torch's row order. `register` adds a cell of your own:
-docs/writing-a-cell.md shows how one is written and tested; examples/mgu.py is one, whole, in one file.
+with x = W_ih x_t + b_ih and rec = W_hh h + b_hh, gates in torch's row order, the sLSTM's i, f, z, o. `register` adds a
+cell of your own: docs/writing-a-cell.md shows how one is written and tested; examples/mgu.py is one, in one file.
 
-Source: the equations in the documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM.
+Source: the equations in the documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM; Beck et al. 2024
+(arXiv:2405.04517) for the sLSTM.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 State = tuple[Tensor, ...]
@@ -44,6 +49,22 @@ def rnn_relu_step(x: Tensor, rec: Tensor, state: State) -> State:
     return ((x + rec).squeeze(-2).relu(),)
 
 
+def slstm_step(x: Tensor, rec: Tensor, state: State) -> State:
+    """m only rescales c and n, so that exp cannot overflow: no gradient goes through it, nor is one lost at min()."""
+    _, c, n, m = state
+    i, f, z, o = (x + rec).unbind(-2)
+    carried = m.detach() + torch.nn.functional.logsigmoid(f)
+    m = torch.where(n == 0, i, torch.maximum(i, carried)).detach()
+    i, f = _exp_below_1(i - m), _exp_below_1(carried - m)
+    c, n = f * c + i * z.tanh(), f * n + i
+    return o.sigmoid() * c / n, c, n, m
+
+
+def _exp_below_1(x: Tensor) -> Tensor:
+    """min(1, exp(x)), with the gradient of exp(x) also where it is 1."""
+    return (x - x.detach().relu()).exp()
+
+
 @dataclass(frozen=True)
 class Cell:
     """What is known of a cell, everywhere."""
@@ -53,14 +74,19 @@ class Cell:
     step: CellStep  # the specification
     saved: int  # tiles a step that the forward kernel saves for the backward one
     states: tuple[str, ...] = ("h",)  # h first
-    kept: tuple[str, ...] = ("h",)  # those that the backward kernel reads, rounded as they were stored
+    kept: tuple[str, ...] = ("h",)  # those that the backward kernel reads: h, or the first ones beside it
     splits_last_gate: bool = False  # the gradient of rec differs from that of x in the last gate
     of_torch: bool = False  # torch has kernels of it
+    wide: bool = False  # states are float32 beside tensors of 16 bits: in memory too, of all steps but y
     kernels: tuple[Any, Any] | None = None  # its steps forward and backward; None for those of kernels/cells.py
 
     @property
     def has_c(self) -> bool:
         return self.states[1:] == ("c",)
+
+    def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of states beside tensors of a dtype, where nothing else is given."""
+        return torch.promote_types(dtype, torch.float32) if self.wide else dtype
 
     @property
     def kept_places(self) -> tuple[int, ...]:
@@ -83,6 +109,8 @@ CELLS = {
         Cell("gru", 3, gru_step, saved=4, splits_last_gate=True, of_torch=True),
         Cell("rnn_tanh", 1, rnn_tanh_step, saved=0, of_torch=True),
         Cell("rnn_relu", 1, rnn_relu_step, saved=0, of_torch=True),
+        # In bfloat16 m would be off by a half at 200, 1.6 times what is remembered; n, a sum, would stop at 256.
+        Cell("slstm", 4, slstm_step, saved=5, states=("h", "c", "n", "m"), kept=("c", "n"), wide=True),
     )
 }
 

@@ -31,10 +31,11 @@ def recurrence(
 ) -> tuple[Any, ...]:
     """Run one layer, D directions, over all of time: the same contract as fastrnn.ops.recurrence.
 
-    x_gates (T, B, D, G, H), W_hh (D, G*H, H), b_hh (D, G*H) or None, h_0 and c_0 (D, B, H), c_0 only for the LSTM;
-    returns y (T, B, D, H), h_n (D, B, H), c_n (D, B, H) or None, and with cell_states c (T, B, D, H). Direction 1 walks
-    time from its end. The state keeps the dtype of h_0 and c_0 from step to step. sequences, reset_h, reset_c and
-    by_step: see fastrnn.ops.recurrence; x_gates, y and c are (total, D, ...) where sequences are ragged.
+    x_gates (T, B, D, G, H), W_hh (D, G*H, H), b_hh (D, G*H) or None, h_0 and c_0 (D, B, H), c_0 only for the LSTM, and
+    (3, D, B, H) of c, n and m for the sLSTM; returns y (T, B, D, H), h_n (D, B, H), c_n as c_0, and with cell_states c
+    (T, B, D, H) or (3, T, B, D, H). Direction 1 walks time from its end. The state keeps the dtype of h_0 and c_0 from
+    step to step. sequences, reset_h, reset_c and by_step: see fastrnn.ops.recurrence; x_gates, y and c are
+    (total, D, ...) where sequences are ragged.
 
     >>> import torch, fastrnn.reference
     >>> x_gates, W_hh, h_0 = torch.zeros(5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
@@ -42,11 +43,23 @@ def recurrence(
     >>> h_n[0, 0, 0].item()  # z is 1/2 and n is 0: the state halves each step
     0.03125
     """
-    state_0 = h_0.unsqueeze(0) if c_0 is None else torch.stack((h_0, c_0))
-    starts = None if reset_h is None else reset_h.unsqueeze(0) if reset_c is None else torch.stack((reset_h, reset_c))
+    state_0, starts = stacked(h_0, c_0), None if reset_h is None else stacked(reset_h, reset_c)
     y, finals, steps = run(cell, x_gates, W_hh, b_hh, state_0, sequences=sequences, starts=starts, by_step=by_step)
-    found = (y, finals[0], None if c_0 is None else finals[1])
-    return (*found, *steps) if cell_states else found
+    found = (y, finals[0], beside_h(finals))
+    return (*found, beside_h(steps, 0)) if cell_states and len(steps) else found
+
+
+def stacked(h: Tensor, others: Tensor | None) -> Tensor:
+    """All states (P, ...): h and c, or h and the others, which are several."""
+    if others is None:
+        return h.unsqueeze(0)
+    return torch.stack((h, others)) if others.dim() == h.dim() else torch.cat((h.unsqueeze(0), others))
+
+
+def beside_h(states: Tensor, first: int = 1) -> Tensor | None:
+    """The states from the first one on: None, the only one, or several, (P - 1, ...)."""
+    others = states[first:]
+    return others if len(others) > 1 else others[0] if len(others) else None
 
 
 def run(
@@ -71,7 +84,7 @@ def run(
     D, P = R // heads, len(CELLS[cell].states)
     if state_0 is None:
         B = slots[1] if sequences is None or len(slots) == 2 else sequences.rows.shape[1]
-        state_0 = x_gates.new_zeros(P, D, B, heads * K)
+        state_0 = x_gates.new_zeros(P, D, B, heads * K, dtype=CELLS[cell].state_dtype(x_gates.dtype))
     walk = _padded(x_gates, sequences, starts if by_step else None)
     outputs, finals = [], []
     for r in range(R):
@@ -82,13 +95,14 @@ def run(
         states, final = _walk(cell, walk, r, d, weights, tuple(state_0[:, d, :, own]), anew, by_step)
         outputs.append(states)
         finals.append(final)
-    # (P, T, B, D, N*K) of P tensors for each recurrence
-    all_steps = torch.stack([torch.stack(of_one) for of_one in outputs], -2).unflatten(-2, (D, heads)).flatten(-2)
+    # P tensors (T, B, D, N*K) of P tensors for each recurrence
+    all_steps = [torch.stack(of_one, -2).unflatten(-2, (D, heads)).flatten(-2) for of_one in zip(*outputs, strict=True)]
     last = torch.stack([torch.stack(of_one) for of_one in finals], 1).unflatten(1, (D, heads))
     last = last.transpose(2, 3).flatten(-2).to(state_0.dtype)
     if walk.slots is not None:
-        all_steps = all_steps[:, walk.slots.t, walk.slots.sequence]
-    return all_steps[0], last, all_steps[1:]
+        all_steps = [of_state[walk.slots.t, walk.slots.sequence] for of_state in all_steps]
+    y, *others = all_steps
+    return y, last, torch.stack(others) if others else y.new_empty(0, *y.shape)
 
 
 class _Walk(NamedTuple):
@@ -134,6 +148,7 @@ def _walk(
     """States of all steps (T, B, K), and the last ones, of recurrence r in direction d."""
     x_gates, reset, length, frozen = walk[:4]
     T, B, _, G, K = x_gates.shape
+    wide = CELLS[cell].state_dtype(x_gates.dtype)
     kept: list[State] = [state] * T
     for t in range(T) if d == 0 else reversed(range(T)):
         edge = t + d  # the first step of the later segment, if one ended before this step
@@ -144,7 +159,7 @@ def _walk(
         before = state if frozen is None else tuple(s.masked_fill(frozen[t], 0) for s in state)
         rec = torch.nn.functional.linear(before[0].to(weights[0].dtype), *weights)
         after = CELLS[cell].step(x_gates[t, :, r], rec.view(B, G, K), before)
-        kept[t] = tuple(s.to(x_gates.dtype) for s in after)
+        kept[t] = tuple(s.to(wide if n else x_gates.dtype) for n, s in enumerate(after))
         if frozen is not None:
             kept[t] = tuple(s.masked_fill(frozen[t], 0) for s in kept[t])
             after = tuple(torch.where(frozen[t], old, new) for new, old in zip(after, state, strict=True))

@@ -5,6 +5,8 @@ HOW                 sigmoid(x)                      tanh(x)
 "exp2"              rcp(1 + exp2(-x log2 e))        1 - 2 rcp(1 + exp2(2x log2 e))
 "tanh.approx"       (1 + tanh.approx(x / 2)) / 2    tanh.approx(x)
 
+exp and logsigmoid, of the gates of the sLSTM, carry a state as carry_gate does: the last line is for neither.
+
 Where exp overflows, 1/inf is 0: right at both ends. p, where 1 - 2/(...) would cancel, is the degree-4 minimax
 polynomial of Cephes' tanhf (S. Moshier, netlib.org/cephes).
 
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -53,6 +56,27 @@ def tanh(x, HOW: tl.constexpr):
         p = p * s + 1.33314422036e-1
         p = p * s - 3.33332819422e-1
         return tl.where(magnitude < 0.625, x + x * s * p, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def exp(x, HOW: tl.constexpr):
+    """exp(x) of x <= 0: a gate with the state's maximum subtracted."""
+    if HOW == "exact":
+        return tl.exp(x)
+    else:
+        return _approximate("ex2.approx.ftz.f32", LOG2_E * x)
+
+
+@triton.jit
+def logsigmoid(x, HOW: tl.constexpr):
+    """log(sigmoid(x)), and sigmoid(-x), which is exact where sigmoid(x) is near 1."""
+    e = exp(-tl.abs(x), HOW)
+    if HOW == "exact":
+        log, inverse = tl.log(1.0 + e), 1.0 / (1.0 + e)
+    else:
+        log = LN_2 * _approximate("lg2.approx.ftz.f32", 1.0 + e)
+        inverse = _approximate("rcp.approx.ftz.f32", 1.0 + e)
+    return tl.where(x < 0, x, 0.0) - log, tl.where(x < 0, inverse, e * inverse)
 
 
 @triton.jit

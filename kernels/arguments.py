@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
     """What forward writes."""
 
     y: Any
-    steps: Any  # every state of all steps beside h: a pointer each, or None for all
+    steps: Any  # states of all steps beside h, from the first one on: a pointer each, or None for all
     saved: Any
     finals: Any  # the last states
 
@@ -35,7 +35,7 @@ class Saved(NamedTuple):
     """What backward reads."""
 
     dy: Any
-    d_steps: Any  # as steps
+    d_steps: Any  # of every state of all steps beside h, a pointer each; or None
     d_finals: Any
     W_hh: Any
     before: Any  # the kept states before the first step

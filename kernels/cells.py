@@ -16,13 +16,16 @@ computed is a constant of activations.py.
 
 fastrnn/cells.py has a record of each cell, by whose name its functions are found here: NAME_forward, NAME_backward.
 
-Source of the equations: torch.nn.LSTM, GRU and RNN; gates in torch's row order.
+Source of the equations: torch.nn.LSTM, GRU and RNN, gates in torch's row order; Beck et al. 2024 (arXiv:2405.04517)
+for the sLSTM, gates i, f, z, o.
 """
 
 import triton
 import triton.language as tl
 
-from .activations import carry_gate, d_relu, d_sigmoid, d_tanh, relu, sigmoid, tanh, zeros_like
+from .activations import carry_gate, d_relu, d_sigmoid, d_tanh, exp, logsigmoid, relu, sigmoid, tanh, zeros_like
+
+NEAREST_ONE = tl.constexpr(2.0**-24)  # what fp32 and float16 can tell from zero
 
 
 # LSTM: i, f, o = sigmoid(x + rec), g = tanh(x + rec);  c' = f c + i g;  h' = o tanh(c')
@@ -94,3 +97,55 @@ def rnn_relu_backward(d_state, saved, h, h_prev, HOW: tl.constexpr):
     dh = d_state[0]
     d_gates = (d_relu(h, dh),)
     return d_gates, d_gates, (zeros_like(dh),)
+
+
+# sLSTM: l = m + logsigmoid(f);  m' = max(i, l), but i where n is 0;  i' = min(1, exp(i - m'));
+# f' = min(1, exp(l - m'));  c' = f' c + i' tanh(z);  n' = f' n + i';  h' = sigmoid(o) c' / n'
+@triton.jit
+def slstm_forward(x, rec, state, HOW: tl.constexpr):
+    c, n, m = state[1], state[2], state[3]
+    log_f, not_f = logsigmoid(x[1] + rec[1], HOW)
+    input_gate, carried = x[0] + rec[0], m + log_f
+    # One of i' and f' is 1, the other exp of the difference; a NaN of either goes on by f'.
+    difference, first = input_gate - carried, n == 0.0
+    smaller = exp(-tl.abs(difference), HOW)
+    i = tl.where(first | (difference >= 0), 1.0, smaller)
+    f = tl.where(difference < 0, 1.0, smaller)
+    z = tanh(x[2] + rec[2], HOW)
+    o = sigmoid(x[3] + rec[3], HOW)
+    c, n = f * c + i * z, f * n + i
+    m = tl.where(first | (difference >= 0), input_gate, carried)
+    return (o * c / n, c, n, m), (i, from_either_end(f), not_f, z, o)
+
+
+@triton.jit
+def slstm_backward(d_state, saved, kept, kept_prev, HOW: tl.constexpr):
+    """No gradient goes through m, which only rescales: c, n and what m subtracts from the gates change together."""
+    i, f, not_f, z, o = saved
+    f = to_number(f)
+    dh, dc, dn = d_state[0], d_state[1], d_state[2]
+    share = 1.0 / tl.where(kept[1] == 0.0, 1.0, kept[1])  # n is 0 only in units and rows that do not exist
+    y = kept[0] * share
+    dy = dh * o * share
+    dc, dn = dc + dy, dn - dy * y
+    d_i = i * (dc * z + dn)
+    d_f = f * (dc * kept_prev[0] + dn * kept_prev[1]) * not_f
+    d_z = dc * i * d_tanh(z)
+    d_o = dh * y * d_sigmoid(o)
+    d_gates = (d_i, d_f, d_z, d_o)
+    return d_gates, d_gates, (zeros_like(dh), dc * f, dn * f, zeros_like(dh))
+
+
+@triton.jit
+def from_either_end(share):
+    """A number in [0, 1] so that rounding it to 16 bits keeps its distance to the nearer end: those of 1 negative.
+
+    f' multiplies the gradient at every step: rounded near 1 it would drift by its own error, times the steps.
+    """
+    return tl.where(share < 0.5, share, (share - 1.0) - NEAREST_ONE)
+
+
+@triton.jit
+def to_number(ends):
+    """The number that from_either_end was given."""
+    return tl.where(ends < 0, 1.0 + (ends + NEAREST_ONE), ends)

@@ -93,7 +93,7 @@ def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, u
             x_next = load_step(K, x_gates_ptr, rows, units, K.gates, tl.minimum(step + 1, rows.T - 1))
         store_step(K, out.y, rows, units, step, (after[0],))
         if out.steps is not None:
-            for n in tl.static_range(K.states - 1):
+            for n in tl.static_range(len(out.steps)):
                 store_step(K, out.steps[n], rows, units, step, (after[n + 1],))
         if out.saved is not None:
             store_step(K, out.saved, rows, units, step, saved)

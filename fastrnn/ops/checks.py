@@ -12,9 +12,10 @@ def check_recurrence(
 ) -> None:
     """Arguments of the bare op, so that no kernel reads outside of a tensor.
 
-    given: W_hh, b_hh, h_0, c_0, reset_h and reset_c by name.
+    given: W_hh, b_hh, h_0, c_0, reset_h and reset_c by name; c_0 and reset_c have all states beside h.
     """
-    gates, has_c = cell.gates, cell.has_c
+    gates, others = cell.gates, len(cell.states) - 1
+    has_c = others > 0
     ragged = x_gates.dim() == 4 and sequences is not None
     slots = x_gates.shape[: 1 if ragged else 2]
     first = "total" if ragged else "T, B"
@@ -35,13 +36,14 @@ def check_recurrence(
     if (reset_c is not None) != (has_c and reset_h is not None):
         raise ValueError("reset_c: expected a tensor beside reset_h where the cell has a c, else None")
     start = (*slots, D, H) if by_step else (D, B, H)
+    several = (others,) if others > 1 else ()
     shapes = {
         "W_hh": (D, gates * H, H),
         "b_hh": (D, gates * H),
         "h_0": (D, B, H),
-        "c_0": (D, B, H),
+        "c_0": (*several, D, B, H),
         "reset_h": start,
-        "reset_c": start,
+        "reset_c": (*several, *start),
         "sequences.rows": (3, B),
         "sequences.reset": tuple(slots),
     }

@@ -22,18 +22,21 @@ def allocate_forward(args: Args) -> Results:
     """Outputs, unwritten; one that this cell or call lacks has no elements."""
     cell, x_gates = CELLS[args.cell], args.x_gates
     *slots, R, _, K = x_gates.shape
-    saved, others = cell.saved if args.save else 0, len(cell.states) - 1
+    saved = cell.saved if args.save else 0
+    kept = max(cell.kept_places) if args.save else 0  # backward reads no state beyond
+    others = len(cell.states) - 1 if args.all_steps else kept
+    wide = cell.state_dtype(x_gates.dtype)
     # Kernels write no frozen slot: outputs are zero there.
     allocate = x_gates.new_zeros if args.rows is not None else x_gates.new_empty
     if args.state_0 is not None:
         finals = torch.empty_like(args.state_0, memory_format=torch.contiguous_format)
     else:
-        finals = x_gates.new_empty(len(cell.states), R // args.heads, _batch(args), args.heads * K)
+        finals = x_gates.new_empty(len(cell.states), R // args.heads, _batch(args), args.heads * K, dtype=wide)
     return Results(
         y=allocate(*slots, R, K),
         finals=finals,
         saved=x_gates.new_empty((*slots, R, saved, K) if saved else 0),
-        steps=allocate((others, *slots, R, K) if others and (args.save or args.all_steps) else 0),
+        steps=allocate((others, *slots, R, K) if others else 0, dtype=wide),
     )
 
 
@@ -94,10 +97,11 @@ def backward(args: BackwardArgs) -> BackwardResults:
     d_rec_last = allocate(*slots, R, 1, K) if cell.splits_last_gate else None
     d_state_0 = None if args.state_0 is None else torch.empty_like(args.state_0)
     # States inside a sequence were rounded when they were kept; those before it must be, to be what they are inside.
+    kept_dtype = cell.state_dtype(y.dtype)
     if args.state_0 is None:
-        state_0 = y.new_zeros(len(cell.states), D, B, args.heads * K)
+        state_0 = y.new_zeros(len(cell.states), D, B, args.heads * K, dtype=kept_dtype)
     else:
-        state_0 = args.state_0.to(y.dtype)
+        state_0 = args.state_0.to(kept_dtype)
     d_starts = None if args.starts is None else args.starts.new_zeros(len(cell.states), *slots, R, K)
     if B > 0:
         places, starts = cell.kept_places, args.starts
@@ -118,7 +122,7 @@ def backward(args: BackwardArgs) -> BackwardResults:
     d_rec = [d_x_gates] if d_rec_last is None else [d_x_gates[..., :-1, :], d_rec_last]
     dW_hh, db_hh = y.new_empty(0), y.new_empty(0)
     if args.needs_dW:
-        gradients = [_weight_gradient(args, r, d_rec, state_0[0]) for r in range(R)]
+        gradients = [_weight_gradient(args, r, d_rec, state_0[0].to(y.dtype)) for r in range(R)]
         dW_hh = gradients[0].unsqueeze(0) if R == 1 else torch.stack(gradients)
     if args.needs_db:
         sums = [d.flatten(0, -4).sum(0).flatten(1) for d in d_rec]

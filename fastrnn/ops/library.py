@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..cells import CELLS
 from ..planning.tiers import TIERS
+from ..reference import beside_h, stacked
 from ..sequences import Sequences
 from . import double_backward, launch, torch_func
 from .checks import check_recurrence
@@ -47,6 +48,7 @@ def _backward(ctx, dy, d_finals, d_saved, d_steps):
     *tensors, y, saved, steps = ctx.saved_tensors
     args = args._replace(**dict(zip(ctx.saved, tensors, strict=True)))
     needs = Args(*ctx.needs_input_grad)
+    d_steps = d_steps if args.all_steps else None  # else they are what backward reads, nobody's result
     # Functions of the other arguments, by which double backward differentiates.
     y, saved, steps = y.detach(), saved.detach(), steps.detach()
     given = BackwardArgs(
@@ -187,8 +189,9 @@ def recurrence(
 
         rec = W_hh h + b_hh;   (h, c) = cell(x_gates[t], rec, (h, c));   y[t] = h
 
-    cell: "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1, 1 gates in torch's row order, or one of your own
-    (fastrnn.cells.register; what is said of the LSTM's c holds for all cells that have one).
+    cell: "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1, 1 gates in torch's row order, "slstm", with i, f, z
+    and o, or one of your own (fastrnn.cells.register). What is said of the LSTM's c holds for all cells that have one;
+    the sLSTM's three, c, n and m, are one tensor, (3, D, B, H) where c is (D, B, H), and of all steps float32 at least.
     x_gates (T, B, D, G, H): W_ih x_t + b_ih. W_hh (D, G*H, H). b_hh (D, G*H) or None. h_0, c_0 (D, B, H); c_0 is None
     but for the LSTM. All of one dtype (float32, bfloat16, float16) and device; any strides. Direction 1 walks time
     from its end. backend: the tier, "resident", "cluster" or "cooperative". source: x (T, B, I), W_ih (D*G*H, I) and
@@ -227,13 +230,12 @@ def recurrence(
         raise ValueError(f"cell: expected one of {', '.join(map(repr, CELLS))}; got {cell!r}")
     if backend not in TIERS:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, TIERS))}; got {backend!r}")
-    has_c = CELLS[cell].has_c
-    if cell_states and not has_c:
+    states = len(CELLS[cell].states)
+    if cell_states and states == 1:
         raise ValueError(f"cell_states: expected False for {cell!r}, which has no cell state; got True")
     given = {"W_hh": W_hh, "b_hh": b_hh, "h_0": h_0, "c_0": c_0, "reset_h": reset_h, "reset_c": reset_c}
     check_recurrence(CELLS[cell], x_gates, given, sequences, by_step)
-    state_0 = h_0.unsqueeze(0) if c_0 is None else torch.stack((h_0, c_0))
-    starts = None if reset_h is None else reset_h.unsqueeze(0) if reset_c is None else torch.stack((reset_h, reset_c))
+    state_0, starts = stacked(h_0, c_0), None if reset_h is None else stacked(reset_h, reset_c)
     x, W_ih, b_ih = source if source is not None else (None, None, None)
     rows, reset = sequences if sequences is not None else (None, None)
     found = run(
@@ -242,5 +244,5 @@ def recurrence(
             all_steps=cell_states,
         )
     )  # fmt: skip
-    h_n, c_n = found.finals[0], found.finals[1] if has_c else None
-    return (found.y, h_n, c_n, found.steps[0]) if cell_states else (found.y, h_n, c_n)
+    results = (found.y, found.finals[0], beside_h(found.finals))
+    return (*results, beside_h(found.steps, 0)) if cell_states else results

@@ -91,8 +91,9 @@ def common(request: Request) -> dict[str, Any]:
 
 def saved_bytes(request: Request, steps: int) -> int:
     """Kept for backward, of so many steps."""
-    tiles_kept = request.of_cell.saved + sum(place > 0 for place in request.of_cell.kept_places)
-    return steps * request.B * request.recurrences * request.H * tiles_kept * request.dtype.itemsize
+    cell, dtype = request.of_cell, request.dtype
+    of_unit = cell.saved * dtype.itemsize + max(cell.kept_places) * cell.state_dtype(dtype).itemsize
+    return steps * request.B * request.recurrences * request.H * of_unit
 
 
 def as_text(size: int) -> str:

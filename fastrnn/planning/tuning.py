@@ -25,7 +25,7 @@ KEYS = ("made", "forms", "ctas")
 PASSES = ("forward", "backward")
 CONSTANTS = ("SHARES", "IN_REGISTERS", "BIAS_KEPT", "K_TILES", "maxnreg")  # of a form
 CTAS = (2, 4, 8, 16)
-_CELL = r"(lstm|gru|rnn_tanh|rnn_relu) H=\d+ (bfloat16|float16|float32-ieee|float32-tf32)"
+_CELL = r"(lstm|gru|rnn_tanh|rnn_relu|slstm) H=\d+ (bfloat16|float16|float32-ieee|float32-tf32)"
 _KERNEL = re.compile(rf"(Gluon|tile Triton) {_CELL} block_b=\d+ units=\d+ ctas=\d+")
 _CLUSTER = re.compile(rf"{_CELL} tiles=\d+")
 

@@ -9,7 +9,7 @@ from fastrnn import reference
 from fastrnn.planning.tiers import TIERS
 
 from ..support import children
-from ..support.cases import Case
+from ..support.cases import CELLS, Case
 from ..support.heads import HEADS, arguments, faults
 
 KINDS = ("plain", "lengths", "ragged", "resets to a state", "ragged, resets by step")
@@ -17,7 +17,7 @@ KINDS = ("plain", "lengths", "ragged", "resets to a state", "ragged, resets by s
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ("resident", "cooperative"))
-@pytest.mark.parametrize("cell", ("lstm", "gru"))
+@pytest.mark.parametrize("cell", ("lstm", "gru", "slstm"))
 def test_heads_match_the_reference(cell, backend, kind, device):
     assert not faults(cell, backend, kind, device, torch.float32)
 
@@ -28,7 +28,7 @@ def test_compiled_kernels_match_the_reference(backend):
     done = children.run(["-m", "tests.support.heads", "sm_90", backend])
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(records) == 4 and not any(record["faults"] for record in records), records
+    assert len(records) == len(CELLS) and not any(record["faults"] for record in records), records
 
 
 def test_each_head_is_a_layer_of_its_own(device):

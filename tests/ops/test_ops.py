@@ -12,7 +12,7 @@ from ..support.cases import CELLS, Case, Problem, make_problem
 
 def args_of(problem: Problem, save: bool, backend: str) -> Args:
     x_gates, W_hh, b_hh, *states = problem.inputs
-    state_0 = torch.stack([state for state in states if state is not None]).detach()
+    state_0 = reference.stacked(*states).detach()
     return Args(x_gates, W_hh, b_hh, state_0.requires_grad_(x_gates.requires_grad), problem.cell, save, backend)
 
 

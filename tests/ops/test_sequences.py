@@ -44,6 +44,11 @@ def test_the_reference_runs_every_segment_on_its_own(cell, kind):
     rows, reset = problem.options["sequences"]
     by_step, ragged = problem.options["by_step"], x_gates.dim() == 4
     segments = 0
+
+    def at(states, place, d):
+        """Of a slot and a direction, where several states may be one tensor."""
+        return states[(..., *(place if isinstance(place, tuple) else (place,)), d, slice(None))]
+
     for b, start, length in rows.T.tolist():
         slots = [start + t if ragged else (t, b) for t in range(length)]
         edges = [t for t in range(1, length) if reset is not None and reset[slots[t]]]
@@ -52,23 +57,23 @@ def test_the_reference_runs_every_segment_on_its_own(cell, kind):
             bounds = [0, *edges, length]
             pieces = list(itertools.pairwise(bounds))
             for piece, (begin, end) in enumerate(pieces if d == 0 else reversed(pieces)):
-                state = [s if s is None else s[d : d + 1, b : b + 1] for s in (h_0, c_0)]
+                state = [s if s is None else s[..., d : d + 1, b : b + 1, :] for s in (h_0, c_0)]
                 if piece or first_is_reset:
                     edge = begin if d == 0 else end
-                    given = problem.starts or [torch.zeros_like(h_0)] * 2
-                    anew = iter(s[slots[edge]][d] if problem.starts and by_step else s[d, b] for s in given)
-                    state = [None if s is None else next(anew)[None, None] for s in state]
+                    given = problem.starts or [torch.zeros_like(s) for s in (h_0, c_0) if s is not None]
+                    anew = iter(at(s, slots[edge], d) if problem.starts and by_step else s[..., d, b, :] for s in given)
+                    state = [None if s is None else next(anew)[..., None, None, :] for s in state]
                 x = torch.stack([x_gates[slots[t]][d] for t in range(begin, end)])[:, None, None]
                 x = x.flip(0) if d else x
                 alone, *last = reference.recurrence(cell, x, W_hh[d : d + 1], b_hh[d : d + 1], *state, cell_states=True)
                 places = [slots[t] for t in range(begin, end)]
                 for of_all, of_one in zip((y, *c), (alone, *last[2:]), strict=True):
-                    whole = torch.stack([of_all[place][d] for place in places])
-                    torch.testing.assert_close(whole.flip(0) if d else whole, of_one[:, 0, 0])
+                    whole = torch.stack([at(of_all, place, d) for place in places], -2)
+                    torch.testing.assert_close(whole.flip(-2) if d else whole, of_one[..., 0, 0, :])
                 segments += 1
             for final, of_one in zip((h_n, c_n), last[:2], strict=True):
                 if of_one is not None:
-                    torch.testing.assert_close(final[d, b], of_one[0, 0])
+                    torch.testing.assert_close(final[..., d, b, :], of_one[..., 0, 0, :])
         if not ragged:
             assert not y[length:, b].any()
     assert segments > 2 * B or "reset" not in kind

@@ -1,6 +1,7 @@
 """The table of cases that tests (and later benches) share, and the error budget that every kernel is held to."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -39,7 +40,7 @@ class Problem(NamedTuple):
     """Arguments of a recurrence, and the upstream gradients of its outputs."""
 
     cell: str
-    inputs: tuple[Tensor | None, ...]  # x_gates, W_hh, b_hh, h_0, c_0
+    inputs: tuple[Tensor | None, ...]  # x_gates, W_hh, b_hh, h_0, c_0: what a cell has beside h
     upstream: tuple[Tensor | None, ...]  # dy, dh_n, dc_n; with cell_states dc
     starts: tuple[Tensor, ...] = ()  # reset_h, and reset_c if there is a c
     options: dict[str, Any] = {}  # sequences, by_step, cell_states  # noqa: RUF012
@@ -72,7 +73,7 @@ def make_problem(cell: str, case: Case, dtype: torch.dtype, device: str, bias: b
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape) * scale).to(dtype).to(device)
 
-    has_c = cell == "lstm"
+    states = functools.partial(beside_h, cell, random)
     x_gates, recurrent_scale = random(T, B, D, G, H), 1.0
     if cell == "rnn_relu":  # keep away from the kink, where any rounding flips the derivative between 0 and 1
         x_gates, recurrent_scale = x_gates + 8 * x_gates.sign(), 0.2
@@ -83,10 +84,23 @@ def make_problem(cell: str, case: Case, dtype: torch.dtype, device: str, bias: b
             random(D, G * H, H, scale=recurrent_scale * H**-0.5),
             random(D, G * H, scale=recurrent_scale) if bias else None,
             random(D, B, H),
-            random(D, B, H) if has_c else None,
+            possible(cell, states(D, B, H)),
         ),
-        (random(T, B, D, H), random(D, B, H), random(D, B, H) if has_c else None),
+        (random(T, B, D, H), random(D, B, H), states(D, B, H)),
     )
+
+
+def beside_h(cell: str, random: Callable[..., Tensor], *shape: int) -> Tensor | None:
+    """What random makes in the shape of the states beside h of a cell, where there is one or more."""
+    others = len(cells.CELLS[cell].states) - 1
+    return random(*((others,) if others > 1 else ()), *shape) if others else None
+
+
+def possible(cell: str, states: Tensor | None) -> Tensor | None:
+    """States beside h that a cell may have: n of the sLSTM is a sum of what is positive."""
+    if states is not None and cell == "slstm":
+        states[1] = states[1].abs() + 0.5
+    return states
 
 
 SEQUENCES = ("lengths", "resets", "resets to a state", "lengths, resets by step", "ragged", "ragged, resets by step")
@@ -99,7 +113,7 @@ def make_sequences(cell: str, case: Case, dtype: torch.dtype, device: str, kind:
     lengths = torch.randint(1, T + 1, (B,))
     lengths[-1] = T
     reset = torch.rand(T, B) < 0.4
-    has_c, by_step, ragged = cell == "lstm", "by step" in kind, kind.startswith("ragged")
+    by_step, ragged = "by step" in kind, kind.startswith("ragged")
     slots = (T, B)
     if ragged:
         slots, live = (int(lengths.sum()),), torch.arange(T)[:, None] < lengths
@@ -118,14 +132,20 @@ def make_sequences(cell: str, case: Case, dtype: torch.dtype, device: str, kind:
         given["reset"] = gathered(reset)
     sequences = Sequences.of(*((0, B) if ragged else (T, B)), **{name: t.to(device) for name, t in given.items()})
     start = (*slots, D, H) if by_step else (D, B, H)
-    starts = 0 if kind in ("lengths", "resets", "ragged") else 1 + has_c
-    random = functools.partial(torch.randn, dtype=torch.float32)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype).to(device)
+
+    d_steps = beside_h(cell, random, *slots, D, H)
+    starts: tuple[Tensor | None, ...] = ()
+    if kind not in ("lengths", "resets", "ragged"):
+        starts = random(*start), possible(cell, beside_h(cell, random, *start))
     return Problem(
         cell,
         (gathered(x_gates), *rest),
-        (gathered(dy), *finals, *([random(*slots, D, H).to(dtype).to(device)] if has_c else [])),
-        tuple(random(*start).to(dtype).to(device) for _ in range(starts)),
-        {"sequences": sequences, "by_step": by_step} | ({"cell_states": True} if has_c else {}),
+        (gathered(dy), *finals, *([] if d_steps is None else [d_steps])),
+        tuple(s for s in starts if s is not None),
+        {"sequences": sequences, "by_step": by_step} | ({} if d_steps is None else {"cell_states": True}),
     )
 
 
@@ -165,7 +185,8 @@ def beyond_budget(problem: Problem, found: dict[str, Tensor], times: float | Non
     dtype, times = x_gates.dtype, times or times_allowed(x_gates.dtype, x_gates.device)
     truth = problem.to(torch.float64).run(reference.recurrence)
     allowed = errors(problem.run(reference.recurrence), truth)
-    assert all(t.dtype == dtype for t in found.values())
+    wide = cells.CELLS[problem.cell].state_dtype(dtype)  # of all steps
+    assert all(t.dtype == (wide if name == "c" else dtype) for name, t in found.items())
     return excess(found, truth, allowed, dtype, times)
 
 

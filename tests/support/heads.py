@@ -48,11 +48,11 @@ def arguments(cell: str, kind: str, case: Case, device: str, dtype: torch.dtype)
         "x_gates": by_head(x_gates),
         "W_hh": ((2 * torch.rand(D * HEADS, G * K, K) - 1) / K**0.5).to(device, dtype),
         "b_hh": by_head(b_hh.unflatten(-1, (G, H))).flatten(-2),
-        "state_0": torch.stack([state for state in states if state is not None]),
+        "state_0": reference.stacked(*states),
     }
     of_sequences: dict[str, Any] = {"sequences": problem.options.get("sequences")}
     if problem.starts:
-        tensors["starts"] = torch.stack(problem.starts)
+        tensors["starts"] = reference.stacked(problem.starts[0], *problem.starts[1:] or (None,))
         of_sequences["by_step"] = problem.options["by_step"]
     return tensors, of_sequences
 
