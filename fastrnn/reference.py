@@ -86,19 +86,20 @@ def run(
         B = slots[1] if sequences is None or len(slots) == 2 else sequences.rows.shape[1]
         state_0 = x_gates.new_zeros(P, D, B, heads * K, dtype=CELLS[cell].state_dtype(x_gates.dtype))
     walk = _padded(x_gates, sequences, starts if by_step else None)
+    given = walk.starts if by_step else starts
+    state_0, given = (None if s is None else s.unflatten(-1, (heads, K)) for s in (state_0, given))
     outputs, finals = [], []
-    for r in range(R):
-        d, own = r // heads, slice(r % heads * K, (r % heads + 1) * K)
-        given = walk.starts if by_step else starts
-        anew = None if given is None else given[..., d, own] if by_step else given[:, d, :, own]
-        weights = W_hh[r], None if b_hh is None else b_hh[r]
-        states, final = _walk(cell, walk, r, d, weights, tuple(state_0[:, d, :, own]), anew, by_step)
+    for d in range(D):
+        own = slice(d * heads, (d + 1) * heads)
+        anew = None if given is None else given[..., d, :, :] if by_step else given[:, d]
+        weights = W_hh[own], None if b_hh is None else b_hh[own]
+        of_direction = walk._replace(x_gates=walk.x_gates[:, :, own])
+        states, final = _walk(cell, of_direction, d, weights, tuple(state_0[:, d]), anew, by_step)
         outputs.append(states)
-        finals.append(final)
-    # P tensors (T, B, D, N*K) of P tensors for each recurrence
-    all_steps = [torch.stack(of_one, -2).unflatten(-2, (D, heads)).flatten(-2) for of_one in zip(*outputs, strict=True)]
-    last = torch.stack([torch.stack(of_one) for of_one in finals], 1).unflatten(1, (D, heads))
-    last = last.transpose(2, 3).flatten(-2).to(state_0.dtype)
+        finals.append(torch.stack(final))
+    # P tensors (T, B, D, N*K) of P tensors for each direction
+    all_steps = [torch.stack(of_one, -3).flatten(-2) for of_one in zip(*outputs, strict=True)]
+    last = torch.stack(finals, 1).flatten(-2).to(state_0.dtype)
     if walk.slots is not None:
         all_steps = [of_state[walk.slots.t, walk.slots.sequence] for of_state in all_steps]
     y, *others = all_steps
@@ -111,7 +112,7 @@ class _Walk(NamedTuple):
     x_gates: Tensor  # (T, B, R, G, K)
     reset: Tensor | None  # (T, B)
     length: Tensor | None  # (B,)
-    frozen: Tensor | None  # (T, B, 1)
+    frozen: Tensor | None  # (T, B, 1, 1)
     starts: Tensor | None  # by step
     slots: Slots | None  # of ragged sequences: their places in the padded batch
 
@@ -131,37 +132,45 @@ def _padded(x_gates: Tensor, sequences: Sequences | None, starts: Tensor | None)
         x_gates, reset = x_gates[index], None if reset is None else reset[index]
         starts = None if starts is None else starts[:, index]
     # Frozen rows compute with zeros: a NaN of theirs times their gradients, which are zero, would be NaN.
-    frozen = (torch.arange(x_gates.shape[0], device=x_gates.device)[:, None] >= length)[..., None]
-    return _Walk(x_gates.masked_fill(frozen[..., None, None], 0), reset, length, frozen, starts, slots)
+    frozen = (torch.arange(x_gates.shape[0], device=x_gates.device)[:, None] >= length)[..., None, None]
+    return _Walk(x_gates.masked_fill(frozen[..., None], 0), reset, length, frozen, starts, slots)
 
 
 def _walk(
     cell: str,
     walk: _Walk,
-    r: int,
     d: int,
     weights: tuple[Tensor, Tensor | None],
     state: State,
     anew: Tensor | None,
     by_step: bool,
 ) -> tuple[list[Tensor], State]:
-    """States of all steps (T, B, K), and the last ones, of recurrence r in direction d."""
+    """States of all steps (T, B, N, K), and the last ones (B, N, K), of the heads of direction d."""
     x_gates, reset, length, frozen = walk[:4]
-    T, B, _, G, K = x_gates.shape
+    T, x = x_gates.shape[0], x_gates.flatten(1, 2)  # a cell's step takes rows, whichever head they are of
     wide = CELLS[cell].state_dtype(x_gates.dtype)
     kept: list[State] = [state] * T
     for t in range(T) if d == 0 else reversed(range(T)):
         edge = t + d  # the first step of the later segment, if one ended before this step
         if reset is not None and length is not None and edge < T:
-            restart = (reset[edge] & (edge < length))[:, None]
+            restart = (reset[edge] & (edge < length))[:, None, None]
             start = map(torch.zeros_like, state) if anew is None else anew[:, edge] if by_step else anew
             state = tuple(torch.where(restart, s, old) for s, old in zip(start, state, strict=True))
         before = state if frozen is None else tuple(s.masked_fill(frozen[t], 0) for s in state)
-        rec = torch.nn.functional.linear(before[0].to(weights[0].dtype), *weights)
-        after = CELLS[cell].step(x_gates[t, :, r], rec.view(B, G, K), before)
+        rec = _product(before[0].to(weights[0].dtype), *weights)
+        rows = CELLS[cell].step(x[t], rec.reshape(x.shape[1:]), tuple(s.flatten(0, 1) for s in before))
+        after = tuple(s.view_as(old) for s, old in zip(rows, state, strict=True))
         kept[t] = tuple(s.to(wide if n else x_gates.dtype) for n, s in enumerate(after))
         if frozen is not None:
             kept[t] = tuple(s.masked_fill(frozen[t], 0) for s in kept[t])
             after = tuple(torch.where(frozen[t], old, new) for new, old in zip(after, state, strict=True))
         state = after
     return [torch.stack(of_time) for of_time in zip(*kept, strict=True)], state
+
+
+def _product(h: Tensor, W_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+    """W_hh h + b_hh of heads side by side: h (B, N, K), W_hh (N, G*K, K), b_hh (N, G*K) to (B, N, G*K)."""
+    if W_hh.shape[0] == 1:
+        return torch.nn.functional.linear(h[:, 0], W_hh[0], None if b_hh is None else b_hh[0]).unsqueeze(1)
+    rec = torch.matmul(h.transpose(0, 1), W_hh.mT).transpose(0, 1)
+    return rec if b_hh is None else rec + b_hh

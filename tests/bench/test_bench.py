@@ -44,7 +44,7 @@ from fastrnn.compat import spills
 from fastrnn.device import DeviceSpec
 from fastrnn.planning.kernel_plan import KernelPlan
 from fastrnn.planning.tiers import TIERS
-from tests.support.cases import CASES, SEQUENCES, Case
+from tests.support.cases import CASES, OF_TORCH, SEQUENCES, Case
 
 from ..support.versions import NEEDS_CLUSTERS
 
@@ -67,7 +67,7 @@ def test_implementations_agree_with_the_reference(device, name, workload):
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("cell", cells.CELLS)
+@pytest.mark.parametrize("cell", OF_TORCH)
 def test_the_reference_of_the_benchmarks_is_the_specification(device, cell):
     """The loop over torch.nn's cells in fp64, and fastrnn's reference backend."""
     for case in CASES:

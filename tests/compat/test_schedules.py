@@ -11,6 +11,7 @@ import random
 import pytest
 import torch
 
+from fastrnn import reference
 from fastrnn.compat import interpreter
 from fastrnn.ops import library, recurrence
 from fastrnn.ops.schema import Args, BackwardArgs
@@ -69,7 +70,7 @@ def passes(cell: str):
     """Run forward alone, and backward alone on what a forward kept: (name, run) with run() giving its outputs."""
     problem = small(cell)
     x_gates, W_hh, b_hh, *states = problem.inputs
-    state_0 = torch.stack([state for state in states if state is not None])
+    state_0 = reference.stacked(*states)
     forward = functools.partial(library._recurrence, *Args(x_gates, W_hh, b_hh, state_0, cell, True, "cooperative"))
     y, finals, saved, steps = forward()
     upstream = torch.randn_like(y), torch.randn_like(finals), None

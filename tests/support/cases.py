@@ -14,6 +14,7 @@ from fastrnn.planning.kernel_plan import GridTooLargeError
 from fastrnn.sequences import Sequences
 
 CELLS = tuple(cells.CELLS)
+OF_TORCH = tuple(name for name, cell in cells.CELLS.items() if cell.of_torch)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -8,14 +8,14 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from fastrnn.stack import Stack
 from fastrnn.torch_path import packed, segments
 
-from ..support.cases import CELLS
+from ..support.cases import OF_TORCH
 from ..support.segment_cases import RESET_STATES, H, I, faults, gradients, loop, make_batch, run
 
 
 @pytest.mark.parametrize("reset_state", RESET_STATES)
 @pytest.mark.parametrize("ragged", (False, True), ids=("dense", "ragged"))
 @pytest.mark.parametrize(("L", "D"), ((1, 1), (1, 2), (2, 1), (2, 2)))
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", OF_TORCH)
 def test_against_the_loop(cell, L, D, ragged, reset_state):
     assert not faults(make_batch(cell, L, D, L == 1 or D == 1, reset_state, ragged=ragged))
 
@@ -55,7 +55,7 @@ def test_reset_state_is_broadcast(shape):
 
 
 @pytest.mark.parametrize(("L", "D"), ((1, 1), (2, 2)))
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", OF_TORCH)
 def test_by_torchs_packed_form(cell, L, D):
     """Which autocast selects on a CPU, and leaves fp64 as it is."""
     with torch.autocast("cpu", torch.bfloat16):
@@ -63,7 +63,7 @@ def test_by_torchs_packed_form(cell, L, D):
 
 
 @pytest.mark.parametrize("lengths", ((9, 9, 1, 9), (5, 4, 3, 2)), ids=("long blocks", "short blocks"))
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", OF_TORCH)
 def test_without_gradients(cell, lengths, monkeypatch):
     """torch's packed form but for the LSTM's long blocks; nothing that anyone reads is different."""
     batch = make_batch(cell, 2, 2, lengths=lengths, p=0.0)
@@ -114,7 +114,7 @@ def test_a_row_of_nan_leaves_other_rows_and_segments_alone():
 
 
 @pytest.mark.parametrize("layout", ("lengths", "cu_seqlens"))
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", OF_TORCH)
 def test_no_steps_at_all(cell, layout):
     batch = make_batch(cell, 2, 2, lengths=(0, 0), ragged=layout == "cu_seqlens", reset_state="per step")
     found = gradients(run, batch)
