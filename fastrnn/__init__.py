@@ -1,8 +1,8 @@
-"""fastrnn: RNN, GRU and LSTM layers whose forward and backward passes are persistent Triton kernels."""
+"""fastrnn: RNN, GRU, LSTM and sLSTM layers whose forward and backward passes are persistent Triton kernels."""
 
 from .nn.convert import Report, convert, report, revert
-from .nn.functional import gru, lstm, rnn
-from .nn.modules import GRU, LSTM, RNN, explain
+from .nn.functional import gru, lstm, rnn, slstm
+from .nn.modules import GRU, LSTM, RNN, SLSTM, explain
 from .nn.paths import FallbackWarning
 from .planning.planner import Plan, plan
 
@@ -11,6 +11,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "SLSTM",
     "FallbackWarning",
     "Plan",
     "Report",
@@ -22,4 +23,5 @@ __all__ = [
     "report",
     "revert",
     "rnn",
+    "slstm",
 ]

@@ -20,6 +20,7 @@ class Stack(NamedTuple):
     bidirectional: bool = False
     backend: str = "auto"
     checkpoint_every: int | None = None  # steps of a chunk
+    num_heads: int = 1  # N, blocks of W_hh
 
     @property
     def of_cell(self) -> Cell:
@@ -33,6 +34,11 @@ class Stack(NamedTuple):
     def states(self) -> int:
         """How many states a call takes and returns, h first."""
         return len(CELLS[self.cell].states)
+
+    @property
+    def of_torch(self) -> bool:
+        """Whether torch has a kernel of such layers."""
+        return self.of_cell.of_torch and self.num_heads == 1
 
     @property
     def dropped(self) -> float:

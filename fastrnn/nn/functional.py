@@ -1,4 +1,4 @@
-"""fastrnn.lstm, gru and rnn: one call of all layers, with the parameters given."""
+"""fastrnn.lstm, gru, rnn and slstm: one call of all layers, with the parameters given."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +26,7 @@ def lstm(
     bidirectional: bool = False,
     backend: str = "auto",
     checkpoint_every: int | None = None,
+    num_heads: int = 1,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -41,7 +42,8 @@ def lstm(
     (4*H, H) and, if bias, bias_ih and bias_hh (4*H,), as torch.nn.LSTM.parameters() yields them; with proj_size P
     weight_hr (P, H) comes behind them, weight_hh is (4*H, P), and h_0, h_n and output have P for H. One dtype (float32,
     bfloat16, float16; any for backend "torch" and "reference") and one device, any strides. dropout is applied
-    between layers if training. backend and checkpoint_every: see fastrnn.LSTM; lengths, cu_seqlens, reset, reset_state
+    between layers if training. backend, checkpoint_every and num_heads, with which weight_hh is (4*H, H / num_heads):
+    see fastrnn.LSTM; lengths, cu_seqlens, reset, reset_state
     and return_cell_states: see fastrnn.LSTM.forward.
 
     Returns output (T, B, D*H), or (B, T, D*H), and (h_n, c_n), each (num_layers * D, B, H); with return_cell_states
@@ -59,7 +61,7 @@ def lstm(
     """
     stack = Stack(
         "lstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every),
+        as_int(checkpoint_every), as_int(num_heads),
     )  # fmt: skip
     options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
     output, (h_n, c_n), *cell_states = paths.run(stack, input, hx, params, options)
@@ -80,6 +82,7 @@ def gru(
     bidirectional: bool = False,
     backend: str = "auto",
     checkpoint_every: int | None = None,
+    num_heads: int = 1,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -102,7 +105,7 @@ def gru(
     """
     stack = Stack(
         "gru", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every),
+        as_int(checkpoint_every), as_int(num_heads),
     )  # fmt: skip
     output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
@@ -123,6 +126,7 @@ def rnn(
     bidirectional: bool = False,
     backend: str = "auto",
     checkpoint_every: int | None = None,
+    num_heads: int = 1,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -147,7 +151,51 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     stack = Stack(
         f"rnn_{nonlinearity}", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every),
+        as_int(checkpoint_every), as_int(num_heads),
     )  # fmt: skip
     output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
+
+
+@leaf
+def slstm(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    backend: str = "auto",
+    checkpoint_every: int | None = None,
+    num_heads: int = 1,
+    lengths: Tensor | Sequence[int] | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
+    reset: Tensor | Sequence | None = None,
+    reset_state: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    return_states: bool = False,
+) -> tuple[Any, ...]:
+    """Run an sLSTM over a batch of sequences: see fastrnn.SLSTM for its equations.
+
+    Arguments, shapes and errors as fastrnn.lstm, without a projection: weight_hh is (4*H, H / num_heads), gates are i,
+    f, z, o, and hx, reset_state and the final state are tuples (h, c, n, m) of (num_layers * D, B, H). Returns output
+    and the final state; with return_states then (h, c, n, m) of the last layer for all t, each as output.
+
+    Source: Beck et al. 2024 (arXiv:2405.04517).
+
+    >>> import torch, fastrnn
+    >>> params = list(fastrnn.SLSTM(3, 6, num_heads=2).parameters())
+    >>> output, (h_n, c_n, n_n, m_n) = fastrnn.slstm(torch.randn(7, 2, 3), None, params, num_heads=2)
+    >>> output.shape, n_n.shape
+    (torch.Size([7, 2, 6]), torch.Size([1, 2, 6]))
+    """
+    stack = Stack(
+        "slstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
+        as_int(checkpoint_every), as_int(num_heads),
+    )  # fmt: skip
+    options = Options(lengths, cu_seqlens, reset, reset_state, return_states)
+    output, final, *others = paths.run(stack, input, hx, params, options)
+    return (output, final, (output, *others)) if return_states else (output, final)

@@ -96,7 +96,7 @@ def step_of(stack: Stack, backend: str, weights: Weights) -> Step:
     if backend == "torch":
         return functools.partial(_torch_step, stack, weights)
     recurrence = _reference if backend == "reference" else functools.partial(_kernel, backend)
-    return functools.partial(_step, stack, functools.partial(recurrence, stack.cell), weights)
+    return functools.partial(_step, stack, functools.partial(recurrence, stack.cell, stack.num_heads), weights)
 
 
 def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
@@ -106,23 +106,26 @@ def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]
 
 
 @profiling.inside("recurrence")
-def _reference(cell: str, x_gates, W_hh, b_hh, states, source, window: Window) -> tuple[Tensor, Tensor, Tensor]:
+def _reference(cell: str, heads: int, x_gates, W_hh, b_hh, states, source, window: Window):
     # Differentiable any number of times: needs no source.
     return reference.run(
-        cell, x_gates, W_hh, b_hh, states, sequences=window.sequences, starts=window.starts, by_step=window.by_step
-    )
+        cell, x_gates, W_hh, b_hh, states,
+        sequences=window.sequences, starts=window.starts, by_step=window.by_step, heads=heads,
+    )  # fmt: skip
 
 
-def _kernel(backend: str, cell: str, x_gates, W_hh, b_hh, states, source, window: Window):
+def _kernel(backend: str, cell: str, heads: int, x_gates, W_hh, b_hh, states, source, window: Window):
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
     rows, reset = window.sequences if window.sequences is not None else (None, None)
     x, W_ih, b_ih = source
     args = Args(
         x_gates, W_hh, b_hh, states, cell, False, backend, x, W_ih, b_ih, rows, reset, window.starts, window.by_step,
-        window.all_steps,
+        window.all_steps, heads,
     )  # fmt: skip
     y, finals, _, steps = library.run(args)
+    if heads > 1:
+        y, steps = (t.unflatten(-2, (-1, heads)).flatten(-2) if t.dim() > 1 else t for t in (y, steps))
     return y, finals, steps
 
 
@@ -135,21 +138,35 @@ def _step(
     if W_hr is not None:
         xs, W_ih = projection.with_starts(xs, W_ih, W_hh, state.h_0, window)
     b_ih, b_hh = b if stack.bias else (None, None)
-    G = stack.of_cell.gates
-    gates = (G, W_ih[0].shape[0] // G)
+    if stack.num_heads > 1:  # x_gates then comes head by head from the product, in whose weights it costs least
+        W_ih, W_hh = _by_head(stack, W_ih), _by_head(stack, W_hh)
+        b_ih, b_hh = b_ih and _by_head(stack, b_ih), b_hh and _by_head(stack, b_hh)
+    G, N = stack.of_cell.gates, stack.num_heads
+    gates = (G, W_ih[0].shape[0] // G // N)
     source = (None, None, None)
     with profiling.named("input product"):
         if all(x is xs[0] for x in xs):  # one product for both directions
             source = xs[0], joined(W_ih), None if b_ih is None else joined(b_ih)
-            x_gates = linear(*source).unflatten(-1, (len(xs), *gates))
+            x_gates = linear(*source).unflatten(-1, (len(xs) * N, *gates))
         else:
             biases = b_ih or [None] * len(xs)
             x_gates = torch.stack([linear(*of_one) for of_one in zip(xs, W_ih, biases, strict=True)], -2)
-            x_gates = x_gates.unflatten(-1, gates)
-    b_hh = None if b_hh is None else stacked(b_hh)
+            x_gates = x_gates.flatten(-2).unflatten(-1, (len(xs) * N, *gates))
+    W_hh, b_hh = _of_recurrences(W_hh, N), None if b_hh is None else _of_recurrences(b_hh, N)
     run = recurrence if W_hr is None else functools.partial(projection.run, recurrence, stacked(W_hr))
-    y, finals, steps = run(x_gates, stacked(W_hh), b_hh, state.states, source, window)
+    y, finals, steps = run(x_gates, W_hh, b_hh, state.states, source, window)
     return y, State(finals), steps if window.all_steps else None
+
+
+def _by_head(stack: Stack, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Weights or biases of each direction whose row g*H + n*K + k goes to n*G*K + g*K + k."""
+    shape = (stack.of_cell.gates, stack.num_heads, -1)
+    return [tensor.unflatten(0, shape).transpose(0, 1).flatten(0, 2) for tensor in tensors]
+
+
+def _of_recurrences(tensors: Sequence[Tensor], heads: int) -> Tensor:
+    """(D*N, ...) of D tensors (N*R, ...)."""
+    return stacked(tensors) if heads == 1 else joined([tensor.unflatten(0, (heads, -1)) for tensor in tensors])
 
 
 @profiling.inside("layer of torch's")
@@ -198,8 +215,8 @@ def join(ys: Sequence[Tensor]) -> Tensor:
 
 def in_chunks(
     step: Step, x: Tensor, state: Any, K: int, directions: int, window: Window = PLAIN
-) -> tuple[Tensor, Any, Tensor | None]:
-    """Run a layer over x (T, B, I) in chunks of K time steps; y (T, B, D*H), the final state, and c like y.
+) -> tuple[Tensor, Any, list[Tensor]]:
+    """Run a layer over x (T, B, I) in chunks of K time steps; y (T, B, D*H), the final state, and others like y.
 
     A window that is not plain is cut along time for layers of one direction only. Ragged x (total, I) is one chunk.
     """
@@ -208,8 +225,9 @@ def in_chunks(
         of_chunk = window if x.shape[0] <= K else window.of_times(chunk * K, xs[0].shape[0])
         y, state, steps = step(xs, state, of_chunk)
         ys.append(y)
-        cs.append(None if steps is None else steps[0])
-    return join(ys), state, join(cs) if window.all_steps else None
+        cs.append(steps)
+    others = zip(*cs, strict=True) if window.all_steps else ()
+    return join(ys), state, [join(of_state) for of_state in others]
 
 
 def stacked(tensors: Sequence[Tensor]) -> Tensor:

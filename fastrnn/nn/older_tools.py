@@ -47,7 +47,7 @@ class OlderTools:
     _torch: Any
 
     def __prepare_scriptable__(self) -> Any:
-        name = self._torch.__name__
+        name = type(self).__name__
         raise NotImplementedError(
             f"torch.jit.script cannot compile fastrnn.{name}: script fastrnn.revert(model), whose layers are torch.nn's"
         )

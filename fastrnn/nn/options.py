@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops.torch_func import transforming
 from ..stack import Stack
+from .validation import tensors_of
 
 
 class Options(NamedTuple):
@@ -20,7 +21,7 @@ class Options(NamedTuple):
     lengths: Any = None  # (B,); a tensor, a list or an array, as the two below; checked, a tensor
     cu_seqlens: Any = None  # (N + 1,)
     reset: Any = None  # (T, B) or (total,)
-    reset_state: Any = None  # a tensor, or a pair; checked, a tuple or None
+    reset_state: Any = None  # a tensor, or a tuple of all states; checked, a tuple or None
     cell_states: bool = False
 
     @property
@@ -31,7 +32,7 @@ class Options(NamedTuple):
 PLAIN = Options()
 
 
-def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[int, int]) -> tuple[int, int, Options]:
+def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[int, ...]) -> tuple[int, int, Options]:
     """T, or total of a ragged input, and B; options with time first, each tensor on the input's device.
 
     sizes: of h, and of the other states, which is another where h is projected.
@@ -78,7 +79,7 @@ def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[in
         if reset is None:
             raise ValueError("reset_state: expected None without reset, which says where it is taken")
         options = options._replace(reset_state=_check_reset_state(reset_state, input, stack, T, B, sizes, len(slots)))
-    if cell_states and not stack.of_cell.has_c:
+    if cell_states and stack.states == 1:
         raise ValueError(f"return_cell_states: expected False for {stack.cell!r}, which has no cell state; got True")
     return T, B, options
 
@@ -131,13 +132,13 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 
 
 def _check_reset_state(
-    reset_state: Any, input: Tensor, stack: Stack, T: int, B: int, sizes: tuple[int, int], slot_dims: int
+    reset_state: Any, input: Tensor, stack: Stack, T: int, B: int, sizes: tuple[int, ...], slot_dims: int
 ) -> tuple[Tensor, ...]:
     """A tuple of (states, B or 1, H), or by step of (T, states, B or 1, H), (total, states, 1, H) if ragged."""
     count, states = stack.states, stack.num_layers * stack.directions
-    given = tuple(reset_state) if count == 2 and isinstance(reset_state, tuple | list) else (reset_state,)
+    given = tuple(reset_state) if count > 1 and isinstance(reset_state, tuple | list) else (reset_state,)
     if len(given) != count or not all(isinstance(state, Tensor) for state in given):
-        raise ValueError(f"reset_state: expected {'a pair of tensors' if count == 2 else 'a tensor'}, as hx")
+        raise ValueError(f"reset_state: expected {tensors_of(count)}, as hx")
     rows = (B,) if slot_dims == 2 else (1,)
     for state, H in zip(given, sizes, strict=False):  # h, and c, of another size where h is projected
         by_row, by_step = (states, B, H), (T, states, *rows, H)

@@ -22,7 +22,8 @@ from .dropout import drop, drop_mask, dropping
 from .options import PLAIN, Options, check_options
 from .validation import check_call, check_params, check_state, compute_dtype
 
-# Output, the final states, and c of every step where it is asked for.
+FALLBACKS = {"torch": "torch's own kernel", "reference": "a loop over time in torch"}
+# Output, the final states, and the others than h of every step where they are asked for.
 Found = tuple[Any, ...]
 
 
@@ -75,8 +76,8 @@ def _warn_fallback(what: str, why: str) -> None:
 
 def backend_of(chosen: Plan) -> str:
     """The plan's backend; warns, once a reason, where a GPU gets no kernel of ours or refused the one it should get."""
-    if chosen.backend == "torch" and chosen.why != "asked for" and chosen.device.startswith("cuda"):
-        _warn_fallback("torch's own kernel", chosen.why)
+    if chosen.backend in FALLBACKS and chosen.why != "asked for" and chosen.device.startswith("cuda"):
+        _warn_fallback(FALLBACKS[chosen.backend], chosen.why)
     elif driver.refused and not torch.compiler.is_compiling():  # which would break its graph to warn
         for why in driver.refused.values():
             if why in chosen.why:
@@ -108,14 +109,17 @@ def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options:
 def checked(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options) -> Call:
     """The call, or an error: nothing was computed or changed before."""
     D, gates = stack.directions, stack.of_cell.gates
-    check_params(gates, params, stack.num_layers, D, stack.bias)
-    H, P = params[0].shape[0] // gates, params[1].shape[-1]
-    T, B, options = check_options(options, input, stack, (P, H))
+    check_params(stack, params)
+    H = params[0].shape[0] // gates
+    P = params[1].shape[-1] if stack.num_heads == 1 else H
+    sizes = (P, *[H] * (stack.states - 1))
+    T, B, options = check_options(options, input, stack, sizes)
     call = Call(stack, input, hx, params, options, T, B, H, P)
     state = () if hx is None else call.state
     if hx is not None:
         check_state(state, stack.states)
-    check_call(call.input, state, params, stack.num_layers * D, T, B, call.ragged or options.lengths is not None)
+    may_be_empty = call.ragged or options.lengths is not None
+    check_call(call.input, state, params, (stack.num_layers * D, B, sizes), T, may_be_empty, stack.of_cell.wide)
     return call
 
 
@@ -157,6 +161,7 @@ def _planned(stack: Stack, H: int, T: int, B: int, dtype: torch.dtype, device: t
         backend=stack.backend,
         num_layers=stack.num_layers,
         checkpoint_every=stack.checkpoint_every,
+        num_heads=stack.num_heads,
     )
 
 
@@ -216,7 +221,8 @@ def _layered(call: Call, backend: str) -> Found:
     wave = chosen.wavefront if options.plain and not torch.compiler.is_compiling() else None
     K = wave or stack.checkpoint_every
     # From chunk to chunk of a kernel the state is fp32, as it is from step to step.
-    between = torch.float32 if K and chosen.kernel and dtype.itemsize == 2 else dtype
+    wide = stack.of_cell.state_dtype(dtype)
+    between = torch.float32 if K and chosen.kernel and dtype.itemsize == 2 else wide
     per_layer = len(call.params) // stack.num_layers
     weights = [
         layers.weights_of(call.params[i : i + per_layer], dtype, chunked=K is not None)
@@ -227,15 +233,15 @@ def _layered(call: Call, backend: str) -> Found:
     if stack.checkpoint_every:
         steps = [layers.recomputed(step) for step in steps]
     if wave:
-        y, finals, c = _wavefront(call, x, steps, states, [of_layer() for of_layer in weights], wave)
+        y, finals, others = _wavefront(call, x, steps, states, [of_layer() for of_layer in weights], wave)
     else:
         windows = layers.windows_of(stack, options, call.T, call.B, between)
-        y, finals, c = _one_by_one(call, x, steps, states, windows, K)
+        y, finals, others = _one_by_one(call, x, steps, states, windows, K)
     if backend != "torch":
         finals = [_apart(call, layer, of_layer, weights[layer]) for layer, of_layer in enumerate(finals)]
-    outputs = [call.as_given(of_steps) for of_steps in (y, c) if of_steps is not None]
+    outputs = [call.as_given(of_steps) for of_steps in (y, *others)]
     whole = (of_all[0] if len(of_all) == 1 else torch.cat(of_all) for of_all in zip(*finals, strict=True))
-    return outputs[0], tuple(final.to(dtype) for final in whole), *outputs[1:]
+    return outputs[0], tuple(final.to(wide) for final in whole), *outputs[1:]
 
 
 def _first_states(call: Call, backend: str, dtype: torch.dtype, zeros_given: bool) -> list[Any]:
@@ -269,8 +275,8 @@ def _apart(call: Call, layer: int, state: layers.State, weights: layers.Weights)
 
 def _one_by_one(
     call: Call, x: Tensor, steps: list[layers.Step], states: list, windows: list, K: int | None
-) -> tuple[Tensor, list, Tensor | None]:
-    p, c = call.stack.dropped, None
+) -> tuple[Tensor, list, list[Tensor]]:
+    p, others = call.stack.dropped, []
     if call.options.lengths is not None:
         # What stands in the padding, even NaN, must not reach a product: 0 * NaN is NaN in W_ih's gradient.
         live = torch.arange(call.T, device=x.device)[:, None] < call.options.lengths
@@ -278,13 +284,14 @@ def _one_by_one(
     for layer, (step, window) in enumerate(zip(steps, windows, strict=True)):
         if p and layer:
             x = drop(x, drop_mask(x, p), p)
-        x, states[layer], c = layers.in_chunks(step, x, states[layer], K or x.shape[0], call.stack.directions, window)
-    return x, states, c
+        K_of = K or x.shape[0]
+        x, states[layer], others = layers.in_chunks(step, x, states[layer], K_of, call.stack.directions, window)
+    return x, states, others
 
 
 def _wavefront(
     call: Call, x: Tensor, steps: list[layers.Step], states: list, reads: list[list[Tensor]], wave: int
-) -> tuple[Tensor, list, None]:
+) -> tuple[Tensor, list, list[Tensor]]:
     p, streams = call.stack.dropped, wavefront.streams_of(x.device, len(steps))
     if p:
         for layer in range(1, len(steps)):
@@ -292,7 +299,7 @@ def _wavefront(
             steps[layer] = dropping(steps[layer], mask.split(wave), p)
             reads[layer] = [*reads[layer], mask]
     ys, states = wavefront.run(steps, x.split(wave), states, reads, streams)
-    return torch.cat(ys), states, None
+    return torch.cat(ys), states, []
 
 
 def _no_chunks(call: Call, backend: str) -> bool:

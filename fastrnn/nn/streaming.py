@@ -11,7 +11,7 @@ from .validation import check_rank
 
 def step(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     """What fastrnn.RNN, GRU and LSTM have as `step`."""
-    name = module._torch.__name__
+    name = module._name
     if module.bidirectional:
         raise ValueError(
             f"{name}.step: expected a layer of one direction; got a bidirectional one, "
@@ -20,7 +20,7 @@ def step(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}.step: Expected input to be 1D or 2D, got {input.dim()}D instead")
     # Nothing stays on chip between calls: "auto" takes torch's cells, which have least to do beside the products.
-    if module.backend in ("auto", "torch") and not module.proj_size:
+    if module.backend in ("auto", "torch") and not module.proj_size and module._stack_is_torchs():
         return _by_cells(module, input, hx)
     time = 1 if module.batch_first and input.dim() == 2 else 0
     output, state = module.forward(input.unsqueeze(time), hx)
@@ -31,7 +31,7 @@ def _by_cells(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     """By torch's cells, layer by layer."""
     pair = module.mode == "LSTM"
     batched = input.dim() == 2
-    check_rank(module._torch.__name__, input.unsqueeze(0), hx)
+    check_rank(module._name, input.unsqueeze(0), hx)
     x = input if batched else input.unsqueeze(0)
     if hx is None:
         h = x.new_zeros(module.num_layers, x.shape[0], module.hidden_size)

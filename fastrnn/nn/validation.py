@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..planning.arguments import check_heads
+from ..stack import Stack
+
 # Devices that autocast knows. Asked on import: torch.compile cannot trace the question before torch 2.12.
 _AUTOCAST_DEVICES = frozenset(
     kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)
@@ -36,7 +39,11 @@ def check_rank(name: str, input: Tensor, hx: "Tensor | tuple[Tensor, Tensor] | N
     if hx is None:
         return
     kind = "batched 3-D" if input.dim() == 3 else "unbatched 2-D"
-    if name == "LSTM":
+    if name == "SLSTM":
+        if isinstance(hx, tuple | list) and any(s.dim() != input.dim() for s in hx if isinstance(s, Tensor)):
+            got = ", ".join(f"{state.dim()}-D" for state in hx if isinstance(state, Tensor))
+            raise RuntimeError(f"For {kind} input, all of hx should also be {input.dim()}-D but got ({got}) tensors")
+    elif name == "LSTM":
         h, c = hx[0].dim(), hx[1].dim()
         if h != input.dim() or c != input.dim():
             raise RuntimeError(
@@ -46,12 +53,13 @@ def check_rank(name: str, input: Tensor, hx: "Tensor | tuple[Tensor, Tensor] | N
         raise RuntimeError(f"For {kind} input, hx should also be {input.dim()}-D but got {hx.dim()}-D tensor")  # type: ignore[union-attr]
 
 
-def check_params(gates: int, params: Sequence[Tensor], num_layers: int, directions: int, bias: bool) -> None:
+def check_params(stack: Stack, params: Sequence[Tensor]) -> None:
     """The flat list of weights: of each layer and direction weight_ih, weight_hh, and bias_ih, bias_hh, weight_hr."""
+    gates, num_layers, directions, bias = stack.of_cell.gates, stack.num_layers, stack.directions, stack.bias
     if not isinstance(num_layers, int) or num_layers < 1:
         raise ValueError(f"num_layers: expected a positive int, got {num_layers!r}")
     per_direction = 4 if bias else 2
-    if gates == 4 and len(params) == num_layers * directions * (per_direction + 1):
+    if stack.cell == "lstm" and len(params) == num_layers * directions * (per_direction + 1):
         per_direction += 1  # the LSTM's weight_hr
     count = num_layers * directions * per_direction
     if len(params) != count:
@@ -60,40 +68,53 @@ def check_params(gates: int, params: Sequence[Tensor], num_layers: int, directio
             f"{count} in all; got {len(params)}"
         )
     projected = per_direction % 2 == 1
+    if projected and stack.num_heads != 1:
+        raise NotImplementedError("num_heads with a projection (proj_size) is missing")
     I, P = params[0].shape[-1], params[1].shape[-1]
     H = params[per_direction - 1].shape[-1] if projected else P
+    if stack.num_heads != 1:
+        H = P = params[0].shape[0] // gates
+        check_heads(stack.num_heads, H)
     names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if bias else []), *(["weight_hr"] if projected else [])]
     for i, tensor in enumerate(params):
         layer, role = i // (directions * per_direction), i % per_direction
         expected = {
             "weight_ih": (gates * H, I if layer == 0 else directions * P),
-            "weight_hh": (gates * H, P),
+            "weight_hh": (gates * H, P // stack.num_heads),
             "weight_hr": (P, H),
         }.get(names[role], (gates * H,))
         if tensor.shape != expected:
             raise ValueError(f"params[{i}] ({names[role]}_l{layer}): expected {expected}, got {tuple(tensor.shape)}")
 
 
+def tensors_of(states: int) -> str:
+    """What a state is that so many tensors make."""
+    return {1: "a tensor", 2: "a pair of tensors"}.get(states, f"a tuple of {states} tensors")
+
+
 def check_state(state: Sequence[Any], states: int) -> None:
-    """One tensor, or the LSTM's two."""
-    if len(state) != states:
+    """One tensor, the LSTM's two, or a tuple of more."""
+    if len(state) != states and states == 2:
         raise RuntimeError("lstm expects two hidden states")
-    if not all(isinstance(s, Tensor) for s in state):
-        expected, got = "a pair of tensors" if states == 2 else "a tensor", [type(s).__name__ for s in state]
-        raise ValueError(f"hx: expected {expected}, got {', '.join(got)}")
+    if len(state) != states or not all(isinstance(s, Tensor) for s in state):
+        got = [type(s).__name__ for s in state]
+        raise ValueError(f"hx: expected {tensors_of(states)}, got {', '.join(got)}")
 
 
 def check_call(
     input: Tensor,
     state: Sequence[Tensor],
     params: Sequence[Tensor],
-    rows: int,
+    of_state: tuple[int, int, tuple[int, ...]],
     T: int,
-    B: int,
     may_be_empty: bool,
+    wide: bool,
 ) -> None:
-    """Input of check_options' T and B, and a state of so many rows, against the weights; dtypes and devices of all."""
-    W_ih, W_hh = params[0], params[1]
+    """Input of check_options' T, and a state, against the weights; dtypes and devices of all.
+
+    of_state: rows, B, and the size of each; where they are wide, they may be float32 beside 16 bits.
+    """
+    W_ih, (rows, B, sizes) = params[0], of_state
     cast = _autocasts(input)
     if input.dtype != W_ih.dtype and not cast:
         raise ValueError(
@@ -103,11 +124,10 @@ def check_call(
     I = W_ih.shape[-1]
     if input.shape[-1] != I:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {I}, got {input.shape[-1]}")
-    sizes = (W_hh.shape[-1], W_ih.shape[0] // 4)  # of h and of the LSTM's c: another where h is projected
     for i, hidden in enumerate(state):
         expected = (rows, B, sizes[i])
         if hidden.shape != expected:
-            which = f"hidden[{i}]" if len(state) == 2 else "hidden"
+            which = f"hidden[{i}]" if len(state) > 1 else "hidden"
             raise RuntimeError(f"Expected {which} size {expected}, got {list(hidden.shape)}")
     if T == 0 and not may_be_empty:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -118,6 +138,8 @@ def check_call(
                     f"Input and {kind} tensors are not at the same device, found input tensor at {input.device} "
                     f"and {kind} tensor at {tensor.device}"
                 )
+            if wide and kind == "hidden" and tensor.dtype == torch.float32 and input.dtype.itemsize == 2:
+                continue
             if tensor.dtype != input.dtype and not cast:
                 raise RuntimeError(
                     f"Input and {kind} tensors are not the same dtype, found input tensor with {input.dtype} "

@@ -61,6 +61,8 @@ def differentiate(args: BackwardArgs, second: BackwardResults) -> dict[str, Tens
             results = reference.run(
                 args.cell, **of_call, sequences=sequences, by_step=args.by_step, heads=args.heads
             )  # fmt: skip
+            y, finals, steps = results
+            results = _by_recurrence(y, args.heads), finals, _by_recurrence(steps, args.heads)
             return [result for result, g in zip(results, upstream, strict=True) if g is not None]
 
         pull_back = vjp(forward, *(inputs[name] for name in wanted))[1]
@@ -68,3 +70,8 @@ def differentiate(args: BackwardArgs, second: BackwardResults) -> dict[str, Tens
 
     pull_back = vjp(backward, *(getattr(args, name) for name in present))[1]
     return dict(zip(present, pull_back(tuple(getattr(second, WANTED[name]) for name in wanted)), strict=True))
+
+
+def _by_recurrence(states: Tensor, heads: int) -> Tensor:
+    """(..., D, N*K) as the op has it, (..., D*N, K)."""
+    return states.unflatten(-1, (heads, -1)).flatten(-3, -2) if heads > 1 else states

@@ -25,6 +25,13 @@ def check_checkpoint_every(K: int | None) -> None:
         raise ValueError(f"checkpoint_every: expected a positive int or None, got {K!r}")
 
 
+def check_heads(num_heads: int, hidden_size: int) -> None:
+    """Blocks of W_hh, of equal size."""
+    fits = isinstance(num_heads, int) and not isinstance(num_heads, bool) and num_heads > 0
+    if not fits or hidden_size % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of hidden_size, which is {hidden_size}; got {num_heads!r}")
+
+
 def expect(name: str, got: object, allowed: tuple) -> None:
     """Raise ValueError, with expected and got, where an argument is none of those allowed."""
     if got not in allowed:

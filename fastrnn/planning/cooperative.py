@@ -52,7 +52,9 @@ def cooperative(request: Request) -> KernelPlan:
             )
         elif math.prod(grid) > spec.multiprocessors:
             refused = GridTooLargeError(
-                f"{math.prod(grid)} programs ({grid[0]} slices x {grid[1]} batch tiles x {request.D} directions) must "
+                f"{math.prod(grid)} programs ({grid[0]} slices x {grid[1]} batch tiles x {request.D} directions"
+                + (f" x {request.N} heads" if request.N > 1 else "")
+                + ") must "
                 f"run at once, and {spec.multiprocessors} fit on {spec.arch}"
             )
         else:

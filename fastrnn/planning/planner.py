@@ -10,7 +10,7 @@ from ..cells import CELLS
 from ..compat import driver
 from ..device import SPECS, DeviceSpec
 from . import cluster, tuning
-from .arguments import as_int, check_checkpoint_every, expect
+from .arguments import as_int, check_checkpoint_every, check_heads, expect
 from .kernel_plan import GridTooLargeError, KernelPlan, Request, as_text, saved_bytes
 from .tiers import TIERS, in_order
 
@@ -42,14 +42,17 @@ class Plan:
     checkpoint_every: int | None = None  # steps
     wavefront: int | None = None  # steps of a chunk, where layers run beside one another
     order: str = ""  # why they do or do not
+    num_heads: int = 1  # W_hh is block-diagonal: so many blocks of hidden_size / num_heads units
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"T={self.seq_len}, B={self.batch_size}, H={self.hidden_size}"
+        shape += f" in {self.num_heads} heads" if self.num_heads > 1 else ""
         rows = {"why": self.why}
         if k := self.kernel:
-            *slices, batch_tiles, directions = k.grid
-            groups = f"{batch_tiles} batch tile(s) of {k.block_b} rows x {directions} direction(s)"
+            *slices, batch_tiles, _ = k.grid
+            groups = f"{batch_tiles} batch tile(s) of {k.block_b} rows x {self.directions} direction(s)"
+            groups += f" x {self.num_heads} heads" if self.num_heads > 1 else ""
             split = f"{slices[0]} slices of {k.units} units x " if slices else ""
             split = f"clusters of {k.ctas} with {k.units} units each x " if k.ctas > 1 else split
             rows |= {
@@ -83,20 +86,21 @@ def plan(
     precision: str | None = None,
     num_layers: int = 1,
     checkpoint_every: int | None = None,
+    num_heads: int = 1,
 ) -> Plan:
     """Say which kernel would run a recurrence, in which tiles, and why; no GPU is needed.
 
-    cell is "lstm", "gru", "rnn_tanh", "rnn_relu" or one that fastrnn.cells.register added; hidden_size (H), batch_size
-    (B), seq_len (T) and directions (D, 1 or 2) are those of one layer; device is an architecture ("sm_90", "gfx942"), a
-    torch device, or None for the current GPU; precision is "ieee" or "tf32" for float32 and defaults to torch's own
-    setting for RNNs; num_layers is that of the stack and checkpoint_every that of fastrnn.LSTM. Sizes in the Plan are
-    bytes.
+    cell is "lstm", "gru", "rnn_tanh", "rnn_relu", "slstm" or one that fastrnn.cells.register added; hidden_size (H),
+    batch_size (B), seq_len (T), directions (D, 1 or 2) and num_heads (N, which divides H) are those of one layer; heads
+    are recurrences of H / N units side by side, D * N of them in one launch; device is an architecture ("sm_90",
+    "gfx942"), a torch device, or None for the current GPU; precision is "ieee" or "tf32" for float32 and defaults to
+    torch's own setting for RNNs; num_layers is that of the stack and checkpoint_every that of fastrnn.LSTM. Sizes in
+    the Plan are bytes.
 
     Raises ValueError for an unknown cell, backend, device or a size below 1, and if more programs would have to run at
     once than the device has room for; NotImplementedError, naming what is missing, if a named tier cannot run this.
     "auto" takes the fastest tier that can, as far as was measured, else torch's own kernel, and keeps the reasons; CPU
-    tensors take torch's.
-    Cells that torch lacks take "reference" in its place.
+    tensors take torch's. Cells that torch lacks, and layers in heads, take "reference" in its place.
 
     >>> import torch, fastrnn
     >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_80"))
@@ -112,28 +116,30 @@ def plan(
     expect("backend", backend, BACKENDS)
     expect("precision", precision, ("ieee", "tf32", None))
     expect("directions", directions, (1, 2))
-    hidden_size, batch_size, seq_len, num_layers, directions, checkpoint_every = map(
-        as_int, (hidden_size, batch_size, seq_len, num_layers, directions, checkpoint_every)
+    hidden_size, batch_size, seq_len, num_layers, directions, checkpoint_every, num_heads = map(
+        as_int, (hidden_size, batch_size, seq_len, num_layers, directions, checkpoint_every, num_heads)
     )
     sizes = {"hidden_size": hidden_size, "batch_size": batch_size, "seq_len": seq_len, "num_layers": num_layers}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}: expected a positive int, got {size!r}")
+    check_heads(num_heads, hidden_size)
     check_checkpoint_every(checkpoint_every)
     where = device.arch if isinstance(device, DeviceSpec) else str(device or "the current GPU")
     steps = min(seq_len, checkpoint_every or seq_len)  # of one launch that saves for backward
     problem = functools.partial(
         Plan, cell, hidden_size, batch_size, seq_len, directions, dtype, num_layers=num_layers,
-        checkpoint_every=checkpoint_every,
+        checkpoint_every=checkpoint_every, num_heads=num_heads,
     )  # fmt: skip
-    of_torch = CELLS[cell].of_torch
+    of_torch = CELLS[cell].of_torch and num_heads == 1
+    lacking = f"for the cell {cell!r}" if not CELLS[cell].of_torch else "with heads"
     if backend == "torch" and not of_torch:
-        raise NotImplementedError(f"backend='torch': torch has no kernel for the cell {cell!r}")
+        raise NotImplementedError(f"backend='torch': torch has no kernel {lacking}")
     if backend in ("torch", "reference"):
         return problem(where, backend, "asked for")
     fallback = "torch" if of_torch else "reference"
     if backend == "auto" and where == "cpu":
-        kernel = "torch's own kernel" if fallback == "torch" else "the reference: torch has no kernel for this cell"
+        kernel = "torch's own kernel" if of_torch else f"the reference: torch has no kernel {lacking}"
         return problem(where, fallback, f"CPU tensors take {kernel}")
     try:
         if not _HAS_TRITON:
@@ -143,7 +149,8 @@ def plan(
             raise NotImplementedError(f"a kernel for {dtype} is missing; there are float32, bfloat16 and float16")
         precision = precision or torch_precision()
         reasons = []
-        request = Request(cell, hidden_size, batch_size, directions, 1, dtype, precision, spec)
+        sizes = (hidden_size // num_heads, batch_size, directions, num_heads)
+        request = Request(cell, *sizes, dtype, precision, spec)
         for tier, why in (in_order(request) if backend == "auto" else {backend: TIERS[backend].why}).items():
             try:
                 kernel = kernel_for(request, tier)
@@ -160,11 +167,24 @@ def plan(
                 found = problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)
                 chunk, order = _wavefront(found, spec)
                 return replace(found, wavefront=chunk, order=order)
-        return problem(where, fallback, "; ".join(reasons))
+        return problem(where, fallback, "; ".join([*reasons, *_more_heads(hidden_size, request)]))
     except (NotImplementedError, GridTooLargeError) as reason:
         if backend == "auto":
             return problem(where, fallback, str(reason))
         raise type(reason)(f"backend={backend!r}: {reason}") from None
+
+
+def _more_heads(H: int, request: Request) -> list[str]:
+    """The fewest heads, more than those that no tier holds, of which one does: as a hint, where W_hh is in heads."""
+    for N in range(request.N + 1, H + 1 if request.N > 1 else 0):
+        if H % N == 0:
+            for tier in TIERS:
+                try:
+                    kernel_for(request._replace(H=H // N, N=N), tier)
+                except (NotImplementedError, GridTooLargeError):
+                    continue
+                return [f"heads of {H // N} units would fit: num_heads={N}"]
+    return []
 
 
 def kernel_for(request: Request, tier: str) -> KernelPlan:

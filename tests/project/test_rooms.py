@@ -49,7 +49,7 @@ def test_an_import_upwards_is_noticed(line, tmp_path):
 
 
 # What users call by name, with torch.nn's arguments and ours.
-PUBLIC = {"lstm", "gru", "rnn", "plan", "recurrence"}
+PUBLIC = {"lstm", "gru", "rnn", "slstm", "plan", "recurrence"}
 
 
 def crowded(root: Path) -> list[str]:
