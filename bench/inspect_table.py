@@ -36,10 +36,15 @@ GROUPS = {
     "cooperative, batch 64": "--backend cooperative --cell gru lstm --hidden 512 --batch 64",
     "cooperative, large": "--backend cooperative --cell lstm gru rnn_relu --hidden 1000 1500 2048",
     "auto, batch 64": "--backend auto --cell gru --hidden 1024 --batch 64",
+    "slstm resident": "--backend resident --cell slstm --hidden 7 64 128 --dtype bfloat16 float32",
+    "slstm cluster": "--backend cluster --cell slstm --hidden 128 256 --dtype bfloat16",
+    "slstm cooperative": "--backend cooperative --cell slstm --hidden 650 768 --dtype bfloat16 float32",
+    "heads": "--backend auto --cell slstm lstm --hidden 768 --heads 6 --dtype bfloat16",
+    "heads of 32": "--backend auto --cell slstm lstm --hidden 768 --heads 24 --dtype bfloat16",
 }
 FULL = "--cell {cell} --hidden 16 64 128 256 384 512 650 1024 1500 2048 --dtype bfloat16 float16 float32"
 KEPT = (
-    "group", "arch", "cell", "dtype", "precision", "hidden", "batch", "missing", "pass", "backend", "dialect",
+    "group", "arch", "cell", "dtype", "precision", "hidden", "heads", "batch", "missing", "pass", "backend", "dialect",
     "programs", "warps", "registers", "spill_bytes", "shared_bytes", "shared_bytes_planned", "occupancy",
     "tensor_core_instructions", "weight_global_loads", "weight_global_loads_in_loop", "global_loads_in_loop",
     "barriers_in_loop", "unguarded_remote_accesses", "loop_instructions", "modelled_cycles_per_step", "modelled_limit",

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--hidden", nargs="+", type=int, required=True, metavar="H")
         command.add_argument("--batch", type=int, default=16, metavar="B")
         command.add_argument("--directions", type=int, choices=(1, 2), default=1)
+        command.add_argument("--heads", type=int, default=1, metavar="N", help="blocks of W_hh")
         command.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
         archs = [arch for arch in SPECS if arch != "interpreter"]
         command.add_argument("--arch", nargs="+", choices=archs, default=["sm_90"])
@@ -104,6 +105,7 @@ def _asked(args: argparse.Namespace) -> Iterator[dict]:
                 "batch_size": args.batch,
                 "seq_len": args.steps,
                 "directions": args.directions,
+                "num_heads": args.heads,
                 "dtype": getattr(torch, dtype),
                 "arch": arch,
                 "backend": args.backend,

@@ -72,11 +72,20 @@ def logsigmoid(x, HOW: tl.constexpr):
     """log(sigmoid(x)), and sigmoid(-x), which is exact where sigmoid(x) is near 1."""
     e = exp(-tl.abs(x), HOW)
     if HOW == "exact":
-        log, inverse = tl.log(1.0 + e), 1.0 / (1.0 + e)
+        log = tl.log(1.0 + e)
     else:
         log = LN_2 * _approximate("lg2.approx.ftz.f32", 1.0 + e)
-        inverse = _approximate("rcp.approx.ftz.f32", 1.0 + e)
-    return tl.where(x < 0, x, 0.0) - log, tl.where(x < 0, inverse, e * inverse)
+    larger = inverse(1.0 + e, HOW)
+    return tl.where(x < 0, x, 0.0) - log, tl.where(x < 0, larger, e * larger)
+
+
+@triton.jit
+def inverse(x, HOW: tl.constexpr):
+    """1 / x."""
+    if HOW == "exact":
+        return 1.0 / x
+    else:
+        return _approximate("rcp.approx.ftz.f32", x)
 
 
 @triton.jit

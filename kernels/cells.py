@@ -23,7 +23,19 @@ for the sLSTM, gates i, f, z, o.
 import triton
 import triton.language as tl
 
-from .activations import carry_gate, d_relu, d_sigmoid, d_tanh, exp, logsigmoid, relu, sigmoid, tanh, zeros_like
+from .activations import (
+    carry_gate,
+    d_relu,
+    d_sigmoid,
+    d_tanh,
+    exp,
+    inverse,
+    logsigmoid,
+    relu,
+    sigmoid,
+    tanh,
+    zeros_like,
+)
 
 NEAREST_ONE = tl.constexpr(2.0**-24)  # what fp32 and float16 can tell from zero
 
@@ -115,7 +127,7 @@ def slstm_forward(x, rec, state, HOW: tl.constexpr):
     o = sigmoid(x[3] + rec[3], HOW)
     c, n = f * c + i * z, f * n + i
     m = tl.where(first | (difference >= 0), input_gate, carried)
-    return (o * c / n, c, n, m), (i, from_either_end(f), not_f, z, o)
+    return (o * c * inverse(n, HOW), c, n, m), (i, from_either_end(f), not_f, z, o)
 
 
 @triton.jit
@@ -124,7 +136,7 @@ def slstm_backward(d_state, saved, kept, kept_prev, HOW: tl.constexpr):
     i, f, not_f, z, o = saved
     f = to_number(f)
     dh, dc, dn = d_state[0], d_state[1], d_state[2]
-    share = 1.0 / tl.where(kept[1] == 0.0, 1.0, kept[1])  # n is 0 only in units and rows that do not exist
+    share = inverse(tl.where(kept[1] == 0.0, 1.0, kept[1]), HOW)  # n is 0 only in units and rows that do not exist
     y = kept[0] * share
     dy = dh * o * share
     dc, dn = dc + dy, dn - dy * y

@@ -62,6 +62,7 @@ class Problem:
     arch: str = "sm_90"
     backend: str = "auto"
     precision: str = "ieee"
+    num_heads: int = 1
     seed: int = 0
 
     @property
@@ -71,7 +72,7 @@ class Problem:
     @property
     def request(self) -> Request:
         """What its kernel is planned for."""
-        sizes = (self.hidden_size, self.batch_size, self.directions, 1)
+        sizes = (self.hidden_size // self.num_heads, self.batch_size, self.directions, self.num_heads)
         return Request(self.cell, *sizes, self.dtype, self.precision, self.spec)
 
     def plan(self) -> Plan:
@@ -86,6 +87,7 @@ class Problem:
             device=self.spec,
             backend=self.backend,
             precision=self.precision,
+            num_heads=self.num_heads,
         )
         if chosen.kernel is None:
             raise NotImplementedError(chosen.why)
@@ -94,8 +96,11 @@ class Problem:
     def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
         """Random inputs of both passes: standard normal, W_hh and b_hh uniform as torch.nn initializes them."""
         generator = torch.Generator().manual_seed(self.seed)
-        P = len(CELLS[self.cell].states)
-        T, B, D, H, G = self.seq_len, self.batch_size, self.directions, self.hidden_size, CELLS[self.cell].gates
+        cell, N = CELLS[self.cell], self.num_heads
+        T, B, D, H, G, P = (
+            self.seq_len, self.batch_size, self.directions, self.hidden_size, cell.gates, len(cell.states),
+        )  # fmt: skip
+        R, K, of_states = D * N, H // N, cell.state_dtype(self.dtype)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(device, self.dtype)
@@ -103,14 +108,17 @@ class Problem:
         def uniform(*shape: int) -> Tensor:
             return ((2 * torch.rand(shape, generator=generator) - 1) / H**0.5).to(device, self.dtype)
 
-        return {
-            "x_gates": normal(T, B, D, G, H),
-            "W_hh": uniform(D, G * H, H),
-            "b_hh": uniform(D, G * H),
-            "state_0": normal(P, D, B, H).tanh(),
-            "dy": normal(T, B, D, H),
-            "d_finals": normal(P, D, B, H),
+        made = {
+            "x_gates": normal(T, B, R, G, K),
+            "W_hh": uniform(R, G * K, K),
+            "b_hh": uniform(R, G * K),
+            "state_0": normal(P, D, B, H).tanh().to(of_states),
+            "dy": normal(T, B, R, K),
+            "d_finals": normal(P, D, B, H).to(of_states),
         }
+        if "n" in cell.states:  # a sum of what is positive
+            made["state_0"][cell.states.index("n")].abs_().add_(0.5)
+        return made
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def compile_problem(
 def call_forward(cell: str, tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     """The launcher's forward on a problem's tensors, its outputs by name."""
     inputs: dict[str, Any] = {name: tensors[name] for name in ("x_gates", "W_hh", "b_hh", "state_0")}
-    return launch.forward(Args(**inputs, cell=cell, save=True, backend=backend))._asdict()
+    return launch.forward(Args(**inputs, cell=cell, save=True, backend=backend, heads=_heads(tensors)))._asdict()
 
 
 def call_backward(
@@ -152,9 +160,14 @@ def call_backward(
     inputs: dict[str, Any] = {name: tensors[name] for name in ("dy", "d_finals", "W_hh", "state_0")}
     kept: dict[str, Any] = {name: outputs[name] for name in ("y", "saved", "steps")}
     args = BackwardArgs(
-        **inputs, **kept, d_steps=None, cell=cell, needs_dW=needs_sums, needs_db=needs_sums, backend=backend
-    )
+        **inputs, **kept, d_steps=None, cell=cell, needs_dW=needs_sums, needs_db=needs_sums, backend=backend,
+        heads=_heads(tensors),
+    )  # fmt: skip
     return launch.backward(args)._asdict()
+
+
+def _heads(tensors: dict[str, Tensor]) -> int:
+    return tensors["state_0"].shape[-1] // tensors["W_hh"].shape[-1]
 
 
 def members(name: str, given: Any) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from .timing import modelled
 Record = dict[str, Any]
 # Of what the compiler leaves, what --dump writes: text as it is, binaries as bytes.
 DUMPED = ("ttgir", "llir", "ptx", "cubin", "amdgcn", "hsaco")
-TITLE = ("cell", "arch", "dtype", "precision", "hidden", "batch", "backend")
+TITLE = ("cell", "arch", "dtype", "precision", "hidden", "heads", "batch", "backend")
 ONLY_JSON = ("executed_instructions_by_block",)
 MUST_BE_ZERO = ("spill_bytes", "weight_global_loads_in_loop", "unguarded_remote_accesses")
 
@@ -76,7 +76,7 @@ def _head(problem: Problem) -> Record:
         "hidden": problem.hidden_size,
         "batch": problem.batch_size,
         "directions": problem.directions,
-    }
+    } | ({"heads": problem.num_heads} if problem.num_heads > 1 else {})
 
 
 def _record(problem: Problem, compiled: Compiled, which: str) -> Record:
@@ -126,6 +126,7 @@ def write(problem: Problem, compiled: Compiled, which: str, folder: Path) -> Non
     asm = compiled.launches[which].asm
     dtype = dtype_name(problem.dtype) + (f"-{problem.precision}" if problem.dtype == torch.float32 else "")
     sizes = f"H{problem.hidden_size}-B{problem.batch_size}"
+    sizes += f"-N{problem.num_heads}" if problem.num_heads > 1 else ""
     stem = f"{problem.cell}-{sizes}-{dtype}-{problem.arch}-{compiled.plan.backend}-{which}"
     for kind in DUMPED:
         if kind in asm:
@@ -152,7 +153,10 @@ def print_table(rows: list[Record]) -> None:
         raise RuntimeError("tables need rich: pip install 'fastrnn[inspect]', or ask for --json") from None
     first = rows[0]
     precision = f" ({first['precision']})" if first["precision"] else ""
-    title = f"{first['cell']}, H={first['hidden']}, B={first['batch']}, {first['dtype']}{precision}, {first['arch']}"
+    heads = f" in {first['heads']} heads" if "heads" in first else ""
+    title = (
+        f"{first['cell']}, H={first['hidden']}{heads}, B={first['batch']}, {first['dtype']}{precision}, {first['arch']}"
+    )
     console = Console()
     if "missing" in first:
         console.print(f"{title}: no kernel\n  {first['missing']}\n", markup=False, highlight=False)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..cells import CELLS
+from ..ops.schema import OF_STATES
 from .compile import Launch, Problem, compile_problem
 from .execute import execute
 
@@ -64,10 +66,11 @@ def agreement(problem: Problem, passes: tuple[str, ...]) -> dict[str, Agreement]
 
 def _reference(problem: Problem, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs and gradients of the reference, by the launcher's names."""
-    converted = {name: t.to(dtype) for name, t in tensors.items()}
+    of_states = CELLS[problem.cell].state_dtype(dtype)
+    converted = {name: t.to(of_states if name in OF_STATES else dtype) for name, t in tensors.items()}
     inputs: dict[str, Any] = {name: converted[name].requires_grad_() for name in WANTED}
-    y, finals, _ = reference.run(problem.cell, **inputs)
-    upstream = [converted["dy"], converted["d_finals"]]
+    y, finals, _ = reference.run(problem.cell, **inputs, heads=problem.num_heads)
+    upstream = [converted["dy"].view_as(y), converted["d_finals"]]
     gradients = torch.autograd.grad([y, finals], list(inputs.values()), upstream)
     found = {"y": y, "finals": finals} | dict(zip(WANTED.values(), gradients, strict=True))
     return {name: t.detach() for name, t in found.items()}

@@ -70,7 +70,7 @@ class GRU(Recurrent):
         r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
 
     with x = W_ih x_t + b_ih and rec = W_hh h + b_hh. Constructor, forward, parameters and errors are torch.nn.GRU's;
-    backend, checkpoint_every, num_heads, dtypes and shapes as in fastrnn.LSTM, with hx one tensor (num_layers * D, B, H).
+    backend, checkpoint_every, num_heads, dtypes and shapes as in fastrnn.LSTM; hx is one tensor.
 
     Source: torch.nn.GRU.
 
