@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS, State
+from .kernels.arguments import NO_CLIP
 from .sequences import Sequences, Slots
 
 
@@ -73,13 +74,19 @@ def run(
     starts: Tensor | None = None,
     by_step: bool = False,
     heads: int = 1,
+    clip_gradient: float = NO_CLIP,
+    clip_state: float = NO_CLIP,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer of D directions and N heads, R = D * N recurrences of K units side by side, over all of time.
 
     x_gates (T, B, R, G, K), W_hh (R, G*K, K), b_hh (R, G*K). state_0 (P, D, B, N*K) holds all states of the cell, h
     first; None is zeros. starts: as state_0, or by_step (P, T, B, D, N*K). Returns y (T, B, D, N*K), the final states
     as state_0, and the states of all steps beside h, (P - 1, T, B, D, N*K).
+
+    clip_gradient: what comes back through W_hh is clipped to [-x, x] each step. clip_state: a step sees c clipped so,
+    of a cell without c h, and final states are what a next step would see; y and c of all steps are not clipped.
     """
+    clips = Clips(cell, clip_gradient, clip_state)
     *slots, R, _, K = x_gates.shape
     D, P = R // heads, len(CELLS[cell].states)
     if state_0 is None:
@@ -94,9 +101,9 @@ def run(
         anew = None if given is None else given[..., d, :, :] if by_step else given[:, d]
         weights = W_hh[own], None if b_hh is None else b_hh[own]
         of_direction = walk._replace(x_gates=walk.x_gates[:, :, own])
-        states, final = _walk(cell, of_direction, d, weights, tuple(state_0[:, d]), anew, by_step)
+        states, final = _walk(clips, of_direction, d, weights, tuple(state_0[:, d]), anew, by_step)
         outputs.append(states)
-        finals.append(torch.stack(final))
+        finals.append(torch.stack(clips.of(final)))
     # P tensors (T, B, D, N*K) of P tensors for each direction
     all_steps = [torch.stack(of_one, -3).flatten(-2) for of_one in zip(*outputs, strict=True)]
     last = torch.stack(finals, 1).flatten(-2).to(state_0.dtype)
@@ -104,6 +111,41 @@ def run(
         all_steps = [of_state[walk.slots.t, walk.slots.sequence] for of_state in all_steps]
     y, *others = all_steps
     return y, last, torch.stack(others) if others else y.new_empty(0, *y.shape)
+
+
+class Clips(NamedTuple):
+    """What is clipped at each step of a cell, to [-x, x]; negative where nothing is."""
+
+    cell: str
+    gradient: float
+    state: float
+
+    def of(self, states: State) -> State:
+        if self.state < 0:
+            return states
+        place = min(1, len(states) - 1)
+        return tuple(s.clamp(-self.state, self.state) if n == place else s for n, s in enumerate(states))
+
+    def of_gradient(self, h: Tensor) -> Tensor:
+        return h if self.gradient < 0 else _ClippedGradient.apply(h, self.gradient)  # type: ignore[return-value]
+
+
+class _ClippedGradient(torch.autograd.Function):
+    """The tensor as it is; its gradient clipped."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, limit: float) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.clamp(-ctx.limit, ctx.limit), None
 
 
 class _Walk(NamedTuple):
@@ -137,7 +179,7 @@ def _padded(x_gates: Tensor, sequences: Sequences | None, starts: Tensor | None)
 
 
 def _walk(
-    cell: str,
+    clips: Clips,
     walk: _Walk,
     d: int,
     weights: tuple[Tensor, Tensor | None],
@@ -148,7 +190,8 @@ def _walk(
     """States of all steps (T, B, N, K), and the last ones (B, N, K), of the heads of direction d."""
     x_gates, reset, length, frozen = walk[:4]
     T, x = x_gates.shape[0], x_gates.flatten(1, 2)  # a cell's step takes rows, whichever head they are of
-    wide = CELLS[cell].state_dtype(x_gates.dtype)
+    cell = CELLS[clips.cell]
+    wide = cell.state_dtype(x_gates.dtype)
     kept: list[State] = [state] * T
     for t in range(T) if d == 0 else reversed(range(T)):
         edge = t + d  # the first step of the later segment, if one ended before this step
@@ -156,9 +199,10 @@ def _walk(
             restart = (reset[edge] & (edge < length))[:, None, None]
             start = map(torch.zeros_like, state) if anew is None else anew[:, edge] if by_step else anew
             state = tuple(torch.where(restart, s, old) for s, old in zip(start, state, strict=True))
+        state = clips.of(state)
         before = state if frozen is None else tuple(s.masked_fill(frozen[t], 0) for s in state)
-        rec = _product(before[0].to(weights[0].dtype), *weights)
-        rows = CELLS[cell].step(x[t], rec.reshape(x.shape[1:]), tuple(s.flatten(0, 1) for s in before))
+        rec = _product(clips.of_gradient(before[0].to(weights[0].dtype)), *weights)
+        rows = cell.step(x[t], rec.reshape(x.shape[1:]), tuple(s.flatten(0, 1) for s in before))
         after = tuple(s.view_as(old) for s, old in zip(rows, state, strict=True))
         kept[t] = tuple(s.to(wide if n else x_gates.dtype) for n, s in enumerate(after))
         if frozen is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS, Cell
+from .kernels.arguments import NO_CLIP
 
 
 class Stack(NamedTuple):
@@ -21,6 +22,8 @@ class Stack(NamedTuple):
     backend: str = "auto"
     checkpoint_every: int | None = None  # steps of a chunk
     num_heads: int = 1  # N, blocks of W_hh
+    clip_grad_state: float | None = None
+    clip_state: float | None = None
 
     @property
     def of_cell(self) -> Cell:
@@ -38,7 +41,13 @@ class Stack(NamedTuple):
     @property
     def of_torch(self) -> bool:
         """Whether torch has a kernel of such layers."""
-        return self.of_cell.of_torch and self.num_heads == 1
+        return self.of_cell.of_torch and self.num_heads == 1 and self.clips == (NO_CLIP, NO_CLIP)
+
+    @property
+    def clips(self) -> tuple[float, float]:
+        """As ops and the reference take them: of the gradient that comes back through W_hh, and of states."""
+        gradient, state = self.clip_grad_state, self.clip_state
+        return NO_CLIP if gradient is None else gradient, NO_CLIP if state is None else state
 
     @property
     def dropped(self) -> float:

@@ -12,6 +12,8 @@ This file needs no Triton, and kernels take its groups as they are.
 
 from typing import Any, NamedTuple
 
+NO_CLIP = -1.0
+
 
 class Inputs(NamedTuple):
     """What forward reads."""
@@ -82,3 +84,5 @@ class Sizes(NamedTuple):
     ragged: bool
     activations: str  # how they are computed, as activations.py names it
     precision: str  # of products of float32
+    clip_gradient: float = NO_CLIP  # of what comes back through W_hh each step, to -x and x
+    clip_state: float = NO_CLIP  # of c, of a cell without c of h, before each step

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .activations import zeros_like
+from .clips import clip, clipped, clipped_before, where_not_clipped, with_first
 from .rows import (
     keep,
     live,
@@ -47,6 +48,8 @@ class Constants(NamedTuple):
     ragged: Any
     activations: Any
     precision: Any
+    clip_gradient: Any
+    clip_state: Any
 
 
 class Tier(NamedTuple):
@@ -88,6 +91,7 @@ def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, u
         state = after
         if resets.mask is not None:
             state = keep(restart, starts, after)
+        state = clipped(K, state)
         TIER.publish(held, K, TIER.form, units, state, step + 1)
         if not TIER.early:
             x_next = load_step(K, x_gates_ptr, rows, units, K.gates, tl.minimum(step + 1, rows.T - 1))
@@ -115,22 +119,17 @@ def backward(TIER: tl.constexpr, K: tl.constexpr, held, read, grads, rows, units
         sent = TIER.publish(held, K, TIER.form, d_rec)
         if not TIER.early:
             following = load_saved(K, read, rows, units, resets, tl.maximum(step - 1, 0))
-        dh = TIER.product(held, K, TIER.form, d_state[0], sent, rows, step, back)
+        if K.clip_gradient < 0:
+            dh = TIER.product(held, K, TIER.form, d_state[0], sent, rows, step, back)
+        else:
+            through = TIER.product(held, K, TIER.form, zeros_like(d_state[0]), sent, rows, step, back)
+            dh = d_state[0] + clip(through, K.clip_gradient)
         d_state = with_first(dh, d_state)
         if resets.mask is not None:
-            d_state = cut(K, grads, rows, units, step, d_state, tiles.restart)
+            d_state = cut(K, grads, rows, units, step, d_state, tiles)
         if TIER.early:
             store_gradients(K, grads, rows, units, step, d_x, d_rec)
-    return d_state
-
-
-@triton.jit
-def with_first(first, tiles):
-    """Tiles of which the first is another."""
-    others = (first,)
-    for n in tl.static_range(1, len(tiles)):
-        others = others + (tiles[n],)
-    return others
+    return where_not_clipped(K, d_state, kept)
 
 
 @triton.jit
@@ -140,6 +139,9 @@ def differentiate(K: tl.constexpr, read, rows, units, resets, d_state, tiles, ke
     In frozen rows d_x and d_rec are zero, and d_state passes through.
     """
     before, saved = as_fp32(tiles.before), as_fp32(tiles.saved)
+    if K.clip_state >= 0:
+        alive = live(units.mask, rows, step, K.own_lengths)
+        d_state = keep(alive, where_not_clipped(K, d_state, kept), d_state)
     given = (d_state[0] + tiles.dy.to(tl.float32),)
     for n in tl.static_range(1, K.states):
         if read.d_steps is None:
@@ -149,6 +151,7 @@ def differentiate(K: tl.constexpr, read, rows, units, resets, d_state, tiles, ke
     kept_before = before
     if resets.mask is not None:
         before = keep(tiles.restart, tiles.starts, before)
+    before = clipped_before(K, before)
     if K.kept == 1:
         d_x, d_rec, d_before = K.cell(given, saved, kept[0], before[0], K.activations)
     else:
@@ -205,14 +208,15 @@ def store_gradients(K: tl.constexpr, grads, rows, units, step, d_x, d_rec):
 
 
 @triton.jit
-def cut(K: tl.constexpr, grads, rows, units, step, d_state, restart):
+def cut(K: tl.constexpr, grads, rows, units, step, d_state, tiles):
     """Send the gradient of states that started anew before a step to where it is kept, by step; zeros go on."""
-    zeros, row = (), slot_at_edge(rows, step)
+    zeros, row, restart = (), slot_at_edge(rows, step), tiles.restart
+    d_starts = where_not_clipped(K, d_state, tiles.starts)
     for n in tl.static_range(K.states):
         zeros = zeros + (zeros_like(d_state[n]),)
         if grads.d_starts is not None:
             ptr = grads.d_starts[n] + row[:, None] * K.H + units.offs[None, :]
-            tl.store(ptr, d_state[n].to(ptr.dtype.element_ty), mask=units.mask & restart)
+            tl.store(ptr, d_starts[n].to(ptr.dtype.element_ty), mask=units.mask & restart)
     return keep(restart, zeros, d_state)
 
 
@@ -279,7 +283,7 @@ def first_state(K: tl.constexpr, ptrs, rows, units, resets):
     if resets.mask is not None:
         restart, starts = load_starts(resets, rows, units, 0, K)
         state = keep(restart, starts, state)
-    return state
+    return clipped(K, state)
 
 
 @triton.jit

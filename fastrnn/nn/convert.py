@@ -158,8 +158,8 @@ def _to_theirs(model: Module) -> Swaps:
         ours = next(c for c in _TORCHS if isinstance(layer, c))
         if "forward" in vars(layer):
             left[name] = "its forward was replaced on the object"
-        elif layer.num_heads > 1:
-            left[name] = "torch has no layer in heads"
+        elif not layer._stack_is_torchs():
+            left[name] = "torch has no layer in heads, nor one that clips"
         elif theirs := _TORCHS.get(plain) or vars(plain).get("_theirs"):
             swaps[name] = layer, made(theirs)
         else:

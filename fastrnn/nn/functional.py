@@ -27,6 +27,8 @@ def lstm(
     backend: str = "auto",
     checkpoint_every: int | None = None,
     num_heads: int = 1,
+    clip_grad_state: float | None = None,
+    clip_state: float | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -42,8 +44,8 @@ def lstm(
     (4*H, H) and, if bias, bias_ih and bias_hh (4*H,), as torch.nn.LSTM.parameters() yields them; with proj_size P
     weight_hr (P, H) comes behind them, weight_hh is (4*H, P), and h_0, h_n and output have P for H. One dtype (float32,
     bfloat16, float16; any for backend "torch" and "reference") and one device, any strides. dropout is applied
-    between layers if training. backend, checkpoint_every and num_heads, with which weight_hh is (4*H, H / num_heads):
-    see fastrnn.LSTM; lengths, cu_seqlens, reset, reset_state
+    between layers if training. backend, checkpoint_every, num_heads, with which weight_hh is (4*H, H / num_heads),
+    clip_grad_state and clip_state: see fastrnn.LSTM; lengths, cu_seqlens, reset, reset_state
     and return_cell_states: see fastrnn.LSTM.forward.
 
     Returns output (T, B, D*H), or (B, T, D*H), and (h_n, c_n), each (num_layers * D, B, H); with return_cell_states
@@ -61,7 +63,7 @@ def lstm(
     """
     stack = Stack(
         "lstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads),
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state,
     )  # fmt: skip
     options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
     output, (h_n, c_n), *cell_states = paths.run(stack, input, hx, params, options)
@@ -83,6 +85,8 @@ def gru(
     backend: str = "auto",
     checkpoint_every: int | None = None,
     num_heads: int = 1,
+    clip_grad_state: float | None = None,
+    clip_state: float | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -105,7 +109,7 @@ def gru(
     """
     stack = Stack(
         "gru", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads),
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state,
     )  # fmt: skip
     output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
@@ -127,6 +131,8 @@ def rnn(
     backend: str = "auto",
     checkpoint_every: int | None = None,
     num_heads: int = 1,
+    clip_grad_state: float | None = None,
+    clip_state: float | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -151,7 +157,7 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     stack = Stack(
         f"rnn_{nonlinearity}", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads),
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state,
     )  # fmt: skip
     output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
@@ -172,6 +178,8 @@ def slstm(
     backend: str = "auto",
     checkpoint_every: int | None = None,
     num_heads: int = 1,
+    clip_grad_state: float | None = None,
+    clip_state: float | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -194,7 +202,7 @@ def slstm(
     """
     stack = Stack(
         "slstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads),
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state,
     )  # fmt: skip
     options = Options(lengths, cu_seqlens, reset, reset_state, return_states)
     output, final, *others = paths.run(stack, input, hx, params, options)

@@ -96,7 +96,7 @@ def step_of(stack: Stack, backend: str, weights: Weights) -> Step:
     if backend == "torch":
         return functools.partial(_torch_step, stack, weights)
     recurrence = _reference if backend == "reference" else functools.partial(_kernel, backend)
-    return functools.partial(_step, stack, functools.partial(recurrence, stack.cell, stack.num_heads), weights)
+    return functools.partial(_step, stack, functools.partial(recurrence, stack), weights)
 
 
 def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
@@ -106,22 +106,25 @@ def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]
 
 
 @profiling.inside("recurrence")
-def _reference(cell: str, heads: int, x_gates, W_hh, b_hh, states, source, window: Window):
+def _reference(stack: Stack, x_gates, W_hh, b_hh, states, source, window: Window):
     # Differentiable any number of times: needs no source.
+    clip_gradient, clip_state = stack.clips
     return reference.run(
-        cell, x_gates, W_hh, b_hh, states,
-        sequences=window.sequences, starts=window.starts, by_step=window.by_step, heads=heads,
+        stack.cell, x_gates, W_hh, b_hh, states,
+        sequences=window.sequences, starts=window.starts, by_step=window.by_step, heads=stack.num_heads,
+        clip_gradient=clip_gradient, clip_state=clip_state,
     )  # fmt: skip
 
 
-def _kernel(backend: str, cell: str, heads: int, x_gates, W_hh, b_hh, states, source, window: Window):
+def _kernel(backend: str, stack: Stack, x_gates, W_hh, b_hh, states, source, window: Window):
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
     rows, reset = window.sequences if window.sequences is not None else (None, None)
     x, W_ih, b_ih = source
+    heads = stack.num_heads
     args = Args(
-        x_gates, W_hh, b_hh, states, cell, False, backend, x, W_ih, b_ih, rows, reset, window.starts, window.by_step,
-        window.all_steps, heads,
+        x_gates, W_hh, b_hh, states, stack.cell, False, backend, x, W_ih, b_ih, rows, reset, window.starts,
+        window.by_step, window.all_steps, heads, *stack.clips,
     )  # fmt: skip
     y, finals, _, steps = library.run(args)
     if heads > 1:

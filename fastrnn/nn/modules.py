@@ -38,6 +38,11 @@ class LSTM(Recurrent):
     A launch runs them side by side, D * N recurrences of K units. torch has no such kernel, so that "auto" takes the
     reference in its place; with proj_size it is missing. Parameters start as torch.nn's, uniform up to 1/sqrt(H).
 
+    clip_grad_state: v clips the gradient of h that comes back through W_hh to [-v, v] at each step, so that it cannot
+    explode over a long sequence; 0 cuts it. clip_state: v lets each step see c, of a cell without c h, clipped to
+    [-v, v]; the final state is as a next step would see it, output is not clipped. None for neither, which costs
+    nothing; torch has no such kernels, as for heads, and second derivatives are missing with the first of them.
+
     Layers of one direction run as a wavefront over chunks of time, on a CUDA stream each, where the plan says that it
     pays (fastrnn.explain prints it).
 
@@ -70,7 +75,7 @@ class GRU(Recurrent):
         r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
 
     with x = W_ih x_t + b_ih and rec = W_hh h + b_hh. Constructor, forward, parameters and errors are torch.nn.GRU's;
-    backend, checkpoint_every, num_heads, dtypes and shapes as in fastrnn.LSTM; hx is one tensor.
+    backend, checkpoint_every, num_heads, clips, dtypes and shapes as in fastrnn.LSTM; hx is one tensor.
 
     Source: torch.nn.GRU.
 
@@ -94,7 +99,7 @@ class RNN(Recurrent):
         h' = act(W_ih x_t + b_ih + W_hh h + b_hh),  act = tanh or relu
 
     Constructor (nonlinearity="tanh" or "relu", also as the fourth argument), forward, parameters and errors are
-    torch.nn.RNN's; backend, checkpoint_every, num_heads, dtypes and shapes as in fastrnn.GRU.
+    torch.nn.RNN's; backend, checkpoint_every, num_heads, clips, dtypes and shapes as in fastrnn.GRU.
 
     Source: torch.nn.RNN.
 
@@ -127,11 +132,11 @@ class SLSTM(Recurrent):
     m only rescales c and n, so that exp cannot overflow: h is what it would be without, and no gradient goes through m.
 
     Arguments, shapes, dtypes and errors as in fastrnn.LSTM, without proj_size: input_size, hidden_size, num_layers,
-    bias, batch_first, dropout, bidirectional, num_heads, backend, checkpoint_every. Parameters too, for gates i, f, z,
-    o in this order: weight_ih_l0 (4*H, I), weight_hh_l0 (4*H, K) with K = H / num_heads, bias_ih_l0 and bias_hh_l0
-    (4*H,). hx and the final state are tuples (h, c, n, m), each (num_layers * D, B, H), zeros by default. They are
-    float32 where input has 16 bits: m and n mean nothing when they are rounded so; hx may be either. torch has no such
-    kernel: "auto" takes the reference, a loop in torch, where none of ours runs, on CPU tensors always.
+    bias, batch_first, dropout, bidirectional, num_heads, backend, checkpoint_every, clips. Parameters too, for gates i,
+    f, z, o in this order: weight_ih_l0 (4*H, I), weight_hh_l0 (4*H, K) with K = H / num_heads, bias_ih_l0 and
+    bias_hh_l0 (4*H,). hx and the final state are tuples (h, c, n, m), each (num_layers * D, B, H), zeros by default.
+    They are float32 where input has 16 bits: m and n mean nothing when they are rounded so; hx may be either. torch has
+    no such kernel: "auto" takes the reference, a loop in torch, where none of ours runs, on CPU tensors always.
 
     Raises what fastrnn.LSTM raises.
 

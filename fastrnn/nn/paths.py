@@ -162,6 +162,8 @@ def _planned(stack: Stack, H: int, T: int, B: int, dtype: torch.dtype, device: t
         num_layers=stack.num_layers,
         checkpoint_every=stack.checkpoint_every,
         num_heads=stack.num_heads,
+        clip_grad_state=stack.clip_grad_state,
+        clip_state=stack.clip_state,
     )
 
 

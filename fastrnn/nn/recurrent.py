@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..planning.arguments import as_int, check_checkpoint_every, check_heads
+from ..planning.arguments import as_int, check_checkpoint_every, check_clips, check_heads
 from ..planning.planner import BACKENDS, Plan, plan
 from ..sequences import Packing, stops_at_torchs_kernels, untraced
 from ..stack import Stack
@@ -26,7 +26,10 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
 
     # torch.nn's own forward of the same layer (and the checks that it calls), for backend "torch".
     _torch: Any
-    num_heads = 1  # of layers pickled before there were heads
+    # Of layers that were pickled before there were any.
+    num_heads = 1
+    clip_grad_state: float | None = None
+    clip_state: float | None = None
 
     def __init__(
         self,
@@ -35,15 +38,19 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         backend: str = "auto",
         checkpoint_every: int | None = None,
         num_heads: int = 1,
+        clip_grad_state: float | None = None,
+        clip_state: float | None = None,
         **kwargs: Any,
     ) -> None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(map(repr, BACKENDS))}; got {backend!r}")
         checkpoint_every = as_int(checkpoint_every)
         check_checkpoint_every(checkpoint_every)
+        check_clips(clip_grad_state=clip_grad_state, clip_state=clip_state)
         self.init_as(mode, *map(as_int, args), **{name: as_int(value) for name, value in kwargs.items()})
         self.backend = backend
         self.checkpoint_every = checkpoint_every
+        self.clip_grad_state, self.clip_state = clip_grad_state, clip_state
         num_heads = as_int(num_heads)
         check_heads(num_heads, self.hidden_size)
         if num_heads > 1:
@@ -67,13 +74,15 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
             super().flatten_parameters()
 
     def _stack_is_torchs(self) -> bool:
-        return self.num_heads == 1 and self.mode != "SLSTM"
+        clips = self.clip_grad_state is not None or self.clip_state is not None
+        return self.num_heads == 1 and self.mode != "SLSTM" and not clips
 
     def _stack(self) -> Stack:
         """What this module is now: any of it may have been set since it was made."""
         return Stack(
             self.mode.lower(), self.num_layers, self.bias, self.batch_first, self.dropout, self.training,
-            self.bidirectional, self.backend, self.checkpoint_every, self.num_heads,
+            self.bidirectional, self.backend, self.checkpoint_every, self.num_heads, self.clip_grad_state,
+            self.clip_state,
         )  # fmt: skip
 
     def plan(self, input: "Tensor | PackedSequence") -> Plan:
@@ -95,6 +104,8 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
             num_layers=self.num_layers,
             checkpoint_every=self.checkpoint_every,
             num_heads=self.num_heads,
+            clip_grad_state=self.clip_grad_state,
+            clip_state=self.clip_state,
         )
 
     @leaf_module
@@ -217,6 +228,8 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         added = f", backend={self.backend!r}" if self.backend != "auto" else ""
         added += f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every is not None else ""
         added += f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
+        for name in ("clip_grad_state", "clip_state"):
+            added += f", {name}={getattr(self, name)}" if getattr(self, name) is not None else ""
         return super().extra_repr() + added
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cells import CELLS, Cell
 from ..compat import driver, interpreter, profiling, spills
 from ..device import DeviceSpec
-from ..kernels.arguments import Exchange, Gradients, Inputs, Outputs, Saved, Sequences, Sizes
+from ..kernels.arguments import NO_CLIP, Exchange, Gradients, Inputs, Outputs, Saved, Sequences, Sizes
 from ..planning import planner
 from ..planning.kernel_plan import KernelPlan, Request
 from ..planning.planner import kernel_for
@@ -155,10 +155,14 @@ def _weight_gradient(args: BackwardArgs, r: int, d_rec: list[Tensor], h_0: Tenso
     d, head, K = r // args.heads, r % args.heads, args.y.shape[-1]
     own = slice(head * K, (head + 1) * K)
     gradients, y, h_0 = [], args.y.select(-2, r), h_0[d, :, own]
+    limit = args.clip_state if len(CELLS[args.cell].states) == 1 else NO_CLIP  # else h is not clipped, c is
+    if limit >= 0:
+        y, h_0 = y.clamp(-limit, limit), h_0.clamp(-limit, limit)
     if args.rows is not None:
         start = None
         if args.starts is not None:
             h_start = args.starts[0].to(y.dtype)
+            h_start = h_start.clamp(-limit, limit) if limit >= 0 else h_start
             start = h_start[..., d, own] if args.by_step else h_start[d, :, own]
         segments = Segments(args.rows, args.reset)
         h_prev = states_before(d, y, h_0, segments, start, args.by_step).flatten(0, -2)
@@ -196,7 +200,8 @@ def _request(args: Args | BackwardArgs, y: Tensor, B: int) -> Request:
     R, K = y.shape[-2:]
     spec = DeviceSpec.of(y.device)
     precision = planner.torch_precision()
-    return Request(args.cell, K, B, R // args.heads, args.heads, y.dtype, precision, spec)
+    sizes = (K, B, R // args.heads, args.heads)
+    return Request(args.cell, *sizes, y.dtype, precision, spec, args.clip_gradient, args.clip_state)
 
 
 @profiling.inside("recurrence")
@@ -279,6 +284,7 @@ def _function(
     sizes = Sizes(
         cell.gates, len(cell.states), len(cell.kept), cell.saved, request.D, request.N, request.H,
         args.rows is not None, args.by_step, y.dim() == 3, kernel.activations, kernel.precision,
+        request.clip_gradient, request.clip_state,
     )  # fmt: skip
 
     def as_launched(choice: dict[str, Any]) -> dict[str, Any]:

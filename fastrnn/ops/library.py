@@ -54,7 +54,7 @@ def _backward(ctx, dy, d_finals, d_saved, d_steps):
     given = BackwardArgs(
         dy, d_finals, d_steps, args.W_hh, args.state_0, y, saved, steps, args.cell, bool(needs.W_hh), bool(needs.b_hh),
         args.backend, args.b_hh, args.x, args.W_ih, args.b_ih, args.rows, args.reset, args.starts, args.by_step,
-        args.heads,
+        args.heads, args.clip_gradient, args.clip_state,
     )  # fmt: skip
     found = _run_backward(given)
     return NO_GRADIENTS._replace(
@@ -85,6 +85,10 @@ def _double_backward(ctx, *second):
         raise NotImplementedError(
             "double backward through fastrnn.ops.recurrence without its source is missing: "
             "give source=(x, W_ih, b_ih), use fastrnn.lstm, gru, rnn or the modules, or fastrnn.reference.recurrence"
+        )
+    if args.clip_gradient >= 0:
+        raise NotImplementedError(
+            "second derivatives with clip_grad_state are missing: a gradient that was clipped is no function's gradient"
         )
     gradients = double_backward.differentiate(args, BackwardResults(*second))
     return NO_BACKWARD_GRADIENTS._replace(**gradients)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.arguments import NO_CLIP
+
 
 class Args(NamedTuple):
     """Arguments of fastrnn::recurrence."""
@@ -34,6 +36,8 @@ class Args(NamedTuple):
     by_step: bool = False
     all_steps: bool = False  # keep the states of all steps
     heads: int = 1  # N
+    clip_gradient: float = NO_CLIP  # kernels/arguments.py
+    clip_state: float = NO_CLIP
 
 
 class Results(NamedTuple):
@@ -69,6 +73,8 @@ class BackwardArgs(NamedTuple):
     starts: Tensor | None = None
     by_step: bool = False
     heads: int = 1
+    clip_gradient: float = NO_CLIP
+    clip_state: float = NO_CLIP
 
 
 class BackwardResults(NamedTuple):

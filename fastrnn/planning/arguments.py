@@ -32,6 +32,14 @@ def check_heads(num_heads: int, hidden_size: int) -> None:
         raise ValueError(f"num_heads: expected a divisor of hidden_size, which is {hidden_size}; got {num_heads!r}")
 
 
+def check_clips(**limits: float | None) -> None:
+    """Of what is clipped to [-limit, limit], or None."""
+    for name, limit in limits.items():
+        is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+        if limit is not None and not (is_number and 0 <= limit < float("inf")):
+            raise ValueError(f"{name}: expected a number from 0 on, or None; got {limit!r}")
+
+
 def expect(name: str, got: object, allowed: tuple) -> None:
     """Raise ValueError, with expected and got, where an argument is none of those allowed."""
     if got not in allowed:

@@ -10,6 +10,7 @@ import torch
 from ..cells import CELLS, Cell
 from ..compat import spills
 from ..device import DeviceSpec
+from ..kernels.arguments import NO_CLIP
 
 KIB = 1024
 # Not exact where the tensors' rounding hides it: `python -m bench.accuracy` and kernels/activations.py.
@@ -31,6 +32,8 @@ class Request(NamedTuple):
     dtype: torch.dtype
     precision: str  # of fp32 products: "ieee" or "tf32"
     spec: DeviceSpec
+    clip_gradient: float = NO_CLIP  # kernels/arguments.py
+    clip_state: float = NO_CLIP
 
     @property
     def of_cell(self) -> Cell:

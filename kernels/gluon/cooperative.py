@@ -152,7 +152,7 @@ def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back)
 def forward(inputs, outputs, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: gl.constexpr, FORM: gl.constexpr):
     K: gl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
-        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
     )  # fmt: skip
     F: gl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS)
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
@@ -185,7 +185,7 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: gl.constexpr, SIZE
 def backward(read, grads, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: gl.constexpr, FORM: gl.constexpr):
     K: gl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
-        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
     )  # fmt: skip
     F: gl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS)
     BLOCK_B: gl.constexpr = FORM.BLOCK_B

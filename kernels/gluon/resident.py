@@ -230,7 +230,7 @@ def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back)
 def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constexpr, FORM: gl.constexpr):
     K: gl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
-        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
     )  # fmt: skip
     CTAS: gl.constexpr = gl.num_ctas()
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
@@ -271,7 +271,7 @@ def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.cons
 def backward(read, grads, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constexpr, FORM: gl.constexpr):
     K: gl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
-        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
     )  # fmt: skip
     CTAS: gl.constexpr = gl.num_ctas()
     BLOCK_B: gl.constexpr = FORM.BLOCK_B

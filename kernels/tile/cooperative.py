@@ -131,7 +131,7 @@ def d_hidden(held, K: tl.constexpr, F: tl.constexpr, dh, sent, rows, step, back)
 def forward(inputs, outputs, sequences, exchange, T, B, CELL: tl.constexpr, SIZES: tl.constexpr, FORM: tl.constexpr):
     K: tl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
-        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
     )  # fmt: skip
     F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, False, F)
@@ -153,7 +153,7 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: tl.constexpr, SIZE
 def backward(read, grads, sequences, exchange, T, B, CELL: tl.constexpr, SIZES: tl.constexpr, FORM: tl.constexpr):
     K: tl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
-        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
     )  # fmt: skip
     F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, False, F)

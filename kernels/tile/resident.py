@@ -105,7 +105,7 @@ def d_hidden(held, K: tl.constexpr, F: tl.constexpr, dh, d_rec, rows, step, back
 def forward(inputs, outputs, sequences, T, B, CELL: tl.constexpr, SIZES: tl.constexpr, FORM: tl.constexpr):
     K: tl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
-        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
     )  # fmt: skip
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, True, None)
     rows, units = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_H)
@@ -121,7 +121,7 @@ def forward(inputs, outputs, sequences, T, B, CELL: tl.constexpr, SIZES: tl.cons
 def backward(read, grads, sequences, T, B, CELL: tl.constexpr, SIZES: tl.constexpr, FORM: tl.constexpr):
     K: tl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
-        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision,
+        SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
     )  # fmt: skip
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, True, None)
     rows, units = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_H)

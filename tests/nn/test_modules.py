@@ -221,5 +221,5 @@ def test_explain_prints_the_plan_and_the_reason(device, capsys):
     assert "backend resident" in printed and "4 = 2 batch tile(s) of 16 rows x 2 direction(s)" in printed
     fastrnn.explain(fastrnn.LSTM(3, 24, proj_size=5), x.cpu())
     assert "backend torch\n  why       CPU tensors" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="expected a fastrnn.RNN, GRU or LSTM; got Linear"):
+    with pytest.raises(ValueError, match="expected a fastrnn.RNN, GRU, LSTM or SLSTM; got Linear"):
         fastrnn.explain(torch.nn.Linear(3, 3), x)

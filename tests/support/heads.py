@@ -66,9 +66,9 @@ def results(run: Callable, tensors: dict[str, Tensor], of_sequences: dict) -> di
     return {"y": y.detach(), "finals": finals.detach()} | dict(zip(given, gradients, strict=True))
 
 
-def kernel(cell: str, backend: str, *, sequences: Any = None, by_step: bool = False, **tensors: Tensor) -> tuple:
+def kernel(cell: str, backend: str, *, sequences: Any = None, by_step: bool = False, **given: Any) -> tuple:
     rows, reset = sequences or (None, None)
-    args = Args(**tensors, cell=cell, save=False, backend=backend, rows=rows, reset=reset, by_step=by_step, heads=HEADS)
+    args = Args(**given, cell=cell, save=False, backend=backend, rows=rows, reset=reset, by_step=by_step, heads=HEADS)
     found = library.run(args)
     return found.y.unflatten(-2, (-1, HEADS)).flatten(-2), found.finals
 
