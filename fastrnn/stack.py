@@ -1,5 +1,6 @@
 """What a module is, in one record that every path is handed."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Stack(NamedTuple):
     num_heads: int = 1  # N, blocks of W_hh
     clip_grad_state: float | None = None
     clip_state: float | None = None
+    tie_directions: bool = False  # both directions have one set of parameters
 
     @property
     def of_cell(self) -> Cell:
@@ -42,6 +44,14 @@ class Stack(NamedTuple):
     def of_torch(self) -> bool:
         """Whether torch has a kernel of such layers."""
         return self.of_cell.of_torch and self.num_heads == 1 and self.clips == (NO_CLIP, NO_CLIP)
+
+    def of_each_direction(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A list of parameters of each layer's directions in turn, where it may have only one direction's."""
+        if not self.tie_directions:
+            return params
+        count = len(params) // self.num_layers
+        layers = [params[i : i + count] for i in range(0, len(params), count)]
+        return [param for of_layer in layers for param in (*of_layer, *of_layer)]
 
     @property
     def clips(self) -> tuple[float, float]:

@@ -159,7 +159,7 @@ def _to_theirs(model: Module) -> Swaps:
         if "forward" in vars(layer):
             left[name] = "its forward was replaced on the object"
         elif not layer._stack_is_torchs():
-            left[name] = "torch has no layer in heads, nor one that clips"
+            left[name] = "torch has no layer in heads, with tied directions, or that clips"
         elif theirs := _TORCHS.get(plain) or vars(plain).get("_theirs"):
             swaps[name] = layer, made(theirs)
         else:

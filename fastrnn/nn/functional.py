@@ -29,6 +29,7 @@ def lstm(
     num_heads: int = 1,
     clip_grad_state: float | None = None,
     clip_state: float | None = None,
+    tie_directions: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -45,8 +46,8 @@ def lstm(
     weight_hr (P, H) comes behind them, weight_hh is (4*H, P), and h_0, h_n and output have P for H. One dtype (float32,
     bfloat16, float16; any for backend "torch" and "reference") and one device, any strides. dropout is applied
     between layers if training. backend, checkpoint_every, num_heads, with which weight_hh is (4*H, H / num_heads),
-    clip_grad_state and clip_state: see fastrnn.LSTM; lengths, cu_seqlens, reset, reset_state
-    and return_cell_states: see fastrnn.LSTM.forward.
+    clip_grad_state, clip_state and tie_directions, with which params are those of one direction: see fastrnn.LSTM;
+    lengths, cu_seqlens, reset, reset_state and return_cell_states: see fastrnn.LSTM.forward.
 
     Returns output (T, B, D*H), or (B, T, D*H), and (h_n, c_n), each (num_layers * D, B, H); with return_cell_states
     then c_t of the last layer, as output.
@@ -63,7 +64,7 @@ def lstm(
     """
     stack = Stack(
         "lstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state,
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions,
     )  # fmt: skip
     options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
     output, (h_n, c_n), *cell_states = paths.run(stack, input, hx, params, options)
@@ -87,6 +88,7 @@ def gru(
     num_heads: int = 1,
     clip_grad_state: float | None = None,
     clip_state: float | None = None,
+    tie_directions: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -109,7 +111,7 @@ def gru(
     """
     stack = Stack(
         "gru", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state,
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions,
     )  # fmt: skip
     output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
@@ -133,6 +135,7 @@ def rnn(
     num_heads: int = 1,
     clip_grad_state: float | None = None,
     clip_state: float | None = None,
+    tie_directions: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -157,7 +160,7 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     stack = Stack(
         f"rnn_{nonlinearity}", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state,
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions,
     )  # fmt: skip
     output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
@@ -180,6 +183,7 @@ def slstm(
     num_heads: int = 1,
     clip_grad_state: float | None = None,
     clip_state: float | None = None,
+    tie_directions: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -202,7 +206,7 @@ def slstm(
     """
     stack = Stack(
         "slstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state,
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions,
     )  # fmt: skip
     options = Options(lengths, cu_seqlens, reset, reset_state, return_states)
     output, final, *others = paths.run(stack, input, hx, params, options)

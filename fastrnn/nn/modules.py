@@ -43,6 +43,8 @@ class LSTM(Recurrent):
     [-v, v]; the final state is as a next step would see it, output is not clipped. None for neither, which costs
     nothing; torch has no such kernels, as for heads, and second derivatives are missing with the first of them.
 
+    tie_directions: both directions have one set of parameters, that of direction 0; they run in one launch as ever.
+
     Layers of one direction run as a wavefront over chunks of time, on a CUDA stream each, where the plan says that it
     pays (fastrnn.explain prints it).
 
@@ -132,11 +134,12 @@ class SLSTM(Recurrent):
     m only rescales c and n, so that exp cannot overflow: h is what it would be without, and no gradient goes through m.
 
     Arguments, shapes, dtypes and errors as in fastrnn.LSTM, without proj_size: input_size, hidden_size, num_layers,
-    bias, batch_first, dropout, bidirectional, num_heads, backend, checkpoint_every, clips. Parameters too, for gates i,
-    f, z, o in this order: weight_ih_l0 (4*H, I), weight_hh_l0 (4*H, K) with K = H / num_heads, bias_ih_l0 and
-    bias_hh_l0 (4*H,). hx and the final state are tuples (h, c, n, m), each (num_layers * D, B, H), zeros by default.
-    They are float32 where input has 16 bits: m and n mean nothing when they are rounded so; hx may be either. torch has
-    no such kernel: "auto" takes the reference, a loop in torch, where none of ours runs, on CPU tensors always.
+    bias, batch_first, dropout, bidirectional, tie_directions, num_heads, backend, checkpoint_every, clips. Parameters
+    too, for gates i, f, z, o in this order: weight_ih_l0 (4*H, I), weight_hh_l0 (4*H, K) with K = H / num_heads,
+    bias_ih_l0 and bias_hh_l0 (4*H,). hx and the final state are tuples (h, c, n, m), each (num_layers * D, B, H), zeros
+    by default. They are float32 where input has 16 bits: m and n mean nothing when they are rounded so; hx may be
+    either. torch has no such kernel: "auto" takes the reference, a loop in torch, where none of ours runs, on CPU
+    tensors always.
 
     Raises what fastrnn.LSTM raises.
 

@@ -110,6 +110,7 @@ def checked(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], opti
     """The call, or an error: nothing was computed or changed before."""
     D, gates = stack.directions, stack.of_cell.gates
     check_params(stack, params)
+    params = stack.of_each_direction(params)
     H = params[0].shape[0] // gates
     P = params[1].shape[-1] if stack.num_heads == 1 else H
     sizes = (P, *[H] * (stack.states - 1))

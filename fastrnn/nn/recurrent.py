@@ -30,6 +30,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
     num_heads = 1
     clip_grad_state: float | None = None
     clip_state: float | None = None
+    tie_directions = False
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         num_heads: int = 1,
         clip_grad_state: float | None = None,
         clip_state: float | None = None,
+        tie_directions: bool = False,
         **kwargs: Any,
     ) -> None:
         if backend not in BACKENDS:
@@ -55,6 +57,8 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         check_heads(num_heads, self.hidden_size)
         if num_heads > 1:
             self._split(num_heads)
+        if tie_directions:
+            self._tie()
 
     def init_as(self, mode: str, *args: Any, **kwargs: Any) -> None:
         torch.nn.RNNBase.__init__(self, mode, *args, **kwargs)
@@ -68,6 +72,18 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
             if name.startswith("weight_hh"):
                 setattr(self, name, torch.nn.Parameter(weight.detach()[:, : self.hidden_size // num_heads].clone()))
 
+    def _tie(self) -> None:
+        """Leave out the parameters of direction 1: those of direction 0 are its own."""
+        if not self.bidirectional:
+            raise ValueError("tie_directions: expected False where bidirectional is, got True")
+        self.tie_directions = True
+        for name in self._flat_weights_names:
+            if name.endswith("_reverse"):
+                delattr(self, name)
+        self._all_weights = self._all_weights[::2]
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+
     def flatten_parameters(self) -> None:
         """torch.nn's, for cuDNN, which has no heads and not every cell."""
         if self._stack_is_torchs():
@@ -75,14 +91,14 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
 
     def _stack_is_torchs(self) -> bool:
         clips = self.clip_grad_state is not None or self.clip_state is not None
-        return self.num_heads == 1 and self.mode != "SLSTM" and not clips
+        return self.num_heads == 1 and self.mode != "SLSTM" and not clips and not self.tie_directions
 
     def _stack(self) -> Stack:
         """What this module is now: any of it may have been set since it was made."""
         return Stack(
             self.mode.lower(), self.num_layers, self.bias, self.batch_first, self.dropout, self.training,
             self.bidirectional, self.backend, self.checkpoint_every, self.num_heads, self.clip_grad_state,
-            self.clip_state,
+            self.clip_state, self.tie_directions,
         )  # fmt: skip
 
     def plan(self, input: "Tensor | PackedSequence") -> Plan:
@@ -228,6 +244,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         added = f", backend={self.backend!r}" if self.backend != "auto" else ""
         added += f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every is not None else ""
         added += f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
+        added += ", tie_directions=True" if self.tie_directions else ""
         for name in ("clip_grad_state", "clip_state"):
             added += f", {name}={getattr(self, name)}" if getattr(self, name) is not None else ""
         return super().extra_repr() + added

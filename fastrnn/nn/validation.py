@@ -58,13 +58,16 @@ def check_params(stack: Stack, params: Sequence[Tensor]) -> None:
     gates, num_layers, directions, bias = stack.of_cell.gates, stack.num_layers, stack.directions, stack.bias
     if not isinstance(num_layers, int) or num_layers < 1:
         raise ValueError(f"num_layers: expected a positive int, got {num_layers!r}")
+    if stack.tie_directions and not stack.bidirectional:
+        raise ValueError("tie_directions: expected False where bidirectional is, got True")
+    own = 1 if stack.tie_directions else directions  # directions with parameters of their own
     per_direction = 4 if bias else 2
-    if stack.cell == "lstm" and len(params) == num_layers * directions * (per_direction + 1):
+    if stack.cell == "lstm" and len(params) == num_layers * own * (per_direction + 1):
         per_direction += 1  # the LSTM's weight_hr
-    count = num_layers * directions * per_direction
+    count = num_layers * own * per_direction
     if len(params) != count:
         raise ValueError(
-            f"params: expected {num_layers} layers x {directions} directions x {per_direction} tensors, "
+            f"params: expected {num_layers} layers x {own} directions x {per_direction} tensors, "
             f"{count} in all; got {len(params)}"
         )
     projected = per_direction % 2 == 1
@@ -77,7 +80,7 @@ def check_params(stack: Stack, params: Sequence[Tensor]) -> None:
         check_heads(stack.num_heads, H)
     names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if bias else []), *(["weight_hr"] if projected else [])]
     for i, tensor in enumerate(params):
-        layer, role = i // (directions * per_direction), i % per_direction
+        layer, role = i // (own * per_direction), i % per_direction
         expected = {
             "weight_ih": (gates * H, I if layer == 0 else directions * P),
             "weight_hh": (gates * H, P // stack.num_heads),
