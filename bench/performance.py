@@ -2,6 +2,7 @@
 
     python -m bench.performance                     print the table (some minutes: every kernel is compiled)
     python -m bench.performance --sequences         another: what lengths and resets add to a step
+    python -m bench.performance --heads             another: 768 units in heads, beside what FlashRNN published
     ... --write                                     put it into docs/performance.md
 
 No GPU is needed, and nothing is measured: fastrnn/inspect/timing.py says what the model rests on.
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 
 from fastrnn.cells import CELLS
-from fastrnn.inspect.compile import Problem, compile_problem, launches
+from fastrnn.inspect.compile import PASSES, Problem, compile_problem, launches
 from fastrnn.inspect.timing import modelled
 from fastrnn.ops import launch
 from fastrnn.ops.schema import Args, BackwardArgs
 from fastrnn.sequences import Sequences
 
 from . import write
+from .published import FLASHRNN_MS
 
 # LSTM: to reach, of the design, for H.
 TARGETS = {64: 800, 128: 1000, 256: 1100, 512: 1300, 1024: 1150, 2048: 2200}
@@ -89,20 +91,53 @@ def sequences_row(problem: Problem, backend: str) -> str:
     return f"| {problem.cell.removesuffix('_tanh')}, {problem.hidden_size} | {backend} | {' | '.join(cells)} |"
 
 
+HEADS_HEAD = (
+    "| cell, heads x units | kernel | modelled: forward, backward | of T = 1024: forward, both | "
+    "published: FlashRNN Triton, fused | FlashRNN CUDA, fused |"
+)
+
+
+def heads_rows(cells: list[str], sizes: list[int], arch: str) -> Iterator[str]:
+    """Modelled us a step, and ms of 1024 steps, beside published ms: forward, and forward and backward."""
+    yield HEADS_HEAD
+    yield "|---" * (HEADS_HEAD.count("|") - 1) + "|"
+    for cell in cells:
+        for K in sizes:
+            compiled = compile_problem(Problem(cell, 768, num_heads=768 // K, dtype=torch.bfloat16, arch=arch))
+            kernel = compiled.plan.kernel
+            assert kernel is not None
+            forward, backward = (modelled(compiled.launches[which]).us for which in PASSES)  # type: ignore[union-attr]
+            both = forward + backward
+            published = [FLASHRNN_MS[f"FlashRNN {form}, fused"].get(K, ()) for form in ("Triton", "CUDA")]
+            texts = [", ".join("does not fit" if ms is None else f"{ms:.2f}" for ms in of) or "-" for of in published]
+            yield (
+                f"| {cell}, {768 // K} x {K} | {compiled.plan.backend}, {kernel.programs} programs | {forward:.2f}, "
+                f"{backward:.2f} us | {forward * 1.024:.2f}, {both * 1.024:.2f} ms | {' | '.join(texts)} |"
+            )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cell", nargs="+", choices=list(CELLS), default=["lstm", "gru", "rnn_tanh"])
+    parser.add_argument(
+        "--cell",
+        nargs="+",
+        choices=list(CELLS),
+    )
     parser.add_argument("--hidden", nargs="+", type=int)
     parser.add_argument("--arch", default="sm_90")
     parser.add_argument("--sequences", action="store_true", help="what lengths and resets add to a step")
+    parser.add_argument("--heads", action="store_true", help="768 units in heads of --hidden units each")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args()
-    if args.sequences:
+    cells = args.cell or (["lstm", "slstm"] if args.heads else ["lstm", "gru", "rnn_tanh"])
+    if args.heads:
+        table, flag, sizes = heads_rows, " --heads", [16, 32, 64, 128, 256, 768]
+    elif args.sequences:
         table, flag, sizes = sequences_rows, " --sequences", [64, 128, 256, 512, 1024]
     else:
         table, flag, sizes = rows, "", [64, 96, 128, 192, 256, 384, 512, 1024, 2048]
     lines = []
-    for line in table(args.cell, args.hidden or sizes, args.arch):
+    for line in table(cells, args.hidden or sizes, args.arch):
         print(line, flush=True)
         lines.append(line)
     if args.write:
