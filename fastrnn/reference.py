@@ -29,13 +29,14 @@ def recurrence(
     reset_c: Tensor | None = None,
     by_step: bool = False,
     cell_states: bool = False,
+    num_heads: int = 1,
 ) -> tuple[Any, ...]:
     """Run one layer, D directions, over all of time: the same contract as fastrnn.ops.recurrence.
 
     x_gates (T, B, D, G, H), W_hh (D, G*H, H), b_hh (D, G*H) or None, h_0 and c_0 (D, B, H), c_0 only for the LSTM, and
     (3, D, B, H) of c, n and m for the sLSTM; returns y (T, B, D, H), h_n (D, B, H), c_n as c_0, and with cell_states c
     (T, B, D, H) or (3, T, B, D, H). Direction 1 walks time from its end. The state keeps the dtype of h_0 and c_0 from
-    step to step. sequences, reset_h, reset_c and by_step: see fastrnn.ops.recurrence; x_gates, y and c are
+    step to step. sequences, reset_h, reset_c, by_step and num_heads: see fastrnn.ops.recurrence; x_gates, y and c are
     (total, D, ...) where sequences are ragged.
 
     >>> import torch, fastrnn.reference
@@ -45,7 +46,9 @@ def recurrence(
     0.03125
     """
     state_0, starts = stacked(h_0, c_0), None if reset_h is None else stacked(reset_h, reset_c)
-    y, finals, steps = run(cell, x_gates, W_hh, b_hh, state_0, sequences=sequences, starts=starts, by_step=by_step)
+    y, finals, steps = run(
+        cell, x_gates, W_hh, b_hh, state_0, sequences=sequences, starts=starts, by_step=by_step, heads=num_heads
+    )
     found = (y, finals[0], beside_h(finals))
     return (*found, beside_h(steps, 0)) if cell_states and len(steps) else found
 
@@ -94,14 +97,15 @@ def run(
         state_0 = x_gates.new_zeros(P, D, B, heads * K, dtype=CELLS[cell].state_dtype(x_gates.dtype))
     walk = _padded(x_gates, sequences, starts if by_step else None)
     given = walk.starts if by_step else starts
-    state_0, given = (None if s is None else s.unflatten(-1, (heads, K)) for s in (state_0, given))
+    first = state_0.unflatten(-1, (heads, K))
+    given = None if given is None else given.unflatten(-1, (heads, K))
     outputs, finals = [], []
     for d in range(D):
         own = slice(d * heads, (d + 1) * heads)
         anew = None if given is None else given[..., d, :, :] if by_step else given[:, d]
         weights = W_hh[own], None if b_hh is None else b_hh[own]
         of_direction = walk._replace(x_gates=walk.x_gates[:, :, own])
-        states, final = _walk(clips, of_direction, d, weights, tuple(state_0[:, d]), anew, by_step)
+        states, final = _walk(clips, of_direction, d, weights, tuple(first[:, d]), anew, by_step)
         outputs.append(states)
         finals.append(torch.stack(clips.of(final)))
     # P tensors (T, B, D, N*K) of P tensors for each direction

@@ -158,7 +158,7 @@ def _to_theirs(model: Module) -> Swaps:
         ours = next(c for c in _TORCHS if isinstance(layer, c))
         if "forward" in vars(layer):
             left[name] = "its forward was replaced on the object"
-        elif not layer._stack_is_torchs():
+        elif not layer._stack_is_torchs():  # type: ignore[operator]
             left[name] = "torch has no layer in heads, with tied directions, or that clips"
         elif theirs := _TORCHS.get(plain) or vars(plain).get("_theirs"):
             swaps[name] = layer, made(theirs)

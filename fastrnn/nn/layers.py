@@ -127,9 +127,7 @@ def _kernel(backend: str, stack: Stack, x_gates, W_hh, b_hh, states, source, win
         window.by_step, window.all_steps, heads, *stack.clips,
     )  # fmt: skip
     y, finals, _, steps = library.run(args)
-    if heads > 1:
-        y, steps = (t.unflatten(-2, (-1, heads)).flatten(-2) if t.dim() > 1 else t for t in (y, steps))
-    return y, finals, steps
+    return library.by_direction(y, heads), finals, library.by_direction(steps, heads)
 
 
 def _step(

@@ -8,7 +8,7 @@ from ..sequences import Sequences
 
 
 def check_recurrence(
-    cell: Cell, x_gates: Tensor, given: dict[str, Tensor | None], sequences: Sequences | None, by_step: bool
+    cell: Cell, x_gates: Tensor, given: dict[str, Tensor | None], sequences: Sequences | None, by_step: bool, heads: int
 ) -> None:
     """Arguments of the bare op, so that no kernel reads outside of a tensor.
 
@@ -19,9 +19,13 @@ def check_recurrence(
     ragged = x_gates.dim() == 4 and sequences is not None
     slots = x_gates.shape[: 1 if ragged else 2]
     first = "total" if ragged else "T, B"
-    if x_gates.dim() - len(slots) != 3 or x_gates.shape[-2] != gates or x_gates.shape[-3] not in (1, 2):
-        raise ValueError(f"x_gates: expected ({first}, D, {gates}, H) with D 1 or 2, got {tuple(x_gates.shape)}")
-    D, _, H = x_gates.shape[-3:]
+    if not isinstance(heads, int) or heads < 1:
+        raise ValueError(f"num_heads: expected a positive int, got {heads!r}")
+    if x_gates.dim() - len(slots) != 3 or x_gates.shape[-2] != gates or x_gates.shape[-3] not in (heads, 2 * heads):
+        shape = f"({first}, D, {gates}, H)" if heads == 1 else f"({first}, D * {heads}, {gates}, H / {heads})"
+        raise ValueError(f"x_gates: expected {shape} with D 1 or 2, got {tuple(x_gates.shape)}")
+    R, _, K = x_gates.shape[-3:]
+    D, H = R // heads, heads * K
     B = sequences.rows.shape[1] if ragged else slots[1]  # type: ignore[union-attr]
     if slots[0] == 0 or H == 0:
         raise ValueError(f"x_gates: expected at least one time step and hidden unit, got {tuple(x_gates.shape)}")
@@ -38,8 +42,8 @@ def check_recurrence(
     start = (*slots, D, H) if by_step else (D, B, H)
     several = (others,) if others > 1 else ()
     shapes = {
-        "W_hh": (D, gates * H, H),
-        "b_hh": (D, gates * H),
+        "W_hh": (R, gates * K, K),
+        "b_hh": (R, gates * K),
         "h_0": (D, B, H),
         "c_0": (*several, D, B, H),
         "reset_h": start,

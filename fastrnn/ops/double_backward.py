@@ -7,6 +7,8 @@ this (it is as large as the saved gates), but computed again, x_gates = W_ih x +
 product keeps anyway. (Where W_ih is frozen, x is kept.)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.func import vjp
@@ -56,7 +58,7 @@ def differentiate(args: BackwardArgs, second: BackwardResults) -> dict[str, Tens
         upstream = [getattr(given, name) for name in UPSTREAM]
 
         def forward(*chosen: Tensor) -> list[Tensor]:
-            of_call = inputs | dict(zip(wanted, chosen, strict=True))
+            of_call: dict[str, Any] = inputs | dict(zip(wanted, chosen, strict=True))
             sequences = None if args.rows is None else Sequences(args.rows, args.reset)
             results = reference.run(
                 args.cell, **of_call, sequences=sequences, by_step=args.by_step, heads=args.heads,

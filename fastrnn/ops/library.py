@@ -174,6 +174,11 @@ def _run_backward(args: BackwardArgs) -> BackwardResults:
     return BackwardResults(*_EagerBackward.apply(*args)) if torch.is_grad_enabled() else launch.backward(args)
 
 
+def by_direction(states: Tensor, heads: int) -> Tensor:
+    """The op's (..., D*N, K) as (..., D, N*K); what a cell or call lacks stays as it is."""
+    return states.unflatten(-2, (-1, heads)).flatten(-2) if heads > 1 and states.dim() > 1 else states
+
+
 def recurrence(
     cell: str,
     x_gates: Tensor,
@@ -188,6 +193,7 @@ def recurrence(
     reset_c: Tensor | None = None,
     by_step: bool = False,
     cell_states: bool = False,
+    num_heads: int = 1,
 ) -> tuple[Any, ...]:
     """Run one recurrent layer, D directions, over all of time in one persistent launch.
 
@@ -209,6 +215,9 @@ def recurrence(
 
     h_0, c_0, reset_h and reset_c may be float32 beside a 16-bit x_gates: h_n, c_n and the gradients of states are then
     float32 too, and a sequence that is run window by window gives the bits of one run.
+
+    num_heads: N, of which each has a W_hh of its own and K = H / N units. x_gates is then (T, B, D*N, G, K), W_hh
+    (D*N, G*K, K) and b_hh (D*N, G*K), the heads of direction 0 first; states and outputs are as without.
 
     Returns y (T, B, D, H), h_n (D, B, H), c_n (D, B, H) or None and, with cell_states (LSTM only), c (T, B, D, H), as
     rounded as y; differentiable with respect to every tensor, once without source and any number of times with it.
@@ -238,15 +247,16 @@ def recurrence(
     if cell_states and states == 1:
         raise ValueError(f"cell_states: expected False for {cell!r}, which has no cell state; got True")
     given = {"W_hh": W_hh, "b_hh": b_hh, "h_0": h_0, "c_0": c_0, "reset_h": reset_h, "reset_c": reset_c}
-    check_recurrence(CELLS[cell], x_gates, given, sequences, by_step)
+    check_recurrence(CELLS[cell], x_gates, given, sequences, by_step, num_heads)
     state_0, starts = stacked(h_0, c_0), None if reset_h is None else stacked(reset_h, reset_c)
     x, W_ih, b_ih = source if source is not None else (None, None, None)
     rows, reset = sequences if sequences is not None else (None, None)
     found = run(
         Args(
             x_gates, W_hh, b_hh, state_0, cell, False, backend, x, W_ih, b_ih, rows, reset, starts, by_step,
-            all_steps=cell_states,
+            all_steps=cell_states, heads=num_heads,
         )
     )  # fmt: skip
-    results = (found.y, found.finals[0], beside_h(found.finals))
-    return (*results, beside_h(found.steps, 0)) if cell_states else results
+    y, steps = by_direction(found.y, num_heads), by_direction(found.steps, num_heads)
+    results = (y, found.finals[0], beside_h(found.finals))
+    return (*results, beside_h(steps, 0)) if cell_states else results

@@ -1,11 +1,13 @@
 """W_hh in heads: recurrences side by side, in every tier, against the reference."""
 
+import functools
 import json
 
 import pytest
 import torch
 
 from fastrnn import reference
+from fastrnn.ops import recurrence
 from fastrnn.planning.tiers import TIERS
 
 from ..support import children
@@ -58,3 +60,24 @@ def test_each_head_is_a_layer_of_its_own(device):
 def test_another_head_is_noticed(function, old, new, mutate, device):
     mutate({function: (old, new)})
     assert faults("gru", "resident", "plain", device, torch.float32)
+
+
+@pytest.mark.parametrize("cell", ("lstm", "slstm"))
+def test_the_op_takes_heads(cell, device):
+    """By its public arguments, as the reference; what does not fit is refused."""
+    tensors, _ = arguments(cell, "plain", Case(T=4, B=3, H=36, D=2), device, torch.float32)
+    x_gates, W_hh, b_hh, states = tensors.values()
+    given = x_gates, W_hh, b_hh, states[0], reference.beside_h(states)
+    options = {"cell_states": True, "num_heads": HEADS}
+    for run in (
+        functools.partial(recurrence, backend="resident"),
+        functools.partial(recurrence, backend="cooperative"),
+    ):
+        for found, expected in zip(
+            run(cell, *given, **options), reference.recurrence(cell, *given, **options), strict=True
+        ):
+            torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match=r"x_gates: expected \(T, B, D \* 5, 4, H / 5\) with D 1 or 2"):
+        recurrence(cell, *given, num_heads=5)
+    with pytest.raises(ValueError, match="num_heads: expected a positive int, got 0"):
+        recurrence(cell, *given, num_heads=0)
