@@ -1,6 +1,7 @@
 """Layers whose W_hh is block-diagonal, in heads: as dense layers with zeros between the blocks."""
 
 import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastrnn
+from fastrnn.nn import paths
 from fastrnn.planning.kernel_plan import GridTooLargeError
 
 N = 3
@@ -233,6 +235,13 @@ def test_states_of_another_shape_are_refused():
         slstm(x, (h, h, h, torch.zeros(1, 2, 10)))
     with pytest.raises(ValueError, match="reset_state: expected a tuple of 4 tensors, as hx"):
         slstm(x, reset=torch.zeros(2, 1, dtype=torch.bool), reset_state=(h, h))
+
+
+def test_a_loop_on_a_gpu_is_warned_of():
+    planned = fastrnn.plan("gru", hidden_size=6, batch_size=1, num_heads=N, device="cpu")
+    on_gpu = dataclasses.replace(planned, device="cuda:0", why="no tier holds these heads")
+    with pytest.warns(fastrnn.FallbackWarning, match="runs a loop over time in torch: no tier holds these heads"):
+        assert paths.backend_of(on_gpu) == "reference"
 
 
 def test_a_head_that_no_tier_holds():
