@@ -1,9 +1,9 @@
 """fastrnn: RNN, GRU and LSTM layers whose forward and backward passes are persistent Triton kernels."""
 
+from .nn.calls import FallbackWarning
 from .nn.convert import Report, convert, report, revert
 from .nn.functional import gru, lstm, rnn
 from .nn.modules import GRU, LSTM, RNN, explain
-from .nn.paths import FallbackWarning
 from .planning.planner import Plan, plan
 
 __version__ = "0.1.0"

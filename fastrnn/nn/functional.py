@@ -61,7 +61,7 @@ def lstm(
         "lstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
         as_int(checkpoint_every),
     )  # fmt: skip
-    options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
+    options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
     output, (h_n, c_n), *cell_states = paths.run(stack, input, hx, params, options)
     return output, (h_n, c_n), *cell_states
 
@@ -104,7 +104,7 @@ def gru(
         "gru", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
         as_int(checkpoint_every),
     )  # fmt: skip
-    output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
+    output, (h_n,) = paths.run(stack, input, hx, params, Options.of(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
 
 
@@ -149,5 +149,5 @@ def rnn(
         f"rnn_{nonlinearity}", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
         as_int(checkpoint_every),
     )  # fmt: skip
-    output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
+    output, (h_n,) = paths.run(stack, input, hx, params, Options.of(lengths, cu_seqlens, reset, reset_state))
     return output, h_n

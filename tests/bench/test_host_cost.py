@@ -34,7 +34,10 @@ def test_a_call_runs_no_more_functions_than_it_did():
 
 @pytest.mark.parametrize(
     ("target", "does"),
-    (("fastrnn.compat.launcher.usable", "lambda kernel: False"), ("fastrnn.ops.library._observed", "lambda x: True")),
+    (
+        ("fastrnn.compat.launcher.Ready.usable", "lambda kernel: False"),
+        ("fastrnn.ops.library.observed", "lambda tensors: True"),
+    ),
 )
 def test_a_longer_way_is_noticed(target, does, tmp_path):
     """Triton's binder at each launch; the op's dispatch."""

@@ -139,8 +139,12 @@ MUTATIONS = {
     "the caller is not waited for": ("stream.wait_stream(caller)", "pass", "read before"),
     "the caller does not wait": ("caller.wait_stream(stream)", "pass", "read before"),
     "weights are not recorded": ("_record(stream, *used[0])", "pass", "does not know"),
-    "inputs are not recorded": ("_record(stream, x, *state)", "_record(stream, *state)", "does not know"),
-    "states are not recorded": ("_record(stream, x, *state)", "_record(stream, x)", "does not know"),
+    "inputs are not recorded": (
+        "_record(stream, x, *state.tensors)",
+        "_record(stream, *state.tensors)",
+        "does not know",
+    ),
+    "states are not recorded": ("_record(stream, x, *state.tensors)", "_record(stream, x)", "does not know"),
     "outputs are not recorded": ("_record(caller, *waiting[-1],", "_record(caller,", "does not know"),
     "final states are not recorded": ("*(tensor for state in finals for tensor in state)", "*()", "does not know"),
 }

@@ -65,13 +65,13 @@ def test_frozen_weights_get_no_gradient(device):
     inputs = [t for t in make_problem("lstm", Case(T=2, B=3, H=5, D=1), torch.float32, device).inputs]
     inputs[0].requires_grad_()
     calls = []
-    original = launch._weight_gradient
-    launch._weight_gradient = lambda *args: calls.append(args) or original(*args)
+    original = launch.weight_gradient
+    launch.weight_gradient = lambda *args: calls.append(args) or original(*args)
     try:
         ops.recurrence("lstm", *inputs)[0].sum().backward()
         assert inputs[0].grad is not None and not calls
     finally:
-        launch._weight_gradient = original
+        launch.weight_gradient = original
 
 
 @pytest.mark.parametrize("cell", CELLS)
