@@ -4,6 +4,7 @@ from .nn.calls import FallbackWarning
 from .nn.convert import Report, convert, report, revert
 from .nn.functional import gru, lstm, rnn
 from .nn.modules import GRU, LSTM, RNN, explain
+from .nn.warmup import warmup
 from .planning.planner import Plan, plan
 
 __version__ = "0.1.0"
@@ -22,4 +23,5 @@ __all__ = [
     "report",
     "revert",
     "rnn",
+    "warmup",
 ]
