@@ -41,20 +41,25 @@ class Kernel(NamedTuple):
             return self.asked.compiled(choice)
 
 
+def _driver() -> Any:
+    from triton.runtime import driver
+
+    return driver.active
+
+
 Form = tuple[Kernel, dict]  # and one of its choices
 
 
 @contextlib.contextmanager
 def asking(instead: Callable[[tuple], object]) -> Iterator[list[Kernel]]:
     """While the block runs, launch none of our kernels but call instead(arguments); which were asked for, each once."""
-    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     found: list[Kernel] = []
     known, functions, run_by_triton = set(), set(), JITFunction.run
 
     def listen(asked: spills.Asked) -> None:
-        device = driver.active.get_current_device()
+        device = _driver().get_current_device()
         functions.add(asked.function)
         if (device, asked.key) not in known:
             known.add((device, asked.key))
@@ -116,12 +121,11 @@ class _MissingError(Exception):
 def _is_cached(kernel: Kernel, choice: dict) -> bool:
     """Whether Triton has a kernel, in memory or on disk, without the stages of its compiler."""
     from triton.compiler.compiler import make_backend
-    from triton.runtime import driver
 
     def stop(*args: Any) -> None:
         raise _MissingError
 
-    backend = type(make_backend(driver.active.get_current_target()))
+    backend = type(make_backend(_driver().get_current_target()))
     with mock.patch.object(backend, "add_stages", stop):
         try:
             kernel.compiled(choice)
@@ -149,11 +153,10 @@ def _imported(module: str, name: str) -> Any:
 
 
 def _pickled(kernel: Kernel, choice: dict) -> bytes:
-    from triton.runtime import driver
-
     asked, file = kernel.asked, io.BytesIO()
-    target = driver.active.get_current_target()
-    _Pickler(file).dump((target, asked.function, asked.arguments, asked.grid, asked.options_of(choice)))
+    _Pickler(file).dump(
+        (_driver().get_current_target(), asked.function, asked.arguments, asked.grid, asked.options_of(choice))
+    )
     return file.getvalue()
 
 

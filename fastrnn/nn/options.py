@@ -55,7 +55,7 @@ def as_tensors(options: Options, input: Tensor, stack: Stack) -> Options:
     if cu_seqlens is not None:
         cu_seqlens = _integers("cu_seqlens", cu_seqlens, input)
     if reset is not None and not isinstance(reset, Tensor):
-        reset = _as_tensor("reset", reset, torch.bool).to(input.device, non_blocking=True)
+        reset = _moved("reset", _as_tensor("reset", reset, torch.bool), input.device)
     if reset_state is not None:
         count = stack.states
         given = tuple(reset_state) if count > 1 and isinstance(reset_state, tuple | list) else (reset_state,)
@@ -110,11 +110,11 @@ def checked_values(options: Options, input: Tensor, T: int, batch_first: bool) -
     if lengths is not None:
         right = ((lengths >= 0) & (lengths <= T)).all()
         _check_values(right, "lengths: expected 0 to T", T, lengths)
-        lengths = lengths.to(input.device, non_blocking=True)
+        lengths = _moved("lengths", lengths, input.device)
     if cu_seqlens is not None:
         right = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
         _check_values(right, "cu_seqlens: expected not to decrease, from 0 to total", T, cu_seqlens)
-        cu_seqlens = cu_seqlens.to(input.device, non_blocking=True)
+        cu_seqlens = _moved("cu_seqlens", cu_seqlens, input.device)
     if reset is not None and batch_first and cu_seqlens is None:
         reset = reset.T
     return Options(lengths, cu_seqlens, reset, *others)
@@ -130,6 +130,19 @@ def _as_tensor(name: str, given: Any, dtype: torch.dtype) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}: expected a tensor, a list or an array of {dtype}; got {given!r:.200}") from None
     return found if found.numel() else found.to(dtype)
+
+
+def _moved(name: str, tensor: Tensor, device: torch.device) -> Tensor:
+    """On the input's device. A CUDA graph would copy again from where the host's tensor lay when it was captured."""
+    if tensor.device != device and _capturing(device):
+        raise ValueError(f"{name}: expected a tensor on {device} while a CUDA graph is captured; got it on the CPU")
+    return tensor.to(device, non_blocking=True)
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _integers(name: str, given: Any, input: Tensor) -> Tensor:

@@ -194,6 +194,7 @@ def pytest_configure(config):
     torch.cuda._lazy_init = lambda: None
     torch.backends.cudnn.is_acceptable = lambda tensor: False
     torch.cuda.is_available = lambda: True
+    torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.device_count = lambda: 1
     torch.cuda.current_device = lambda: 0
     torch.cuda.synchronize = lambda *args: None
