@@ -1,4 +1,4 @@
-"""What a call costs the host, without a clock: how many functions it runs may not grow unnoticed."""
+"""What a call costs the host, without a clock: functions that it runs and memory may not grow unnoticed."""
 
 import json
 
@@ -16,10 +16,53 @@ BUDGET = {
     "GRU, 1, training": 770,
     "GRU, 2, inference": 650,
     "GRU, 2, training": 1370,
+    "LSTM, lengths, inference": 420,
+    "LSTM, lengths, training": 830,
+    "LSTM, reset, inference": 410,
+    "LSTM, reset, training": 830,
+    "LSTM, bidirectional, inference": 410,
+    "LSTM, bidirectional, training": 850,
+    "LSTM, step, inference": 75,
+    "LSTM, step, training": 150,
+    "GRU, lengths, inference": 420,
+    "GRU, lengths, training": 830,
+    "GRU, reset, inference": 410,
+    "GRU, reset, training": 830,
+    "GRU, bidirectional, inference": 410,
+    "GRU, bidirectional, training": 850,
+    "GRU, step, inference": 75,
+    "GRU, step, training": 150,
+}
+# Allocations of a call, and their bytes at the peak, by torch's allocator, torch 2.13.
+MEMORY = {
+    "LSTM, 1, inference": (3, 3072),
+    "LSTM, 1, training": (12, 87552),
+    "LSTM, 2, inference": (8, 4096),
+    "LSTM, 2, training": (26, 221184),
+    "GRU, 1, inference": (3, 2304),
+    "GRU, 1, training": (16, 103936),
+    "GRU, 2, inference": (7, 3072),
+    "GRU, 2, training": (33, 205056),
+    "LSTM, lengths, inference": (20, 3226),
+    "LSTM, lengths, training": (41, 87680),
+    "LSTM, reset, inference": (6, 3096),
+    "LSTM, reset, training": (30, 87552),
+    "LSTM, bidirectional, inference": (7, 174080),
+    "LSTM, bidirectional, training": (18, 445440),
+    "LSTM, step, inference": (6, 512),
+    "LSTM, step, training": (22, 9152),
+    "GRU, lengths, inference": (20, 2458),
+    "GRU, lengths, training": (45, 104600),
+    "GRU, reset, inference": (6, 2328),
+    "GRU, reset, training": (34, 104472),
+    "GRU, bidirectional, inference": (7, 130560),
+    "GRU, bidirectional, training": (24, 336896),
+    "GRU, step, inference": (4, 512),
+    "GRU, step, training": (22, 6848),
 }
 
 
-def counted(arguments: list[str]) -> dict[str, int]:
+def counted(arguments: list[str]) -> dict:
     done = children.run(arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -47,7 +90,43 @@ def test_a_longer_way_is_noticed(target, does, tmp_path):
         f"with mock.patch({target!r}, {does}):\n    host_cost.main(['--calls'])\n"
     )
     shorter, longer = counted(["-m", "bench.host_cost", "--calls"]), counted([str(script)])
-    assert all(longer[case] > 1.05 * shorter[case] for case in BUDGET)
+    kernels = [case for case in BUDGET if "step" not in case]  # which are torch's
+    assert all(longer[case] > 1.05 * shorter[case] for case in kernels)
+
+
+def test_a_longer_step_is_noticed(tmp_path):
+    """By a named backend's way, which is for sequences."""
+    script = tmp_path / "longer.py"
+    script.write_text(
+        "from unittest import mock\nfrom bench import host_cost\nfrom fastrnn.nn import streaming\n"
+        "step = streaming.step\n"
+        "def longer(module, x, hx):\n    module.backend = 'reference'\n    return step(module, x, hx)\n"
+        "with mock.patch.object(streaming, 'step', longer):\n    host_cost.main(['--calls'])\n"
+    )
+    longer = counted([str(script)])
+    assert all(longer[case] > BUDGET[case] for case in BUDGET if "step" in case)
+
+
+def grown(found: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {case: took for case, took in found.items() if took[0] > MEMORY[case][0] or took[1] > MEMORY[case][1]}
+
+
+def test_a_call_takes_no_more_memory_than_it_did():
+    assert MEMORY.keys() == BUDGET.keys()
+    assert grown(counted(["-m", "bench.host_cost", "--memory"])) == {}
+
+
+def test_memory_that_a_call_does_not_need_is_noticed(tmp_path):
+    """Gates kept where no gradient is wanted; another tensor at each forward pass."""
+    script = tmp_path / "more.py"
+    script.write_text(
+        "from unittest import mock\nfrom bench import host_cost\nfrom fastrnn.ops import launch\n"
+        "forward = launch.forward\n"
+        "def more(args):\n    kept = args.x_gates.clone()\n    return forward(args._replace(save=True))\n"
+        "with mock.patch.object(launch, 'forward', more):\n    host_cost.main(['--memory'])\n"
+    )
+    found = grown(counted([str(script)]))
+    assert found.keys() == {case for case in MEMORY if "step" not in case}
 
 
 def test_the_table_has_a_row_for_each_case():
