@@ -20,7 +20,6 @@ import torch
 import triton
 
 import fastrnn
-from fastrnn.nn.warmup import cpus
 
 from . import clock, write
 from .host_cost import SPEC, launching_nothing
@@ -77,7 +76,7 @@ HEAD = "| seconds of a first call | forward | backward | both, found on disk |"
 
 def rows() -> Iterator[str]:
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"
-    yield f"Measured on {clock.cpu()}, {cpus()} CPUs, {versions}."
+    yield f"{clock.cpu()}, {os.cpu_count()} CPUs, on which {os.getloadavg()[0]:.1f} processes ran already; {versions}."
     yield ""
     yield HEAD
     yield "|---" * (HEAD.count("|") - 1) + "|"
@@ -89,7 +88,7 @@ def rows() -> Iterator[str]:
     yield ""
     yield "| warmup of a model with 8 kinds of layer | kernels | seconds |"
     yield "|---|---|---|"
-    for jobs in sorted({1, 2, cpus()}):
+    for jobs in sorted({1, 2, os.cpu_count() or 1}):
         with tempfile.TemporaryDirectory() as folder:
             count, seconds = alone(folder, jobs)
             yield f"| jobs = {jobs} | {count:.0f} | {seconds:.1f} |"

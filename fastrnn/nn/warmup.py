@@ -33,9 +33,9 @@ def warmup(
 
     training: with gradients, by way of loss, which makes of the result what is differentiated (default: the sum of its
     first tensor, of a layer its output). False: as under torch.no_grad(), whose kernels are others.
-    jobs: processes that compile at once (default: the CPUs that this one may use). A process starts in the time of some
-    three kernels, so that few kernels are compiled by this one alone. They need no `if __name__ == "__main__"`. A cell
-    that `__main__` defines is compiled here.
+    jobs: processes that compile at once (default: the idle CPUs that this one may use). A process starts in the time of
+    some three kernels, so that few kernels are compiled by this one alone. They need no `if __name__ == "__main__"`. A
+    cell that `__main__` defines is compiled here.
 
     The call is made once, on its device, with zeros in place of what our kernels compute. Parameters, their .grad,
     buffers and random numbers stay as they are; hooks run. No other thread may run our layers meanwhile. On CPU tensors
@@ -104,6 +104,8 @@ def _differentiate(inputs: list, result: Any, loss: Callable[[Any], Tensor] | No
 
 
 def cpus() -> int:
-    """Those that this process may use."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
+    """Those that this process may use and that had nothing to do in the last minute; at least one."""
+    everywhere = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everywhere
+    idle = everywhere - round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else everywhere
+    return max(1, min(allowed, idle))

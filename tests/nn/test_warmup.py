@@ -9,6 +9,7 @@ from torch import nn
 
 import fastrnn
 from fastrnn.compat import ahead
+from fastrnn.nn.warmup import cpus
 
 from ..support import children
 from ..support.versions import NEEDS_CLUSTERS
@@ -72,9 +73,13 @@ OTHERS = """
 import json, os, sys, time
 from collections import deque
 from unittest import mock
-import torch, fastrnn
+import torch, triton, fastrnn
 from bench.host_cost import launching_nothing
 from fastrnn.compat import ahead
+
+@triton.jit
+def step(x):
+    return x
 
 os.environ["TRITON_CACHE_DIR"] = sys.argv[1]
 forms = []
@@ -86,6 +91,13 @@ with launching_nothing():
     shared = deque((form, ahead._pickled(*form)) for form in forms)
     if sys.argv[2:]:
         shared = deque([(None, b"no pickle")])
+    kernel, choice = forms[0]
+    try:  # as a cell of one's own that is in __main__
+        ahead._pickled(kernel._replace(asked=kernel.asked._replace(arguments=(step,))), choice)
+    except ahead.pickle.PicklingError as error:
+        assert "cannot import step from __main__" in str(error)
+    else:
+        raise AssertionError("another process would look for it in its own __main__")
     before = [ahead._is_cached(*form) for form in forms]
     other = ahead._Other(shared)
     while other.is_alive() and (shared or other.busy):
@@ -172,6 +184,14 @@ def test_a_failure_elsewhere_is_no_success(processes, monkeypatch):
         return
     with pytest.raises(RuntimeError, match="failed: no memory"):
         ahead._compile(forms, processes)
+
+
+@pytest.mark.parametrize(("allowed", "load", "jobs"), ((8, 0.2, 8), (8, 12.6, 3), (4, 3.0, 4), (8, 40.0, 1)), ids=str)
+def test_processes_are_as_many_as_idle_cpus(allowed, load, jobs, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(allowed), raising=False)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert cpus() == jobs
 
 
 @pytest.mark.parametrize(
