@@ -1,5 +1,6 @@
 """fastrnn: RNN, GRU and LSTM layers whose forward and backward passes are persistent Triton kernels."""
 
+from .compat.driver import LaunchRefusedError
 from .nn.calls import FallbackWarning
 from .nn.convert import Report, convert, report, revert
 from .nn.functional import gru, lstm, rnn
@@ -13,6 +14,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "FallbackWarning",
+    "LaunchRefusedError",
     "Plan",
     "Report",
     "convert",

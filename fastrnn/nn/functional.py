@@ -47,7 +47,7 @@ def lstm(
     Returns output (T, B, D*H), or (B, T, D*H), and (h_n, c_n), each (num_layers * D, B, H); with return_cell_states
     then c_t of the last layer, as output.
     Raises torch.nn.LSTM's own errors for wrong input and state, ValueError for wrong params, NotImplementedError,
-    naming what is missing, where a named backend cannot run.
+    naming what is missing, where a named backend cannot run, and fastrnn.LaunchRefusedError where fastrnn.LSTM does.
 
     Source: torch.nn.LSTM.
 

@@ -214,11 +214,11 @@ class LSTM(_Recurrent):
     otherwise. Equal to rounding are gradients of parameters, sums over chunks in fp32, each chunk's rounded once in 16
     bits, and that of a bidirectional layer's input. torch.compile decides by itself what is kept.
 
-    Layers of one direction run as a wavefront over chunks of time, on a CUDA stream each, where the plan says that it
-    pays (fastrnn.explain prints it).
+    Layers of one direction run as a wavefront over chunks of time, each on a CUDA stream, if fastrnn.explain says so.
 
     Raises torch.nn.LSTM's errors for wrong arguments, ValueError for an unknown backend or checkpoint_every,
-    NotImplementedError, naming what is missing, where a named backend or checkpoint_every cannot run.
+    NotImplementedError, naming what is missing, where a named backend or checkpoint_every cannot run,
+    fastrnn.LaunchRefusedError where a GPU refuses a named backend's kernel, or backward's, or one in torch.compile.
 
     Source: torch.nn.LSTM.
 

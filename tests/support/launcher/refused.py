@@ -41,6 +41,8 @@ def call(driver: Driver, backend: str = "auto", H: int = 512, backward: bool = F
             if backward:
                 driver.set("groups", *NO_CLUSTER_OF_16)
                 output.sum().backward()
+        except fastrnn.LaunchRefusedError as raised:
+            error = f"fastrnn.LaunchRefusedError: {raised}"
         except RuntimeError as raised:
             error = f"{type(raised).__name__}: {raised}"
     launches = [{key: launch[key] for key in ("cluster", "cooperative", "error")} for launch in driver.launches()]
