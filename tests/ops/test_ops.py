@@ -16,6 +16,7 @@ def args_of(problem: Problem, save: bool, backend: str) -> Args:
     return Args(x_gates, W_hh, b_hh, state_0.requires_grad_(x_gates.requires_grad), problem.cell, save, backend)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # copies by torch 2.14
 @pytest.mark.parametrize("backend", ("resident", "cooperative"))
 @pytest.mark.parametrize("save", (True, False))
 @pytest.mark.parametrize("cell", CELLS)
