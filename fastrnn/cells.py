@@ -10,7 +10,6 @@ docs/writing-a-cell.md shows how one is written and tested; examples/mgu.py is o
 Source: the equations in the documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +62,7 @@ class Cell:
     def has_c(self) -> bool:
         return self.states[1:] == ("c",)
 
-    @functools.cached_property
+    @property
     def kept_places(self) -> tuple[int, ...]:
         """The places of the kept states among all."""
         return tuple(self.states.index(name) for name in self.kept)

@@ -51,15 +51,15 @@ class Sequences(NamedTuple):
         given = next((tensor for tensor in (lengths, cu_seqlens, reset) if tensor is not None), None)
         if given is None:
             return None
-        sequence = torch.arange(B, device=given.device)
-        if cu_seqlens is not None:
-            start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        if lengths is not None:
+            length, start = lengths.long().clamp(0, T).sort(descending=True, stable=True)
+            sequence = start
+        elif cu_seqlens is not None:
+            length, sequence = cu_seqlens.diff().long().sort(descending=True, stable=True)
+            start = cu_seqlens[:-1].long()[sequence]
         else:
-            start = sequence
-            length = torch.full_like(sequence, T) if lengths is None else lengths.long().clamp(0, T)
-        if lengths is not None or cu_seqlens is not None:
-            length, sequence = length.sort(descending=True, stable=True)
-            start = start[sequence]
+            sequence = start = torch.arange(B, device=given.device)
+            length = torch.full_like(sequence, T)
         return Sequences(torch.stack((sequence, start, length)), reset)
 
     def window(self, first: int, T: int) -> "Sequences":

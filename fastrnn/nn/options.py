@@ -108,7 +108,8 @@ def checked_values(options: Options, input: Tensor, T: int, batch_first: bool) -
     """
     lengths, cu_seqlens, reset, *others = options
     if lengths is not None:
-        right = ((lengths >= 0) & (lengths <= T)).all()
+        least, most = lengths.aminmax() if lengths.shape[0] else (lengths.new_zeros(()),) * 2
+        right = (least >= 0) & (most <= T)
         _check_values(right, "lengths: expected 0 to T", T, lengths)
         lengths = _moved("lengths", lengths, input.device)
     if cu_seqlens is not None:

@@ -28,7 +28,7 @@ def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options:
     Where the driver refuses a kernel that backend="auto" chose, the call plans and runs again: the planner leaves it
     out then. Inside torch.compile a launch is too late for that: the error passes, and the next call plans anew.
     """
-    for _ in TIERS:
+    for attempt in range(len(TIERS) + 1):
         call = checked(stack, input, hx, params, options, _choose)
         backend = backend_of(call.route.chosen)
         if backend == "torch" and stops_at_torchs_kernels():
@@ -39,9 +39,9 @@ def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options:
         try:
             return call.route.path(call)
         except driver.LaunchRefusedError:
-            if stack.backend != "auto":
+            if stack.backend != "auto" or attempt == len(TIERS):
                 raise
-    raise AssertionError("a refused kernel is not planned again")
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _no_step(call: Call) -> Found:

@@ -5,8 +5,6 @@ they and layer.py share: there states are a tensor each, h first, all are contig
 memory matters.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -88,69 +86,67 @@ def backward(args: BackwardArgs) -> BackwardResults:
     Products and sums accumulate in fp32 in a fixed order, so that a run can be repeated bit by bit.
     """
     args = contiguous(args)
-    prepared, y = prepare(args), args.y
+    prepared, y, starts = prepare(args), args.y, args.starts
+    R, K = prepared.recurrences, prepared.K
+    d_state_0 = None if args.state_0 is None else torch.empty_like(args.state_0)
+    d_starts = None if starts is None else starts.new_zeros(len(starts), *prepared.slots, R, K)
     read = Saved(
         args.dy, _each(args.d_steps), _each(args.d_finals), args.W_hh, before=_each(args.state_0),
         kept=(y, *(_each(_present(args.steps)) or ())), tiles=_present(args.saved),
     )  # fmt: skip
-    sequences = Sequences(args.rows, args.reset, _each(args.starts))
-    d_x_gates, d_last, d_states, d_starts, h_0 = launch_backward(prepared, read, sequences, args.by_step)
-    R, K, steps = prepared.recurrences, prepared.K, Steps(prepared, y, h_0, sequences, args.by_step)
+    into = Gradients(*allocate_gates(prepared, y, args.rows), _each(d_state_0), _each(d_starts))
+    sequences = Sequences(args.rows, args.reset, _each(starts))
+    h_0 = launch_backward(prepared, read, into, sequences, args.by_step)
+    d_x_gates, d_last = into.d_x_gates, into.d_rec_last
+    steps = Steps(prepared, y, h_0, sequences, args.by_step)
     dW_hh = weight_gradient(steps, d_x_gates, d_last).view(R, -1, K) if args.needs_dW else None
     db_hh = bias_gradient(d_x_gates, d_last, K).view(R, -1) if args.needs_db else None
-    d_state_0, d_starts = (None if states is None else torch.stack(states) for states in (d_states, d_starts))
+    if d_starts is not None:
+        by_step = d_starts.view(len(d_starts), *prepared.slots, prepared.D, prepared.N * K)
+        d_starts = by_step if args.by_step else torch.stack([of_starts(prepared, args.rows, d) for d in d_starts])
     found = (d_x_gates.view(*y.shape[:-1], prepared.cell.gates, K), dW_hh, db_hh, d_state_0, d_starts)
     return BackwardResults(*(y.new_empty(0) if gradient is None else gradient for gradient in found))
 
 
-class Found(NamedTuple):
-    """What the backward kernel found, and h_0 as it saw that."""
+def allocate_gates(prepared: Prepared, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """d_x_gates (slots, R*G*K) and, for a cell that splits its last gate, d_rec_last (slots, R*K).
 
-    d_x_gates: Tensor  # (slots, R*G*K)
-    # The last gate's recurrent share, where its gradient differs from d_x_gates (the GRU's n: d_n * r).
-    d_rec_last: Tensor | None  # (slots, R*K)
-    d_states: tuple[Tensor, ...] | None  # (D, B, N*K) each
-    d_starts: tuple[Tensor, ...] | None  # (D, B, N*K), or by step (*slots, D, N*K), each
-    h_0: Tensor | None  # (D, B, N*K), None for zeros
+    There the gradient of the recurrent share differs from d_x_gates: of the GRU's n it is d_n * r.
+    """
+    allocate, units = y.new_empty if rows is None else y.new_zeros, prepared.recurrences * prepared.K
+    d_x_gates = allocate(prepared.count, prepared.cell.gates * units)
+    return d_x_gates, allocate(prepared.count, units) if prepared.cell.splits_last_gate else None
 
 
-def launch_backward(prepared: Prepared, read: Saved, sequences: Sequences, by_step: bool) -> Found:
-    """Launch the backward kernel; read.before and read.kept are all states, and of these it gets those it wants."""
-    cell, slots, y = prepared.cell, prepared.slots, read.kept[0]
-    R, K = prepared.recurrences, prepared.K
-    allocate = y.new_empty if sequences.rows is None else y.new_zeros
-    d_x_gates = allocate(prepared.count, cell.gates * R * K)
-    d_rec_last = allocate(prepared.count, R * K) if cell.splits_last_gate else None
-    d_states = h_0 = None
+def launch_backward(
+    prepared: Prepared, read: Saved, into: Gradients, sequences: Sequences, by_step: bool
+) -> Tensor | None:
+    """Launch the backward kernel; returns h_0 as it saw that, None for zeros.
+
+    read.before and read.kept are all states, and the kernel gets those that its cell keeps; so it is with starts.
+    """
+    y, places, h_0 = read.kept[0], prepared.places, None
     if read.before is None:
-        before = (y.new_zeros(prepared.of_state),) * len(cell.states)
+        before = (y.new_zeros(prepared.of_state),) * len(places)
     else:
-        d_states = tuple([torch.empty_like(state) for state in read.before])
         # States inside a sequence were rounded when they were kept; those before it must be, to be what they are there.
-        before = tuple([state.to(y.dtype) for state in read.before])
-        h_0 = before[0]
-    d_starts, starts, of_kept = None, sequences.starts, None
-    if starts is not None:
-        d_starts = tuple([start.new_zeros(*slots, R, K) for start in starts])
-        of_kept = tuple([starts[place] for place in cell.kept_places])
+        h_0 = read.before[0].to(y.dtype)
+        before = tuple([read.before[place].to(y.dtype) if place else h_0 for place in places])
     if prepared.kernels is not None:
-        places = cell.kept_places
-        before, kept = tuple([before[place] for place in places]), tuple([read.kept[place] for place in places])
+        kept, starts = tuple([read.kept[place] for place in places]), sequences.starts
+        starts = None if starts is None else tuple([starts[place] for place in places])
         read = Saved(read.dy, read.d_steps, read.d_finals, read.W_hh, before, kept, read.tiles)
-        into = Gradients(d_x_gates, d_rec_last, d_states, d_starts)
-        reads = Sequences(sequences.rows, _in_bytes(sequences.reset), of_kept)
+        reads = Sequences(sequences.rows, _in_bytes(sequences.reset), starts)
         prepared.kernels.launch("backward", prepared.T, prepared.ragged, by_step, (read, into, reads))
-    if d_starts is not None:
-        d_starts = tuple([_of_starts(prepared, sequences.rows, d, by_step) for d in d_starts])
-    return Found(d_x_gates, d_rec_last, d_states, d_starts, h_0)
+    return h_0
 
 
-def _of_starts(prepared: Prepared, rows: Any, d_start: Tensor, by_step: bool) -> Tensor:
-    """The gradient of what a state started anew from, of that of every slot, (*slots, R, K)."""
+def of_starts(prepared: Prepared, rows: Tensor | None, d_start: Tensor) -> Tensor:
+    """The gradient (D, B, N*K) of what a state started anew from, of that of every slot, (*slots, R, K)."""
+    if d_start.numel() == 0:
+        return d_start.new_zeros(prepared.of_state)
     whole = d_start.view(*prepared.slots, prepared.D, prepared.N * prepared.K)
-    if by_step or whole.numel() == 0:
-        return whole if by_step else d_start.new_zeros(prepared.of_state)
-    summed = Slots.of(rows, torch.Size(prepared.slots)).summed(whole)
+    summed = Slots.of(rows, torch.Size(prepared.slots)).summed(whole)  # type: ignore[arg-type]
     return summed.to(d_start.dtype).transpose(0, 1)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..compat import profiling
-from ..kernels.arguments import Inputs, Outputs, Saved, Sequences
+from ..kernels.arguments import Gradients, Inputs, Outputs, Saved, Sequences
 from ..sequences import Window
 from . import launch, library, prepared, sums
 from .prepared import Prepared
@@ -76,7 +76,7 @@ def run(
     """
     states, starts = states or (), window.starts or ()
     tensors = (x, *states, *starts, *weights)
-    if ready is None and library.observed(tensors):
+    if (ready is None and library.observed(tensors)) or _is_large(x, weights):
         D = layer.directions
         W_ih, W_hh, b_ih, b_hh = (*(weights[i : i + D] for i in range(0, len(weights), D)), None, None)[:4]
         source = x, joined(W_ih), joined(b_ih)
@@ -93,6 +93,16 @@ def run(
         outputs, *_ = _forward(call, rows, reset, tensors, save=False)
     count = 1 + len(ready.cell.states)
     return outputs[0], outputs[1:count], outputs[count:] or None
+
+
+# Bytes of x_gates from which a layer is two nodes in training. One node gives back what forward saved only when it has
+# all gradients, that of x too: the peak is higher by that. Kernels of such sizes run for long, and hide the host.
+LARGE = 64 << 20
+
+
+def _is_large(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    count = x.numel() // x.shape[-1] * weights[0].shape[0] if x.shape[-1] else 0
+    return torch.is_grad_enabled() and count * x.element_size() > LARGE
 
 
 def by_op(layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states: Any, window: Window) -> Found:
@@ -175,7 +185,17 @@ def _by_launch(
     d_finals, d_steps = complete(d_others[:P]), complete(d_others[P:])
     dy, W = None if dy is None else dy.contiguous(), joined(W_hh).contiguous()
     read = Saved(dy, d_steps, d_finals, W, contiguous(states), (y, *steps), saved)
-    d_gates, d_last, d_states, d_starts, h_0 = launch.launch_backward(ready, read, sequences, call.by_step)
+    d_gates, d_last = launch.allocate_gates(ready, y, rows)
+    d_states = None if states is None else tuple([torch.empty_like(state) for state in read.before])
+    d_starts = None
+    if starts is not None:
+        d_starts = tuple([start.new_zeros(*ready.slots, ready.recurrences, ready.K) for start in starts])
+    into = Gradients(d_gates, d_last, d_states, d_starts)
+    h_0 = launch.launch_backward(ready, read, into, sequences, call.by_step)
+    if d_starts is not None and call.by_step:
+        d_starts = tuple([d.view(start.shape) for d, start in zip(d_starts, starts, strict=True)])
+    elif d_starts is not None:
+        d_starts = tuple([launch.of_starts(ready, rows, d) for d in d_starts])
     dW_hh = db_ih = db_hh = None
     if need_W_hh:
         dW_hh = sums.weight_gradient(sums.Steps(ready, y, h_0, sequences, call.by_step), d_gates, d_last)

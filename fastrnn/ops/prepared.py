@@ -116,7 +116,7 @@ class Prepared:
         self.cell, self.slots, self.B, self.D, self.N, self.K = cell, slots, B, D, N, K
         self.kernels = kernels  # None where B is 0
         self.count = math.prod(slots)  # of (T, B), or (total,)
-        self.recurrences, self.of_state = D * N, (D, B, N * K)
+        self.recurrences, self.of_state, self.places = D * N, (D, B, N * K), cell.kept_places
         self.ragged = len(slots) == 1
         # Of ragged sequences, which the table bounds, a mean.
         self.T = slots[0] if not self.ragged else max(1, slots[0] // max(B, 1))

@@ -61,7 +61,7 @@ def _sum(steps: Steps, r: int, d_rec: Tensor, first: int, h_prev: Tensor, out: T
     prepared, rows = steps.prepared, out.shape[0]
     columns, count = d_rec.shape[1], d_rec.shape[0]
     at = first + d_rec.storage_offset()
-    if steps.sequences.rows is not None:
+    if not _is_shifted(steps):
         torch.mm(d_rec.as_strided((rows, count), (1, columns), at), h_prev, out=out)
         return
     B, direction = prepared.B, r // prepared.N
@@ -75,6 +75,16 @@ def _sum(steps: Steps, r: int, d_rec: Tensor, first: int, h_prev: Tensor, out: T
     torch.addmm(d_first @ h_0, d_later, h_prev, out=out)
 
 
+def _is_shifted(steps: Steps) -> bool:
+    """Whether h_prev is y one step before, a view: frozen slots have zeros in y, and in d_rec.
+
+    Not so where segments begin inside, where slots are ragged, and where sequences end, and direction 1 begins, with an
+    h_0 at other times.
+    """
+    rows, reset, _ = steps.sequences
+    return rows is None or (reset is None and not steps.prepared.ragged and steps.h_0 is None)
+
+
 def _own(state: Tensor, r: int, prepared: Prepared) -> Tensor:
     """A recurrence's part of (..., D, B, N*K)."""
     N, K = prepared.N, prepared.K
@@ -82,10 +92,10 @@ def _own(state: Tensor, r: int, prepared: Prepared) -> Tensor:
 
 
 def _h_prev(steps: Steps, r: int) -> Tensor:
-    """The h before every slot, a copy (slots, K); of plain sequences before those that have a step before, a view."""
+    """The h before every slot, a copy (slots, K); where y is only shifted, before those that have a step before."""
     prepared, (rows, reset, starts) = steps.prepared, steps.sequences
     R, N, K, direction = prepared.recurrences, prepared.N, prepared.K, r // prepared.N
-    if rows is None:
+    if _is_shifted(steps):
         B, count = prepared.B, prepared.slots[0] * prepared.B
         first = steps.y.storage_offset() + (B * R * direction + r) * K
         return steps.y.as_strided((count - B, K), (R * K, 1), first)

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
-from fastrnn.ops import library, sums
+from fastrnn.ops import layer, library, sums
 
 NAMES = ("LSTM", "GRU", "RNN")
 
@@ -172,3 +172,13 @@ def test_another_gradient_is_noticed(device, monkeypatch):
     monkeypatch.setattr(sums, "bias_gradient", lambda *args: 2 * bias_gradient(*args))  # launch.py has its own name
     with pytest.raises(AssertionError):
         same(*both(run, monkeypatch))
+
+
+def test_a_large_layer_gives_back_what_it_saved_before_the_gradient_of_x(device, monkeypatch):
+    """In two nodes: the peak of a backward pass has no dx beside what forward saved."""
+    module, x = made("LSTM", device)
+    assert type(module(x)[0].grad_fn).__name__ == "_NodeBackward"
+    monkeypatch.setattr(layer, "LARGE", 5 * 2 * 16 * 4 - 1)  # bytes of x_gates
+    assert type(module(x)[0].grad_fn).__name__ != "_NodeBackward"
+    monkeypatch.setattr(layer, "LARGE", 5 * 2 * 16 * 4)
+    assert type(module(x)[0].grad_fn).__name__ == "_NodeBackward"

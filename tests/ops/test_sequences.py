@@ -130,8 +130,10 @@ MUTATIONS = {
         "fastrnn.ops.sums._h_prev", "y, h_0, Segments", "y, 0 * h_0, Segments", "gru", "lengths"),
     "resets dropped from dW_hh": (
         "fastrnn.ops.sums._h_prev", "reset), start,", "reset), None,", "lstm", "resets to a state"),
+    "y shifted though direction 1 begins with h_0": (
+        "fastrnn.ops.sums._is_shifted", " and steps.h_0 is None", "", "gru", "lengths"),
     "gradients of starts not summed": (
-        "fastrnn.ops.launch._of_starts", "summed(whole)", "summed(whole * 0)", "gru", "resets to a state"),
+        "fastrnn.ops.launch.of_starts", "summed(whole)", "summed(whole * 0)", "gru", "resets to a state"),
 }  # fmt: skip
 
 
