@@ -75,7 +75,7 @@ def pin_threads(cores: list[int]) -> None:
 
 def machine() -> dict[str, Any]:
     """What a time depends on: device, clocks now, versions."""
-    found: dict[str, Any] = {"device": device(), "cpu": _cpu(), "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {"device": device(), "cpu": cpu(), "threads": torch.get_num_threads()}
     found["python"] = platform.python_version()
     found |= {package: installed(package) for package in PACKAGES}
     if device() == "cuda":
@@ -108,7 +108,8 @@ def clocks() -> dict[str, str] | None:
     return dict(zip(QUERY, (value.strip() for value in done.stdout.split(",")), strict=True))
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """Its name, as the system gives it."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

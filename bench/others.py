@@ -38,6 +38,8 @@ def flashrnn(data: Data, backend: str = "") -> tuple:
         raise NotImplementedError(f"FlashRNN has no {workload.cell}")
     if data.device == "cpu" and not backend:
         raise NotImplementedError("FlashRNN's kernels are for CUDA")
+    if backend == "triton_fused" and workload.cell != "lstm":
+        raise NotImplementedError(f"FlashRNN has no {workload.cell.upper()} in Triton")
     H = workload.shape.H
     N = workload.heads
     backend = backend or ("cuda" if workload.cell == "gru" else "cuda_fused")
@@ -104,8 +106,11 @@ def haste(data: Data) -> tuple:
     return lambda input: module(input)[0], [getattr(module, name) for name in names], in_order
 
 
-def torchrl(backend: str) -> Callable[[Data], tuple]:
-    """TorchRL's LSTMModule and GRUModule (torchrl.modules) in recurrent mode, from TensorDicts."""
+def torchrl(backend: str, anywhere: bool = False) -> Callable[[Data], tuple]:
+    """TorchRL's LSTMModule and GRUModule (torchrl.modules) in recurrent mode, from TensorDicts.
+
+    anywhere: whether kernels may be given CPU tensors, since they are not run.
+    """
 
     def build(data: Data) -> tuple:
         from tensordict import TensorDict  # type: ignore[import-not-found]
@@ -115,7 +120,7 @@ def torchrl(backend: str) -> Callable[[Data], tuple]:
         T, B, H, D = workload.shape
         if workload.cell not in ("lstm", "gru") or D > 1 or workload.kind == "ragged":
             raise NotImplementedError("TorchRL has LSTM and GRU of one direction, with resets but without lengths")
-        if backend == "triton" and data.device == "cpu":
+        if backend == "triton" and data.device == "cpu" and not anywhere:
             raise NotImplementedError("TorchRL's Triton kernels are for CUDA")
         name, options = workload.nn()
         inner = getattr(torch.nn, name)(**options, batch_first=True).to(data.device, data.input.dtype)
@@ -138,3 +143,23 @@ def torchrl(backend: str) -> Callable[[Data], tuple]:
         return call, list(inner.parameters()), list
 
     return build
+
+
+def torchrl_function(data: Data) -> tuple:
+    """The functions beneath those modules, lstm_triton and gru_triton (torchrl 0.14), which are private."""
+    from torchrl.modules.tensordict_module import _rnn_triton  # type: ignore[import-not-found]
+
+    workload = data.workload
+    _only_one_plain_layer(data, "TorchRL's function")
+    if workload.cell not in ("lstm", "gru"):
+        raise NotImplementedError("TorchRL has LSTM and GRU")
+    T, B, H, _ = workload.shape
+    run = getattr(_rnn_triton, f"{workload.cell}_triton")
+    params, zeros = [_leaf(p) for p in data.params[0]], data.input.new_zeros(B, T, H)
+    states = (zeros, zeros) if workload.cell == "lstm" else (zeros,)
+    starts = torch.zeros(B, T, dtype=torch.bool, device=data.device)
+
+    def call(input: Tensor) -> Tensor:
+        return run(input.transpose(0, 1), *states, *params, starts)[0].transpose(0, 1)
+
+    return call, params, list

@@ -13,12 +13,9 @@ Source of the loop: Agent.get_states in cleanrl/ppo_atari_lstm.py of github.com/
 """
 
 import argparse
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -29,7 +26,7 @@ import fastrnn
 from fastrnn.stack import Stack
 from fastrnn.torch_path import packed, segments
 
-from . import write
+from . import clock, write
 
 SHAPES = ((128, 8, 512, 128), (128, 32, 128, 128), (512, 16, 64, 64), (128, 32, 256, 256))  # T, B, I, H
 RESETS = (0.01, 0.1)
@@ -92,7 +89,7 @@ def row(forms: dict[str, Form], lstm: torch.nn.LSTM, x: Tensor, what: str, repea
 
 
 def tables(shapes: tuple[tuple[int, int, int, int], ...], repeats: int) -> Iterator[str]:
-    yield f"Measured on one {_cpu()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}."
+    yield f"Measured on one {clock.cpu()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}."
     for kind in ("resets", "lengths"):
         today = "step loop" if kind == "resets" else "pack_padded_sequence"
         yield ""
@@ -118,7 +115,7 @@ BLOCKS_HEAD = (
 
 def blocks(repeats: int) -> Iterator[str]:
     """Without gradients, lengths evenly from 1 to T: the time of the packed form over that of blocks."""
-    yield f"Measured on one {_cpu()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}."
+    yield f"Measured on one {clock.cpu()}, {torch.get_num_threads()} thread(s), torch {torch.__version__}."
     yield ""
     yield BLOCKS_HEAD
     yield "|---" * (BLOCKS_HEAD.count("|") - 1) + "|"
@@ -141,15 +138,6 @@ def blocks(repeats: int) -> Iterator[str]:
             columns += [f"{of_torch:.1f}", f"{dense:.1f}", ratio] if name == "LSTM" else [ratio]
         steps = T / len(lengths.unique())
         yield f"| {T}, {B}, {H} | {steps:g} | {' | '.join(columns)} |"
-
-
-def _cpu() -> str:
-    found = re.search("^model name\\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.M) if _is_linux() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _is_linux() -> bool:
-    return platform.system() == "Linux"
 
 
 def main() -> int:

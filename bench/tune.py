@@ -13,7 +13,7 @@ from fastrnn.compat import spills
 from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import PASSES, Problem, call_backward, call_forward
 from fastrnn.inspect.measure import us_per_step
-from fastrnn.ops import launch
+from fastrnn.ops import prepared
 from fastrnn.planning import cluster, planner, tuning
 from fastrnn.planning.kernel_plan import KernelPlan
 
@@ -43,7 +43,7 @@ def trying(arch: str, tuned: tuning.Tuned) -> Iterator[None]:
     def forget() -> None:
         cluster.cluster.cache_clear()
         spills._chosen.clear()
-        launch._ready.clear()
+        prepared.forget()
 
     kept = dict(tuning.TUNED)
     tuning.TUNED[arch] = tuned

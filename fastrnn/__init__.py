@@ -1,9 +1,11 @@
 """fastrnn: RNN, GRU, LSTM and sLSTM layers whose forward and backward passes are persistent Triton kernels."""
 
+from .compat.driver import LaunchRefusedError
+from .nn.calls import FallbackWarning
 from .nn.convert import Report, convert, report, revert
 from .nn.functional import gru, lstm, rnn, slstm
 from .nn.modules import GRU, LSTM, RNN, SLSTM, explain
-from .nn.paths import FallbackWarning
+from .nn.warmup import warmup
 from .planning.planner import Plan, plan
 
 __version__ = "0.1.0"
@@ -13,6 +15,7 @@ __all__ = [
     "RNN",
     "SLSTM",
     "FallbackWarning",
+    "LaunchRefusedError",
     "Plan",
     "Report",
     "convert",
@@ -24,4 +27,5 @@ __all__ = [
     "revert",
     "rnn",
     "slstm",
+    "warmup",
 ]

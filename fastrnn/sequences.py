@@ -51,15 +51,15 @@ class Sequences(NamedTuple):
         given = next((tensor for tensor in (lengths, cu_seqlens, reset) if tensor is not None), None)
         if given is None:
             return None
-        sequence = torch.arange(B, device=given.device)
-        if cu_seqlens is not None:
-            start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        if lengths is not None:
+            length, start = lengths.long().clamp(0, T).sort(descending=True, stable=True)
+            sequence = start
+        elif cu_seqlens is not None:
+            length, sequence = cu_seqlens.diff().long().sort(descending=True, stable=True)
+            start = cu_seqlens[:-1].long()[sequence]
         else:
-            start = sequence
-            length = torch.full_like(sequence, T) if lengths is None else lengths.long().clamp(0, T)
-        if lengths is not None or cu_seqlens is not None:
-            length, sequence = length.sort(descending=True, stable=True)
-            start = start[sequence]
+            sequence = start = torch.arange(B, device=given.device)
+            length = torch.full_like(sequence, T)
         return Sequences(torch.stack((sequence, start, length)), reset)
 
     def window(self, first: int, T: int) -> "Sequences":
@@ -74,7 +74,7 @@ class Window(NamedTuple):
     """Where sequences end and start anew in the time of a Step, and the state that they start from, of one layer."""
 
     sequences: Sequences | None = None
-    starts: Tensor | None = None  # all states that segments start from, (P, D, B, H), or by step (P, T, B, D, H)
+    starts: tuple[Tensor, ...] | None = None  # what states start from, (D, B, H) each, or by step (T, B, D, H)
     by_step: bool = False
     projected: Tensor | None = None  # of a projected layer, h (size P) in the place of states of size H
     all_steps: bool = False  # the states of all steps are wanted
@@ -87,7 +87,8 @@ class Window(NamedTuple):
         if not self.by_step or self.starts is None:
             return window
         projected = None if self.projected is None else self.projected[first : first + T]
-        return window._replace(starts=self.starts[:, first : first + T], projected=projected)
+        starts = tuple(start[first : first + T] for start in self.starts)
+        return window._replace(starts=starts, projected=projected)
 
 
 PLAIN = Window()

@@ -27,7 +27,7 @@ refused: dict[tuple, str] = {}
 
 
 class LaunchRefusedError(RuntimeError):
-    """The driver refused a launch; nothing has run."""
+    """The driver refused to launch a kernel, which has not run; the message says which backend, and why."""
 
 
 def refusal(error: Exception) -> str | None:

@@ -23,9 +23,13 @@ class Ready:
         self.driver: Any = driver.active
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
 
-    def launch(self, grid: tuple[int, ...], arguments: tuple) -> None:
+    def usable(self) -> bool:
+        """Whether a launch may go by it now."""
+        return self.driver is driver.active and ordinary()
+
+    def launch(self, grid: tuple[int, int, int], arguments: tuple) -> None:
         """Launch on the current stream; arguments are all of the kernel's parameters, in order, constants too."""
-        x, y, z = (*grid, 1, 1)[:3]
+        x, y, z = grid
         stream = self.driver.get_current_stream(self.driver.get_current_device())
         self.run(x, y, z, stream, self.function, self.metadata, None, None, None, *arguments)
 
@@ -35,12 +39,8 @@ def ready(compiled: Any) -> Ready | None:
     return Ready(compiled) if ordinary() and hasattr(compiled, "packed_metadata") else None
 
 
-def usable(kernel: Ready | None) -> bool:
-    """Whether a launch may go by it now."""
-    return kernel is not None and kernel.driver is driver.active and ordinary()
-
-
 def ordinary() -> bool:
     """Whether Triton launches as it does by itself."""
-    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return JITFunction.run.__module__ == JITFunction.__module__ and not any(hook and hook.calls for hook in hooks)
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    hooked = (enter and enter.calls) or (leave and leave.calls)
+    return not hooked and JITFunction.run.__module__ == JITFunction.__module__

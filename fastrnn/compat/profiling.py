@@ -22,12 +22,14 @@ def named(name: str) -> contextlib.AbstractContextManager[Any]:
     return torch.profiler.record_function(f"fastrnn: {name}")
 
 
-def inside(name: str) -> Callable[[F], F]:
-    """A decorator: the whole function under that name."""
+def inside(name: str, traced: bool = True) -> Callable[[F], F]:
+    """A decorator: the whole function under that name. traced: torch.compile may look into the function."""
 
     def decorate(function: F) -> F:
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if (traced and torch.compiler.is_compiling()) or not torch.autograd._profiler_enabled():
+                return function(*args, **kwargs)
             with named(name):
                 return function(*args, **kwargs)
 

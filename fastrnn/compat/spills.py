@@ -4,13 +4,64 @@ Uses JITFunction.warmup and CompiledKernel.n_spills of Triton, read in 3.9.0 (th
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from .cached import cached
 
 _chosen: dict[tuple, dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What compiles as a tensor does, and holds no memory."""
+
+    dtype: torch.dtype
+    address: int  # 16 for all multiples of it, as far as the compiler knows
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    @classmethod
+    def like(cls, argument: Any) -> Any:
+        """A kernel's argument with Pointers in place of its tensors."""
+        if isinstance(argument, torch.Tensor):
+            return cls(argument.dtype, 16 if argument.data_ptr() % 16 == 0 else 8)
+        if isinstance(argument, tuple):
+            members = map(cls.like, argument)
+            return type(argument)(*members) if hasattr(argument, "_fields") else tuple(members)
+        return argument
+
+
+class Asked(NamedTuple):
+    """The arguments of first_without_spills."""
+
+    function: Any
+    device: Hashable
+    choices: Sequence[dict]
+    arguments: tuple
+    grid: tuple
+    options: dict
+    as_launched: Callable[[dict], dict] = dict
+
+    @property
+    def key(self) -> tuple:
+        """What all that compiles alike has in common."""
+        return self.function, self.device, tuple(self.options.items()), tuple(map(as_compiled, self.arguments))
+
+    def options_of(self, choice: dict) -> dict[str, Any]:
+        """Options and constants of a launch by one of the choices."""
+        return self.options | self.as_launched(choice)
+
+    def compiled(self, choice: dict) -> Any:
+        """Triton's CompiledKernel of one of the choices; compiled now, where Triton's caches have none."""
+        return self.function.warmup(*self.arguments, grid=self.grid, **self.options_of(choice))
+
+
+# While kernels are only asked for (ahead.py), who is told of it.
+listener: Callable[[Asked], None] | None = None
 
 
 def first_without_spills(
@@ -27,16 +78,24 @@ def first_without_spills(
     Asked once for all that compiles alike: a thread's registers are known to the compiler only at the end, and whether
     a choice spills follows no rule that was found.
     """
-    key = (function, device, tuple(options.items()), tuple(map(as_compiled, arguments)))
+    asked = Asked(function, device, choices, arguments, grid, options, as_launched)
+    if listener is not None:
+        listener(asked)
+        return as_launched(choices[0])
+    key = asked.key
     if key not in _chosen:
         spills = []
         for choice in choices:
-            compiled = function.warmup(*arguments, grid=grid, **options, **as_launched(choice))
-            spills.append(spilled_registers(compiled))
+            spills.append(spilled_registers(asked.compiled(choice)))
             if spills[-1] == 0:
                 break
         _chosen[key] = choices[spills.index(min(spills))]
     return as_launched(_chosen[key])
+
+
+def is_chosen(asked: Asked) -> bool:
+    """Whether first_without_spills knows the answer."""
+    return asked.key in _chosen
 
 
 def taken(name: str) -> list[dict[str, Any]]:
@@ -46,10 +105,10 @@ def taken(name: str) -> list[dict[str, Any]]:
 
 def as_compiled(argument: Any) -> Hashable:
     """What Triton compiles an argument for: a tensor's dtype, and whether it lies at a multiple of 16 bytes."""
-    if isinstance(argument, torch.Tensor):
+    if isinstance(argument, torch.Tensor | Pointer):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, tuple):  # of pointers, or of constants
-        return tuple(as_compiled(a) if isinstance(a, torch.Tensor | tuple) else a for a in argument)
+        return tuple(as_compiled(a) if isinstance(a, torch.Tensor | Pointer | tuple) else a for a in argument)
     return type(argument) if isinstance(argument, int) else argument  # sizes are not specialized
 
 

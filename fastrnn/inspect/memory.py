@@ -14,6 +14,7 @@ class Memory:
 
     peak: int  # the most at any time in it
     kept: int  # what is still allocated after it, results included
+    allocations: int  # how many it made
 
 
 def memory_of(call: Callable[[], Any], device: torch.device) -> tuple[Any, Memory]:
@@ -25,18 +26,19 @@ def memory_of(call: Callable[[], Any], device: torch.device) -> tuple[Any, Memor
     >>> import torch
     >>> from fastrnn.inspect.memory import memory_of
     >>> _, memory = memory_of(lambda: torch.ones(1024).exp(), torch.device("cpu"))
-    >>> memory.kept, memory.peak
-    (4096, 8192)
+    >>> memory.kept, memory.peak, memory.allocations
+    (4096, 8192, 2)
     """
     gc.collect()  # what others have left in cycles would count as freed by the call
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+        count = _count(device)
         result = call()
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
-        return result, Memory(peak, torch.cuda.memory_allocated(device) - before)
+        return result, Memory(peak, torch.cuda.memory_allocated(device) - before, _count(device) - count)
     # acc_events: without it torch up to 2.11 warns of cycles, of which there is one.
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
@@ -48,4 +50,8 @@ def memory_of(call: Callable[[], Any], device: torch.device) -> tuple[Any, Memor
     for _, change in changes:
         kept += change
         peak = max(peak, kept)
-    return result, Memory(peak, kept)
+    return result, Memory(peak, kept, sum(change > 0 for _, change in changes))
+
+
+def _count(device: torch.device) -> int:
+    return torch.cuda.memory_stats(device).get("allocation.all.allocated", 0)

@@ -17,8 +17,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..planning.arguments import check_checkpoint_every, expect
 from ..planning.planner import BACKENDS
+from .calls import FallbackWarning
 from .modules import GRU, LSTM, RNN
-from .paths import FallbackWarning
 
 _OURS: dict[type, type] = {torch.nn.RNN: RNN, torch.nn.GRU: GRU, torch.nn.LSTM: LSTM}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}

@@ -52,7 +52,7 @@ def lstm(
     Returns output (T, B, D*H), or (B, T, D*H), and (h_n, c_n), each (num_layers * D, B, H); with return_cell_states
     then c_t of the last layer, as output.
     Raises torch.nn.LSTM's own errors for wrong input and state, ValueError for wrong params, NotImplementedError,
-    naming what is missing, where a named backend cannot run.
+    naming what is missing, where a named backend cannot run, and fastrnn.LaunchRefusedError where fastrnn.LSTM does.
 
     Source: torch.nn.LSTM.
 
@@ -66,7 +66,7 @@ def lstm(
         "lstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
         as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions,
     )  # fmt: skip
-    options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
+    options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
     output, (h_n, c_n), *cell_states = paths.run(stack, input, hx, params, options)
     return output, (h_n, c_n), *cell_states
 
@@ -113,7 +113,7 @@ def gru(
         "gru", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
         as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions,
     )  # fmt: skip
-    output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
+    output, (h_n,) = paths.run(stack, input, hx, params, Options.of(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
 
 
@@ -162,7 +162,7 @@ def rnn(
         f"rnn_{nonlinearity}", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
         as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions,
     )  # fmt: skip
-    output, (h_n,) = paths.run(stack, input, hx, params, Options(lengths, cu_seqlens, reset, reset_state))
+    output, (h_n,) = paths.run(stack, input, hx, params, Options.of(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
 
 
@@ -208,6 +208,6 @@ def slstm(
         "slstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
         as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions,
     )  # fmt: skip
-    options = Options(lengths, cu_seqlens, reset, reset_state, return_states)
+    options = Options.of(lengths, cu_seqlens, reset, reset_state, return_states)
     output, final, *others = paths.run(stack, input, hx, params, options)
     return (output, final, (output, *others)) if return_states else (output, final)

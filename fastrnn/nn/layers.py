@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import reference
 from ..compat import profiling
-from ..ops import library
-from ..ops.schema import Args
+from ..ops import layer
+from ..ops.layer import Layer, joined, stacked
 from ..sequences import PLAIN, Sequences, Window
 from ..stack import Stack
 from ..torch_path import packed
@@ -33,16 +33,18 @@ from .options import Options
 class State(NamedTuple):
     """Of one layer, between steps."""
 
-    states: Tensor | None  # all of the cell's, (P, D, B, H), h first; None is zeros
+    states: tuple[Tensor, ...] | None  # all of the cell's, (D, B, H) each, h first; None is zeros
     h_0: Tensor | None = None  # of a projected layer before its first step: projection.py
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*(self.states or ()), *(() if self.h_0 is None else (self.h_0,)))
 
 
 Inputs = tuple[Tensor, ...]  # x of each direction, (K, B, I): the same times over all of time, other times in a chunk
-# y, the state after, and the states of every step beside h, (P - 1, K, B, D, H), where they are asked for. The state is
-# a State, and for torch's kernels a tuple of tensors (D, B, H).
-Step = Callable[[Inputs, Any, Window], tuple[Tensor, Any, Tensor | None]]
-# x_gates, W_hh, b_hh, states, source and Window to y, finals and steps.
-Recurrence = Callable[..., tuple[Tensor, Tensor, Tensor]]
+# y (K, B, D*H), the state after, and the other states of every step, like y each, where they are asked for. The state
+# is a State, and for torch's kernels a tuple of tensors (D, B, H).
+Step = Callable[[Inputs, Any, Window], tuple[Tensor, Any, tuple[Tensor, ...] | None]]
 # Of one use of a layer: W_ih, W_hh, b_ih and b_hh if there are biases, W_hr if projected, of each direction in turn.
 Weights = Callable[[], list[Tensor]]
 
@@ -75,10 +77,10 @@ def windows_of(stack: Stack, options: Options, T: int, B: int, dtype: torch.dtyp
     sequences = Sequences.of(T, B, lengths=lengths, cu_seqlens=cu_seqlens, reset=reset)
     by_step = reset_state is not None and reset_state[0].dim() == 4
     windows = []
-    for layer in range(stack.num_layers):
+    for n in range(stack.num_layers):
         starts = []
         for state in reset_state or ():
-            of_layer = state.narrow(-3, layer * D, D).to(dtype)
+            of_layer = state.narrow(-3, n * D, D).to(dtype)
             of_layer = of_layer.expand(*of_layer.shape[:-2], 1 if by_step and ragged else B, -1)
             if by_step:  # (T, D, B, H) as (T, B, D, H), or (total, D, 1, H) as (total, D, H)
                 of_layer = of_layer.squeeze(-2) if ragged else of_layer.transpose(1, 2)
@@ -86,8 +88,8 @@ def windows_of(stack: Stack, options: Options, T: int, B: int, dtype: torch.dtyp
         projected = None
         if len(starts) == 2 and starts[0].shape[-1] != starts[1].shape[-1]:
             projected, starts[0] = starts[0], torch.zeros_like(starts[1])
-        all_steps = cell_states and layer == stack.num_layers - 1
-        windows.append(Window(sequences, stacked(starts) if starts else None, by_step, projected, all_steps))
+        all_steps = cell_states and n == stack.num_layers - 1
+        windows.append(Window(sequences, tuple(starts) or None, by_step, projected, all_steps))
     return windows
 
 
@@ -95,8 +97,7 @@ def step_of(stack: Stack, backend: str, weights: Weights) -> Step:
     """The Step of a layer by a backend: "torch", "reference" or a tier."""
     if backend == "torch":
         return functools.partial(_torch_step, stack, weights)
-    recurrence = _reference if backend == "reference" else functools.partial(_kernel, backend)
-    return functools.partial(_step, stack, functools.partial(recurrence, stack), weights)
+    return functools.partial(_step, stack, backend, weights)
 
 
 def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
@@ -105,69 +106,68 @@ def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]
     return [params[role::per_direction] for role in range(per_direction)]
 
 
-@profiling.inside("recurrence")
-def _reference(stack: Stack, x_gates, W_hh, b_hh, states, source, window: Window):
-    # Differentiable any number of times: needs no source.
-    clip_gradient, clip_state = stack.clips
-    return reference.run(
-        stack.cell, x_gates, W_hh, b_hh, states,
-        sequences=window.sequences, starts=window.starts, by_step=window.by_step, heads=stack.num_heads,
-        clip_gradient=clip_gradient, clip_state=clip_state,
-    )  # fmt: skip
-
-
-def _kernel(backend: str, stack: Stack, x_gates, W_hh, b_hh, states, source, window: Window):
-    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-        raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
-    rows, reset = window.sequences if window.sequences is not None else (None, None)
-    x, W_ih, b_ih = source
-    heads = stack.num_heads
-    args = Args(
-        x_gates, W_hh, b_hh, states, stack.cell, False, backend, x, W_ih, b_ih, rows, reset, window.starts,
-        window.by_step, window.all_steps, heads, *stack.clips,
-    )  # fmt: skip
-    y, finals, _, steps = library.run(args)
-    return library.by_direction(y, heads), finals, library.by_direction(steps, heads)
-
-
 def _step(
-    stack: Stack, recurrence: Recurrence, weights: Weights, xs: Inputs, state: State, window: Window = PLAIN
-) -> tuple[Tensor, State, Tensor | None]:
+    stack: Stack, backend: str, weights: Weights, xs: Inputs, state: State, window: Window = PLAIN
+) -> tuple[Tensor, State, tuple[Tensor, ...] | None]:
     W_ih, W_hh, *b = by_role(weights(), len(xs))
-    b = list(b)
-    W_hr = b.pop() if len(b) in (1, 3) else None
+    W_hr = stacked(b.pop()) if len(b) in (1, 3) else None
     if W_hr is not None:
         xs, W_ih = projection.with_starts(xs, W_ih, W_hh, state.h_0, window)
-    b_ih, b_hh = b if stack.bias else (None, None)
-    if stack.num_heads > 1:  # x_gates then comes head by head from the product, in whose weights it costs least
-        W_ih, W_hh = _by_head(stack, W_ih), _by_head(stack, W_hh)
-        b_ih, b_hh = b_ih and _by_head(stack, b_ih), b_hh and _by_head(stack, b_hh)
-    G, N = stack.of_cell.gates, stack.num_heads
-    gates = (G, W_ih[0].shape[0] // G // N)
-    source = (None, None, None)
-    with profiling.named("input product"):
-        if all(x is xs[0] for x in xs):  # one product for both directions
-            source = xs[0], joined(W_ih), None if b_ih is None else joined(b_ih)
-            x_gates = linear(*source).unflatten(-1, (len(xs) * N, *gates))
-        else:
-            biases = b_ih or [None] * len(xs)
-            x_gates = torch.stack([linear(*of_one) for of_one in zip(xs, W_ih, biases, strict=True)], -2)
-            x_gates = x_gates.flatten(-2).unflatten(-1, (len(xs) * N, *gates))
-    W_hh, b_hh = _of_recurrences(W_hh, N), None if b_hh is None else _of_recurrences(b_hh, N)
-    run = recurrence if W_hr is None else functools.partial(projection.run, recurrence, stacked(W_hr))
-    y, finals, steps = run(x_gates, W_hh, b_hh, state.states, source, window)
-    return y, State(finals), steps if window.all_steps else None
+        W_hh = projection.combined(stacked(W_hh), W_hr).unbind()
+    of_layer = layer_of(stack, backend)
+    if stack.num_heads > 1:
+        W_ih, W_hh, *b = (by_head(stack, role) for role in (W_ih, W_hh, *b))
+    if backend != "reference" and all(x is xs[0] for x in xs):
+        y, finals, steps = layer.run(
+            of_layer, xs[0], [W for role in (W_ih, W_hh, *b) for W in role], state.states, window
+        )
+    else:
+        b_ih, b_hh = b or (None, None)
+        with profiling.named("input product"):
+            source, x_gates = _product(xs, W_ih, b_ih)
+        run = _reference if backend == "reference" else layer.by_op
+        y, finals, steps = run(of_layer, x_gates, source, (W_hh, b_hh), state.states, window)
+    if W_hr is not None:
+        y = projection.projected(y, W_hr, window)
+    return y, State(finals), steps
 
 
-def _by_head(stack: Stack, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Weights or biases of each direction whose row g*H + n*K + k goes to n*G*K + g*K + k."""
+def layer_of(stack: Stack, backend: str) -> Layer:
+    """A layer of a stack, by a backend."""
+    return Layer(stack.cell, backend, stack.directions, stack.num_heads, stack.clips)
+
+
+def by_head(stack: Stack, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Weights or biases of each direction whose row g*H + n*K + k goes to n*G*K + g*K + k.
+
+    So x_gates comes head by head from its product, as kernels read it: it costs least in the weights.
+    """
     shape = (stack.of_cell.gates, stack.num_heads, -1)
     return [tensor.unflatten(0, shape).transpose(0, 1).flatten(0, 2) for tensor in tensors]
 
 
-def _of_recurrences(tensors: Sequence[Tensor], heads: int) -> Tensor:
-    """(D*N, ...) of D tensors (N*R, ...)."""
-    return stacked(tensors) if heads == 1 else joined([tensor.unflatten(0, (heads, -1)) for tensor in tensors])
+def _product(xs: Inputs, W_ih: Sequence[Tensor], b_ih: Sequence[Tensor] | None) -> tuple[tuple, Tensor]:
+    """x_gates (K, B, D*G*H), and the x, W_ih and b_ih of which it was made in one product, where there was one."""
+    if all(x is xs[0] for x in xs):
+        source = xs[0], joined(W_ih), joined(b_ih)
+        return source, linear(*source)
+    biases = b_ih or [None] * len(xs)
+    gates = [linear(x, W, b) for x, W, b in zip(xs, W_ih, biases, strict=True)]
+    return (None, None, None), torch.cat(gates, -1)
+
+
+@profiling.inside("recurrence")
+def _reference(of_layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states: Any, window: Window) -> Any:
+    # Differentiable any number of times: needs no source.
+    (W_hh, b_hh), K = recurrent, recurrent[0][0].shape[-1]
+    R = of_layer.directions * of_layer.heads
+    y, finals, steps = reference.run(
+        of_layer.cell, x_gates.unflatten(-1, (R, -1, K)), joined(W_hh).view(R, -1, K),
+        None if b_hh is None else joined(b_hh).view(R, -1), stacked(states),
+        sequences=window.sequences, starts=stacked(window.starts), by_step=window.by_step, heads=of_layer.heads,
+        clip_gradient=of_layer.clips[0], clip_state=of_layer.clips[1],
+    )  # fmt: skip
+    return y.flatten(-2), finals.unbind(), tuple(steps.flatten(-2)) if window.all_steps else None
 
 
 @profiling.inside("layer of torch's")
@@ -184,7 +184,7 @@ def _torch_step(
         y, *final = alone.torch_kernel(x.flip(0) if d else x, state=before, params=of_direction)
         outputs.append(y.flip(0) if d else y)
         finals.append(final)
-    return torch.stack(outputs, 2), tuple(torch.cat(of_all) for of_all in zip(*finals, strict=True)), None
+    return torch.cat(outputs, -1), tuple(torch.cat(of_all) for of_all in zip(*finals, strict=True)), None
 
 
 def recomputed(step: Step) -> Step:
@@ -205,11 +205,11 @@ def split(x: Tensor, K: int, directions: int) -> list[Inputs]:
     return list(zip(ahead, reversed(x.split(lengths[::-1])), strict=True))
 
 
-def join(ys: Sequence[Tensor]) -> Tensor:
-    """y (T, B, D*H) of its chunks (K, B, D, H): the inverse of `split`."""
+def join(ys: Sequence[Tensor], directions: int) -> Tensor:
+    """y (T, B, D*H) of its chunks (K, B, D*H): the inverse of `split`."""
     if len(ys) == 1:
-        return ys[0].flatten(-2)
-    by_direction = zip(*(y.unbind(2) for y in ys), strict=True)
+        return ys[0]
+    by_direction = zip(*(y.chunk(directions, -1) for y in ys), strict=True)
     whole = [torch.cat(of_one[::-1] if d else of_one) for d, of_one in enumerate(by_direction)]
     return torch.cat(whole, -1) if len(whole) > 1 else whole[0]
 
@@ -228,14 +228,4 @@ def in_chunks(
         ys.append(y)
         cs.append(steps)
     others = zip(*cs, strict=True) if window.all_steps else ()
-    return join(ys), state, [join(of_state) for of_state in others]
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """(N, ...) of N tensors; a view where there is one."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """(N*R, ...) of N tensors (R, ...); itself where there is one."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+    return join(ys, directions), state, [join(of_state, directions) for of_state in others]

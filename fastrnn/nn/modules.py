@@ -45,11 +45,11 @@ class LSTM(Recurrent):
 
     tie_directions: both directions have one set of parameters, that of direction 0; they run in one launch as ever.
 
-    Layers of one direction run as a wavefront over chunks of time, on a CUDA stream each, where the plan says that it
-    pays (fastrnn.explain prints it).
+    Layers of one direction run as a wavefront over chunks of time, each on a CUDA stream, if fastrnn.explain says so.
 
     Raises torch.nn.LSTM's errors for wrong arguments, ValueError for another backend, checkpoint_every or num_heads,
-    NotImplementedError, naming what is missing, where a named backend or checkpoint_every cannot run.
+    NotImplementedError, naming what is missing, where a named backend or checkpoint_every cannot run,
+    fastrnn.LaunchRefusedError where a GPU refuses a named backend's kernel, or backward's, or one in torch.compile.
 
     Source: torch.nn.LSTM.
 

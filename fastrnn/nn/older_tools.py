@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
+from torch.fx import Proxy
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -19,7 +19,7 @@ def leaf(function: F) -> F:
 
     @functools.wraps(function)
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(input, torch.fx.Proxy):
+        if isinstance(input, Proxy):
             return input.tracer.create_proxy("call_function", call, (input, *args), kwargs)
         return function(input, *args, **kwargs)
 
@@ -31,7 +31,7 @@ def leaf_module(forward: F) -> F:
 
     @functools.wraps(forward)
     def call(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(input, torch.fx.Proxy):
+        if isinstance(input, Proxy):
             tracer: Any = input.tracer
             if getattr(tracer, "root", None) is self:
                 raise NotImplementedError("torch.fx takes a recurrent layer as a leaf: trace the module that holds it")

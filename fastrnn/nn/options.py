@@ -16,7 +16,10 @@ from .validation import tensors_of
 
 
 class Options(NamedTuple):
-    """What a call says of its sequences, beside input and state; checked, tensors are on the input's device."""
+    """What a call says of its sequences, beside input and state; PLAIN where it says nothing.
+
+    Checked, tensors are on the input's device.
+    """
 
     lengths: Any = None  # (B,); a tensor, a list or an array, as the two below; checked, a tensor
     cu_seqlens: Any = None  # (N + 1,)
@@ -26,62 +29,97 @@ class Options(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        return not self.cell_states and all(given is None for given in self[:-1])
+        """Whether it says nothing; torch.compile may make PLAIN another tuple."""
+        return self is PLAIN or (not self.cell_states and all(given is None for given in self[:-1]))
+
+    @staticmethod
+    def of(
+        lengths: Any = None,
+        cu_seqlens: Any = None,
+        reset: Any = None,
+        reset_state: Any = None,
+        cell_states: bool = False,
+    ) -> "Options":
+        if lengths is None and cu_seqlens is None and reset is None and reset_state is None and not cell_states:
+            return PLAIN
+        return Options(lengths, cu_seqlens, reset, reset_state, cell_states)
 
 
 PLAIN = Options()
 
 
-def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[int, ...]) -> tuple[int, int, Options]:
-    """T, or total of a ragged input, and B; options with time first, each tensor on the input's device.
+def as_tensors(options: Options, input: Tensor, stack: Stack) -> Options:
+    """The same with tensors in the place of lists and arrays, and reset_state a tuple."""
+    lengths, cu_seqlens, reset, reset_state, cell_states = options
+    if lengths is not None:
+        lengths = _integers("lengths", lengths, input)
+    if cu_seqlens is not None:
+        cu_seqlens = _integers("cu_seqlens", cu_seqlens, input)
+    if reset is not None and not isinstance(reset, Tensor):
+        reset = _moved("reset", _as_tensor("reset", reset, torch.bool), input.device)
+    if reset_state is not None:
+        count = stack.states
+        given = tuple(reset_state) if count > 1 and isinstance(reset_state, tuple | list) else (reset_state,)
+        if len(given) != count or not all(isinstance(state, Tensor) for state in given):
+            raise ValueError(f"reset_state: expected {tensors_of(count)}, as hx")
+        reset_state = given
+    return Options(lengths, cu_seqlens, reset, reset_state, cell_states)
+
+
+def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """T, or total of a ragged input, and B; of options as tensors, everything is checked but their values.
 
     sizes: of h, and of the other states, which is another where h is projected.
-
-    Values are checked on the CPU; on a GPU, where that would have to wait, by an assertion on the device.
     """
     lengths, cu_seqlens, reset, reset_state, cell_states = options
-    batch_first = stack.batch_first
     if cu_seqlens is not None:
         if lengths is not None:
             raise ValueError("lengths: expected None beside cu_seqlens, got both")
         if input.dim() != 2:
             raise ValueError(f"input: expected (total, input_size) beside cu_seqlens, got {tuple(input.shape)}")
-        cu_seqlens = _integers("cu_seqlens", cu_seqlens, input)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise ValueError(f"cu_seqlens: expected (N + 1,), got {tuple(cu_seqlens.shape)}")
         T, B = input.shape[0], cu_seqlens.shape[0] - 1
-        right = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
-        _check_values(right, "cu_seqlens: expected not to decrease, from 0 to total", T, cu_seqlens)
-        options = options._replace(cu_seqlens=cu_seqlens.to(input.device, non_blocking=True))
         slots: tuple[int, ...] = (T,)
     else:
         if input.dim() != 3:
             raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
-        T, B = (input.shape[1], input.shape[0]) if batch_first else (input.shape[0], input.shape[1])
-        slots = (B, T) if batch_first else (T, B)
-    if lengths is not None:
-        lengths = _integers("lengths", lengths, input)
-        if lengths.shape != (B,):
-            raise ValueError(f"lengths: expected ({B},), one for each sequence; got {tuple(lengths.shape)}")
-        right = ((lengths >= 0) & (lengths <= T)).all()
-        _check_values(right, "lengths: expected 0 to T", T, lengths)
-        options = options._replace(lengths=lengths.to(input.device, non_blocking=True))
-    if reset is not None:
-        if not isinstance(reset, Tensor):
-            reset = _as_tensor("reset", reset, torch.bool).to(input.device, non_blocking=True)
-        if reset.dtype != torch.bool or reset.device != input.device or reset.shape != slots:
-            raise ValueError(
-                f"reset: expected {slots} of torch.bool on {input.device}; "
-                f"got {tuple(reset.shape)} of {reset.dtype} on {reset.device}"
-            )
-        options = options._replace(reset=reset.T if batch_first and cu_seqlens is None else reset)
+        slots = (input.shape[0], input.shape[1])
+        T, B = slots[::-1] if stack.batch_first else slots
+    if lengths is not None and lengths.shape != (B,):
+        raise ValueError(f"lengths: expected ({B},), one for each sequence; got {tuple(lengths.shape)}")
+    if reset is not None and (reset.dtype != torch.bool or reset.device != input.device or reset.shape != slots):
+        raise ValueError(
+            f"reset: expected {slots} of torch.bool on {input.device}; "
+            f"got {tuple(reset.shape)} of {reset.dtype} on {reset.device}"
+        )
     if reset_state is not None:
         if reset is None:
             raise ValueError("reset_state: expected None without reset, which says where it is taken")
-        options = options._replace(reset_state=_check_reset_state(reset_state, input, stack, T, B, sizes, len(slots)))
+        _check_reset_state(reset_state, input, stack, T, B, sizes, len(slots))
     if cell_states and stack.states == 1:
         raise ValueError(f"return_cell_states: expected False for {stack.cell!r}, which has no cell state; got True")
-    return T, B, options
+    return T, B
+
+
+def checked_values(options: Options, input: Tensor, T: int, batch_first: bool) -> Options:
+    """The same on the input's device, with time first.
+
+    Values are checked on the CPU; on a GPU, where that would have to wait, by an assertion on the device.
+    """
+    lengths, cu_seqlens, reset, *others = options
+    if lengths is not None:
+        least, most = lengths.aminmax() if lengths.shape[0] else (lengths.new_zeros(()),) * 2
+        right = (least >= 0) & (most <= T)
+        _check_values(right, "lengths: expected 0 to T", T, lengths)
+        lengths = _moved("lengths", lengths, input.device)
+    if cu_seqlens is not None:
+        right = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
+        _check_values(right, "cu_seqlens: expected not to decrease, from 0 to total", T, cu_seqlens)
+        cu_seqlens = _moved("cu_seqlens", cu_seqlens, input.device)
+    if reset is not None and batch_first and cu_seqlens is None:
+        reset = reset.T
+    return Options(lengths, cu_seqlens, reset, *others)
 
 
 def _as_tensor(name: str, given: Any, dtype: torch.dtype) -> Tensor:
@@ -94,6 +132,19 @@ def _as_tensor(name: str, given: Any, dtype: torch.dtype) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}: expected a tensor, a list or an array of {dtype}; got {given!r:.200}") from None
     return found if found.numel() else found.to(dtype)
+
+
+def _moved(name: str, tensor: Tensor, device: torch.device) -> Tensor:
+    """On the input's device. A CUDA graph would copy again from where the host's tensor lay when it was captured."""
+    if tensor.device != device and _capturing(device):
+        raise ValueError(f"{name}: expected a tensor on {device} while a CUDA graph is captured; got it on the CPU")
+    return tensor.to(device, non_blocking=True)
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _integers(name: str, given: Any, input: Tensor) -> Tensor:
@@ -132,13 +183,10 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 
 
 def _check_reset_state(
-    reset_state: Any, input: Tensor, stack: Stack, T: int, B: int, sizes: tuple[int, ...], slot_dims: int
-) -> tuple[Tensor, ...]:
-    """A tuple of (states, B or 1, H), or by step of (T, states, B or 1, H), (total, states, 1, H) if ragged."""
-    count, states = stack.states, stack.num_layers * stack.directions
-    given = tuple(reset_state) if count > 1 and isinstance(reset_state, tuple | list) else (reset_state,)
-    if len(given) != count or not all(isinstance(state, Tensor) for state in given):
-        raise ValueError(f"reset_state: expected {tensors_of(count)}, as hx")
+    given: tuple[Tensor, ...], input: Tensor, stack: Stack, T: int, B: int, sizes: tuple[int, ...], slot_dims: int
+) -> None:
+    """Each (states, B or 1, H), or by step (T, states, B or 1, H), (total, states, 1, H) if ragged."""
+    states = stack.num_layers * stack.directions
     rows = (B,) if slot_dims == 2 else (1,)
     for state, H in zip(given, sizes, strict=False):  # h, and c, of another size where h is projected
         by_row, by_step = (states, B, H), (T, states, *rows, H)
@@ -154,4 +202,3 @@ def _check_reset_state(
             raise ValueError(
                 f"reset_state: expected floating point on {input.device}; got {state.dtype} on {state.device}"
             )
-    return given

@@ -1,88 +1,25 @@
-"""The ways a call may go: validate, plan once, and take the first path that is for it."""
+"""The ways a call may go: a checked call takes the first path that is for it."""
 
-import functools
-import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compat import driver
-from ..compat.cached import cached
-from ..device import DeviceSpec
-from ..planning import tuning
-from ..planning.planner import Plan, plan, torch_precision
+from ..ops import layer
 from ..planning.tiers import TIERS
+from ..sequences import PLAIN as WHOLE
 from ..sequences import stops_at_torchs_kernels, untraced
 from ..stack import Stack
 from ..torch_path import segments
 from . import layers, projection, wavefront
+from .calls import Call, as_tuple, backend_of, checked
 from .dropout import drop, drop_mask, dropping
-from .options import PLAIN, Options, check_options
-from .validation import check_call, check_params, check_state, compute_dtype
+from .options import PLAIN, Options
 
-FALLBACKS = {"torch": "torch's own kernel", "reference": "a loop over time in torch"}
-# Output, the final states, and the others than h of every step where they are asked for.
+# Output, the final states, and c of every step where it is asked for.
 Found = tuple[Any, ...]
-
-
-class FallbackWarning(UserWarning):
-    """backend="auto" runs torch's own kernel on a GPU, or not the planned one of ours; the message says why."""
-
-
-class Call(NamedTuple):
-    """A call that was checked."""
-
-    stack: Stack
-    input: Tensor
-    hx: Any  # as given
-    params: Sequence[Tensor]
-    options: Options  # checked
-    T: int  # total of a ragged input
-    B: int
-    H: int
-    P: int  # the size of h, which is another where it is projected
-    chosen: Plan | None = None
-
-    @property
-    def ragged(self) -> bool:
-        return self.options.cu_seqlens is not None
-
-    @property
-    def x(self) -> Tensor:
-        """Input with time first."""
-        return self.input.transpose(0, 1) if self.stack.batch_first and not self.ragged else self.input
-
-    @property
-    def state(self) -> tuple[Tensor, ...]:
-        """The first states; zeros where none are given."""
-        if self.hx is not None:
-            return tuple(self.hx) if self.stack.states > 1 else (self.hx,)
-        rows = self.stack.num_layers * self.stack.directions
-        sizes = (self.P, *(self.H for _ in range(self.stack.states - 1)))
-        of_size = {size: self.input.new_zeros(rows, self.B, size) for size in sizes}
-        return tuple(of_size[size] for size in sizes)
-
-    def as_given(self, y: Tensor) -> Tensor:
-        """An output with time first, as the input was."""
-        return y.transpose(0, 1) if self.stack.batch_first and not self.ragged else y
-
-
-@functools.cache
-def _warn_fallback(what: str, why: str) -> None:
-    warnings.warn(f"backend='auto' runs {what}: {why}", FallbackWarning, stacklevel=4)
-
-
-def backend_of(chosen: Plan) -> str:
-    """The plan's backend; warns, once a reason, where a GPU gets no kernel of ours or refused the one it should get."""
-    if chosen.backend in FALLBACKS and chosen.why != "asked for" and chosen.device.startswith("cuda"):
-        _warn_fallback(FALLBACKS[chosen.backend], chosen.why)
-    elif driver.refused and not torch.compiler.is_compiling():  # which would break its graph to warn
-        for why in driver.refused.values():
-            if why in chosen.why:
-                _warn_fallback(f"the {chosen.backend} kernel", why)
-    return chosen.backend
 
 
 def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options = PLAIN) -> Found:
@@ -91,87 +28,26 @@ def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options:
     Where the driver refuses a kernel that backend="auto" chose, the call plans and runs again: the planner leaves it
     out then. Inside torch.compile a launch is too late for that: the error passes, and the next call plans anew.
     """
-    call = checked(stack, input, hx, params, options)
-    if stops_at_torchs_kernels() and backend_of(planned(call)) == "torch":
-        # torch.compile breaks its graph here; of a NamedTuple torch 2.11 hands on nothing there.
-        return _run_untraced(tuple(stack), input, hx, params, tuple(options))
-    if torch.compiler.is_compiling():
-        return _run(call)
-    for _ in TIERS:
+    for attempt in range(len(TIERS) + 1):
+        call = checked(stack, input, hx, params, options, _choose)
+        backend = backend_of(call.route.chosen)
+        if backend == "torch" and stops_at_torchs_kernels():
+            # torch.compile breaks its graph here; of a NamedTuple torch 2.11 hands on nothing there.
+            return _run_untraced(tuple(stack), input, hx, params, tuple(options))
+        if torch.compiler.is_compiling():
+            return call.route.path(call)
         try:
-            return _run(call)
+            return call.route.path(call)
         except driver.LaunchRefusedError:
-            if stack.backend != "auto":
+            if stack.backend != "auto" or attempt == len(TIERS):
                 raise
-    return _run(call)
-
-
-def checked(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options) -> Call:
-    """The call, or an error: nothing was computed or changed before."""
-    D, gates = stack.directions, stack.of_cell.gates
-    check_params(stack, params)
-    params = stack.of_each_direction(params)
-    H = params[0].shape[0] // gates
-    P = params[1].shape[-1] if stack.num_heads == 1 else H
-    sizes = (P, *[H] * (stack.states - 1))
-    T, B, options = check_options(options, input, stack, sizes)
-    call = Call(stack, input, hx, params, options, T, B, H, P)
-    state = () if hx is None else call.state
-    if hx is not None:
-        check_state(state, stack.states)
-    may_be_empty = call.ragged or options.lengths is not None
-    check_call(call.input, state, params, (stack.num_layers * D, B, sizes), T, may_be_empty, stack.of_cell.wide)
-    return call
-
-
-def _run(call: Call) -> Found:
-    if call.T == 0:
-        return _no_step(call)
-    call = call._replace(chosen=planned(call))
-    backend = backend_of(call.chosen)  # type: ignore[arg-type]
-    for applies, path in PATHS:
-        if applies(call, backend):
-            return path(call, backend)
-    raise AssertionError("the last path is for every call")
-
-
-def planned(call: Call) -> Plan:
-    """The plan of a call; torch.export's sizes are symbols where they may change: it is that of its example."""
-    T, B = (size.node.hint if isinstance(size, torch.SymInt) else size for size in (call.T, call.B))
-    T, B = max(1, T // max(B, 1) if call.ragged else T), max(B, 1)
-    return _planned(call.stack, call.H, T, B, compute_dtype(call.input), call.input.device, _facts())
-
-
-def _facts() -> tuple:
-    """What a plan depends on beside the call: it is made again where any of this is another."""
-    if torch.compiler.is_compiling():  # which keeps no plan
-        return ()
-    return plan, DeviceSpec.of, id(tuning.TUNED), torch_precision(), len(driver.refused)
-
-
-@cached
-def _planned(stack: Stack, H: int, T: int, B: int, dtype: torch.dtype, device: torch.device, facts: tuple) -> Plan:
-    return plan(
-        stack.cell,
-        hidden_size=H,
-        batch_size=B,
-        seq_len=T,
-        directions=stack.directions,
-        dtype=dtype,
-        device=str(device),
-        backend=stack.backend,
-        num_layers=stack.num_layers,
-        checkpoint_every=stack.checkpoint_every,
-        num_heads=stack.num_heads,
-        clip_grad_state=stack.clip_grad_state,
-        clip_state=stack.clip_state,
-    )
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _no_step(call: Call) -> Found:
     """All sequences are empty: run one step, which is padding of all, and leave it out."""
-    x = call.input.unsqueeze(1).expand(-1, call.B, -1) if call.ragged else call.x
-    none = torch.zeros(call.B, dtype=torch.int64, device=x.device)
+    x = call.input.unsqueeze(1).expand(-1, call.route.B, -1) if call.ragged else call.x
+    none = torch.zeros(call.route.B, dtype=torch.int64, device=x.device)
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
     options = Options(none, cell_states=call.options.cell_states)
     output, finals, *c = run(call.stack._replace(batch_first=False), padded, call.hx, call.params, options)
@@ -187,7 +63,7 @@ def _run_untraced(stack: tuple, input: Tensor, hx: Any, params: Sequence[Tensor]
     return run(Stack(*stack), input, hx, params, Options(*options))
 
 
-def _missing(call: Call, backend: str) -> Found:
+def _missing(call: Call) -> Found:
     what = (
         "packed or ragged sequences"
         if call.ragged
@@ -196,7 +72,7 @@ def _missing(call: Call, backend: str) -> Found:
     raise NotImplementedError(f"checkpoint_every with {what} is missing")
 
 
-def _segments(call: Call, backend: str) -> Found:
+def _segments(call: Call) -> Found:
     """Lengths, resets and cell states by torch's kernels."""
     lengths, cu_seqlens, reset, reset_state, cell_states = call.options
     output, finals, c = segments.run(
@@ -206,26 +82,59 @@ def _segments(call: Call, backend: str) -> Found:
     return call.as_given(output), finals, *([] if c is None else [call.as_given(c)])
 
 
-def _torchs(call: Call, backend: str) -> Found:
+def _torchs(call: Call) -> Found:
     """All layers by torch's own kernel, in one call."""
     output, *finals = call.stack.torch_kernel(call.input, state=call.state, params=list(call.params))
     return output, tuple(finals)
 
 
-def _layered(call: Call, backend: str) -> Found:
-    """Layer by layer by a kernel of ours or the reference, or in chunks; or as a wavefront of chunks."""
-    stack, options, chosen = call.stack, call.options, call.chosen
-    assert chosen is not None
+def _straight(call: Call) -> Found:
+    """Layer by layer, each in one launch over all of time."""
+    stack, route, x = call.stack, call.route, call.x
+    D, L, p, options, hx = stack.directions, stack.num_layers, stack.dropped, call.options, call.hx
+    params = [param.to(route.dtype) for param in call.params] if route.casts else call.params
+    states: Any = [None] * L
+    wide = stack.of_cell.state_dtype(route.dtype)
+    if hx is not None:
+        given = [state.to(wide) for state in as_tuple(hx, stack)]
+        states = [[state[n * D : (n + 1) * D] for state in given] for n in range(L)] if L > 1 else [given]
+    windows = [WHOLE] * L if options is PLAIN else layers.windows_of(stack, options, route.T, route.B, wide)
+    x = _readable(call, x.to(route.dtype) if route.casts else x)
+    count, of_layers, steps = len(params) // L, [], None
+    for n in range(L):
+        weights = params[n * count : (n + 1) * count]
+        if D > 1:  # role by role
+            weights = [weight for role in layers.by_role(weights, D) for weight in role]
+        if stack.num_heads > 1:
+            weights = layers.by_head(stack, weights)
+        if p and n:
+            x = drop(x, drop_mask(x, p), p)
+        x, finals, steps = layer.run(route.layer, x, weights, states[n], windows[n], route.ready)
+        of_layers.append(finals)
+    finals = of_layers[0] if L == 1 else tuple([torch.cat(of_all) for of_all in zip(*of_layers, strict=True)])
+    return call.as_given(x), finals, *[call.as_given(of_state) for of_state in steps or ()]
+
+
+def _readable(call: Call, x: Tensor) -> Tensor:
+    """Input without what stands in its padding: even NaN must not reach a product, for 0 * NaN is NaN in dW_ih."""
+    lengths = call.options.lengths
+    if lengths is None or not torch.is_grad_enabled():
+        return x
+    live = torch.arange(call.route.T, device=x.device)[:, None] < lengths
+    return x.masked_fill(~live[..., None], 0)
+
+
+def _layered(call: Call) -> Found:
+    """Layer by layer in chunks, or as a wavefront of chunks; projected layers, and the reference, in one piece too."""
+    stack, options, backend = call.stack, call.options, call.backend
     x = call.x
     if backend != "torch":  # which narrows by itself where autocast wants it
-        x = x.to(compute_dtype(call.input))
-    dtype = x.dtype
-    # torch.compile does not trace streams; nor are sequences cut for a wavefront.
-    wave = chosen.wavefront if options.plain and not torch.compiler.is_compiling() else None
+        x = x.to(call.route.dtype)
+    dtype, wave = x.dtype, _chunk_of_wave(call)
     K = wave or stack.checkpoint_every
     # From chunk to chunk of a kernel the state is fp32, as it is from step to step.
     wide = stack.of_cell.state_dtype(dtype)
-    between = torch.float32 if K and chosen.kernel and dtype.itemsize == 2 else wide
+    between = torch.float32 if K and call.route.chosen.kernel and dtype.itemsize == 2 else wide
     per_layer = len(call.params) // stack.num_layers
     weights = [
         layers.weights_of(call.params[i : i + per_layer], dtype, chunked=K is not None)
@@ -238,10 +147,10 @@ def _layered(call: Call, backend: str) -> Found:
     if wave:
         y, finals, others = _wavefront(call, x, steps, states, [of_layer() for of_layer in weights], wave)
     else:
-        windows = layers.windows_of(stack, options, call.T, call.B, between)
+        windows = layers.windows_of(stack, options, call.route.T, call.route.B, between)
         y, finals, others = _one_by_one(call, x, steps, states, windows, K)
     if backend != "torch":
-        finals = [_apart(call, layer, of_layer, weights[layer]) for layer, of_layer in enumerate(finals)]
+        finals = [_as_asked(call, n, of_layer.states, weights[n]) for n, of_layer in enumerate(finals)]
     outputs = [call.as_given(of_steps) for of_steps in (y, *others)]
     whole = (of_all[0] if len(of_all) == 1 else torch.cat(of_all) for of_all in zip(*finals, strict=True))
     return outputs[0], tuple(final.to(wide) for final in whole), *outputs[1:]
@@ -252,43 +161,34 @@ def _first_states(call: Call, backend: str, dtype: torch.dtype, zeros_given: boo
     D, count = call.stack.directions, call.stack.num_layers
     if call.hx is None and backend != "torch" and not zeros_given:
         return [layers.State(None)] * count
-    of_layers = [[s[layer * D : (layer + 1) * D].to(dtype) for s in call.state] for layer in range(count)]
+    of_layers = [tuple(s[n * D : (n + 1) * D].to(dtype) for s in call.state) for n in range(count)]
     if backend == "torch":
-        return [tuple(of_layer) for of_layer in of_layers]
-    if call.P == call.H:
-        return [layers.State(layers.stacked(of_layer)) for of_layer in of_layers]
+        return of_layers
+    if call.route.P == call.route.H:
+        return [layers.State(of_layer) for of_layer in of_layers]
     # A projected layer's recurrence is of m and c (projection.py).
-    return [
-        layers.State(layers.stacked([torch.zeros_like(c), c]), None if call.hx is None else h) for h, c in of_layers
-    ]
+    return [layers.State((torch.zeros_like(c), c), None if call.hx is None else h) for h, c in of_layers]
 
 
-def _apart(call: Call, layer: int, state: layers.State, weights: layers.Weights) -> tuple[Tensor, ...]:
-    """The final states of a layer, (D, B, H) each."""
-    assert state.states is not None
-    finals = tuple(state.states[n] for n in range(call.stack.states))
+def _as_asked(call: Call, n: int, finals: tuple, weights: layers.Weights) -> tuple[Tensor, ...]:
+    """The final states of a layer, (D, B, H) each: of a projected one, h of m."""
     D = call.stack.directions
-    if call.P == call.H:
+    if call.route.P == call.route.H:
         return finals
     lengths = call.options.cu_seqlens.diff() if call.ragged else call.options.lengths
     W_hr = layers.stacked(layers.by_role(weights(), D)[-1])
-    h_0 = call.state[0][layer * D : (layer + 1) * D]
+    h_0 = call.state[0][n * D : (n + 1) * D]
     return projection.after(finals[0], W_hr, h_0, None if call.hx is None else lengths), *finals[1:]
 
 
 def _one_by_one(
     call: Call, x: Tensor, steps: list[layers.Step], states: list, windows: list, K: int | None
 ) -> tuple[Tensor, list, list[Tensor]]:
-    p, others = call.stack.dropped, []
-    if call.options.lengths is not None:
-        # What stands in the padding, even NaN, must not reach a product: 0 * NaN is NaN in W_ih's gradient.
-        live = torch.arange(call.T, device=x.device)[:, None] < call.options.lengths
-        x = x.masked_fill(~live[..., None], 0)
-    for layer, (step, window) in enumerate(zip(steps, windows, strict=True)):
-        if p and layer:
+    p, others, x = call.stack.dropped, [], _readable(call, x)
+    for n, (step, window) in enumerate(zip(steps, windows, strict=True)):
+        if p and n:
             x = drop(x, drop_mask(x, p), p)
-        K_of = K or x.shape[0]
-        x, states[layer], others = layers.in_chunks(step, x, states[layer], K_of, call.stack.directions, window)
+        x, states[n], others = layers.in_chunks(step, x, states[n], K or x.shape[0], call.stack.directions, window)
     return x, states, others
 
 
@@ -297,23 +197,42 @@ def _wavefront(
 ) -> tuple[Tensor, list, list[Tensor]]:
     p, streams = call.stack.dropped, wavefront.streams_of(x.device, len(steps))
     if p:
-        for layer in range(1, len(steps)):
-            mask = drop_mask(x.new_empty(()).expand(call.T, x.shape[1], call.P), p)
-            steps[layer] = dropping(steps[layer], mask.split(wave), p)
-            reads[layer] = [*reads[layer], mask]
+        for n in range(1, len(steps)):
+            mask = drop_mask(x.new_empty(()).expand(call.route.T, x.shape[1], call.route.P), p)
+            steps[n] = dropping(steps[n], mask.split(wave), p)
+            reads[n] = [*reads[n], mask]
     ys, states = wavefront.run(steps, x.split(wave), states, reads, streams)
     return torch.cat(ys), states, []
 
 
-def _no_chunks(call: Call, backend: str) -> bool:
-    both = call.ragged or call.stack.bidirectional or backend == "torch"
+def _chunk_of_wave(call: Call) -> int | None:
+    """torch.compile does not trace streams; nor are sequences cut for a wavefront."""
+    return call.route.chosen.wavefront if call.options.plain and not torch.compiler.is_compiling() else None
+
+
+def _lacks_chunks(call: Call) -> bool:
+    both = call.ragged or call.stack.bidirectional or call.backend == "torch"
     return bool(call.stack.checkpoint_every) and not call.options.plain and both
 
 
+def _is_straight(call: Call) -> bool:
+    chunks = call.stack.checkpoint_every or _chunk_of_wave(call)
+    return call.backend in TIERS and not chunks and call.route.P == call.route.H
+
+
 # The first one that applies is taken.
-PATHS: tuple[tuple[Callable[[Call, str], bool], Callable[[Call, str], Found]], ...] = (
-    (_no_chunks, _missing),
-    (lambda call, backend: backend == "torch" and not call.options.plain, _segments),
-    (lambda call, backend: backend == "torch" and call.stack.checkpoint_every is None, _torchs),
-    (lambda call, backend: True, _layered),
+PATHS: tuple[tuple[Callable[[Call], bool], Callable[[Call], Found]], ...] = (
+    (lambda call: call.route.T == 0, _no_step),
+    (_lacks_chunks, _missing),
+    (lambda call: call.backend == "torch" and not call.options.plain, _segments),
+    (lambda call: call.backend == "torch" and call.stack.checkpoint_every is None, _torchs),
+    (_is_straight, _straight),
+    (lambda call: True, _layered),
 )
+
+
+def _choose(call: Call) -> Callable[[Call], Found]:
+    for applies, path in PATHS:
+        if applies(call):
+            return path
+    raise AssertionError("the last path is for every call")

@@ -13,7 +13,7 @@ The states of such a layer are m and c; h_0 goes beside them into the first step
 Source: Sak et al. 2014 (arXiv:1402.1128) for the cell, torch.nn.LSTM for its equations.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,22 +62,13 @@ def h_start(d: int, x: Tensor, h_0: Tensor | None, P: int, window: Window) -> Te
     return states_before(d, zeros, h, segments, anew, window.by_step)
 
 
-def run(
-    recurrence: Callable,
-    W_hr: Tensor,
-    x_gates: Tensor,
-    W_hh: Tensor,
-    b_hh: Tensor | None,
-    states: Tensor | None,
-    source: tuple,
-    window: Window,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (T, B, D, P), final m and c, and c of all steps, of a recurrence of m and c; W_hh (D, 4*H, P)."""
-    y, finals, steps = recurrence(x_gates, combined(W_hh, W_hr), b_hh, states, source, window)
-    y = torch.stack([linear(y.select(-2, d), W_hr[d]) for d in range(len(W_hr))], -2)
-    if window.sequences is not None and y.dim() == 4:  # no gradient of the padding, even NaN, reaches W_hr
-        y = y.masked_fill(~Slots.of(window.sequences.rows, y.shape[:2]).live[..., None, None], 0)
-    return y, finals, steps
+def projected(y: Tensor, W_hr: Tensor, window: Window) -> Tensor:
+    """h (T, B, D*P) of m (T, B, D*H)."""
+    D = len(W_hr)
+    h = torch.cat([linear(m, W) for m, W in zip(y.chunk(D, -1), W_hr, strict=True)], -1)
+    if window.sequences is not None and y.dim() == 3:  # no gradient of the padding, even NaN, reaches W_hr
+        h = h.masked_fill(~Slots.of(window.sequences.rows, y.shape[:2]).live[..., None], 0)
+    return h
 
 
 def combined(W_hh: Tensor, W_hr: Tensor) -> Tensor:

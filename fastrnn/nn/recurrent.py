@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..planning.arguments import as_int, check_checkpoint_every, check_clips, check_heads
-from ..planning.planner import BACKENDS, Plan, plan
+from ..planning.planner import BACKENDS, Plan
 from ..sequences import Packing, stops_at_torchs_kernels, untraced
 from ..stack import Stack
-from . import paths, streaming
+from . import calls, paths, streaming
 from .older_tools import OlderTools, leaf_module
 from .options import Options
-from .validation import check_rank, compute_dtype
+from .validation import check_rank
 
 
 class Recurrent(OlderTools, torch.nn.RNNBase):
@@ -108,21 +108,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         else:
             data, T = input, input.shape[1 if self.batch_first and input.dim() == 3 else 0]
             B = input.shape[0 if self.batch_first else 1] if input.dim() == 3 else 1
-        return plan(
-            self.mode.lower(),
-            hidden_size=self.hidden_size,
-            batch_size=max(B, 1),
-            seq_len=max(T, 1),
-            directions=2 if self.bidirectional else 1,
-            dtype=compute_dtype(data),
-            device=str(data.device),
-            backend=self.backend,
-            num_layers=self.num_layers,
-            checkpoint_every=self.checkpoint_every,
-            num_heads=self.num_heads,
-            clip_grad_state=self.clip_grad_state,
-            clip_state=self.clip_state,
-        )
+        return calls.planned(self._stack(), self.hidden_size, T, B, data)
 
     @leaf_module
     def forward(
@@ -170,41 +156,44 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         """
         # CPU tensors take torch's path with next to nothing before it, so that "auto" costs there what torch.nn costs.
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
+        backend, packed = self.backend, isinstance(input, PackedSequence)
         whole = plain and not return_cell_states and self.checkpoint_every is None and self._stack_is_torchs()
-        if whole and (self.backend == "torch" or (self.backend == "auto" and not input.is_cuda)):
+        if whole and (backend == "torch" or (backend == "auto" and not input.is_cuda)):
             return self._run_torchs(input, hx)
-        options = Options(lengths, cu_seqlens, reset, reset_state, return_cell_states)
-        packed, packing = isinstance(input, PackedSequence), None
+        options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         if packed and not plain:
             raise ValueError("lengths, cu_seqlens, reset: expected None beside a PackedSequence")
         if not packed and cu_seqlens is None:
             check_rank(self._name, input, hx)
-        if whole and self.backend == "auto" and paths.backend_of(self.plan(input)) == "torch":
+        if whole and backend == "auto" and calls.backend_of(self.plan(input)) == "torch":
             return self._run_torchs(input, hx)
-        if packed:
-            packing = Packing.of(input)
-            options = options._replace(cu_seqlens=packing.cu_seqlens)
-            order, sequence = (input.sorted_indices, input.unsorted_indices), input
-            input, hx = input.data[packing.slot], _map(lambda state: _reordered(state, order[0]), hx)
-
-        batch_dim = 0 if self.batch_first else 1
-        unbatched = input.dim() == 2 and options.cu_seqlens is None
-        if unbatched:
+        if packed or (input.dim() == 2 and cu_seqlens is None):
             if not plain:
                 raise ValueError("lengths, reset: expected None beside unbatched input")
-            input = input.unsqueeze(batch_dim)
-            hx = _map(lambda state: state.unsqueeze(1), hx)
-        params = [getattr(self, name) for name in self._flat_weights_names]
+            return (self._run_packed if packed else self._run_unbatched)(input, hx, options)
+        return self._run(input, hx, options)
+
+    def _run(self, input: Tensor, hx: Any, options: Options) -> tuple:
+        """Batched or ragged input."""
+        own = self._parameters  # where a parametrization took one away, an attribute is in its place
+        params: Any = [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
         output, finals, *cell_states = paths.run(self._stack(), input, hx, params, options)
-        outputs = (output, *cell_states)
-        if unbatched:
-            outputs = tuple(y.squeeze(batch_dim) for y in outputs)
-            finals = tuple(state.squeeze(1) for state in finals)
-        if packing is not None:
-            outputs = tuple(PackedSequence(y[packing.packed], sequence.batch_sizes, *order) for y in outputs)
-            finals = tuple(_reordered(state, order[1]) for state in finals)
-        output, *cell_states = outputs
         return output, finals[0] if len(finals) == 1 else finals, *cell_states
+
+    def _run_unbatched(self, input: Tensor, hx: Any, options: Options) -> tuple:
+        batch_dim = 0 if self.batch_first else 1
+        hx = _map(lambda state: state.unsqueeze(1), hx)
+        output, state, *cell_states = self._run(input.unsqueeze(batch_dim), hx, options)
+        outputs = [y.squeeze(batch_dim) for y in (output, *cell_states)]
+        return outputs[0], _map(lambda s: s.squeeze(1), state), *outputs[1:]
+
+    def _run_packed(self, input: PackedSequence, hx: Any, options: Options) -> tuple:
+        packing, order = Packing.of(input), (input.sorted_indices, input.unsorted_indices)
+        hx = _map(lambda state: _reordered(state, order[0]), hx)
+        of_packing = Options.of(cu_seqlens=packing.cu_seqlens, cell_states=options.cell_states)
+        output, state, *cell_states = self._run(input.data[packing.slot], hx, of_packing)
+        outputs = [PackedSequence(y[packing.packed], input.batch_sizes, *order) for y in (output, *cell_states)]
+        return outputs[0], _map(lambda s: _reordered(s, order[1]), state), *outputs[1:]
 
     def _run_torchs(self, input: Any, hx: Any) -> Any:
         """torch.nn's forward; what torch.compile cannot trace, or not in time, breaks its graph."""

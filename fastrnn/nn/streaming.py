@@ -11,13 +11,13 @@ from .validation import check_rank
 
 def step(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     """What fastrnn.RNN, GRU and LSTM have as `step`."""
-    name = module._name
     if module.bidirectional:
         raise ValueError(
-            f"{name}.step: expected a layer of one direction; got a bidirectional one, "
+            f"{module._name}.step: expected a layer of one direction; got a bidirectional one, "
             "whose other direction begins with the last time step, which a stream has not reached"
         )
     if input.dim() not in (1, 2):
+        name = module._name
         raise ValueError(f"{name}.step: Expected input to be 1D or 2D, got {input.dim()}D instead")
     # Nothing stays on chip between calls: "auto" takes torch's cells, which have least to do beside the products.
     if module.backend in ("auto", "torch") and not module.proj_size and module._stack_is_torchs():
@@ -29,9 +29,7 @@ def step(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
 
 def _by_cells(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     """By torch's cells, layer by layer."""
-    pair = module.mode == "LSTM"
-    batched = input.dim() == 2
-    check_rank(module._name, input.unsqueeze(0), hx)
+    pair, batched = module.mode == "LSTM", input.dim() == 2
     x = input if batched else input.unsqueeze(0)
     if hx is None:
         h = x.new_zeros(module.num_layers, x.shape[0], module.hidden_size)
@@ -39,21 +37,41 @@ def _by_cells(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     else:
         states = tuple(hx) if pair else (hx,)
         states = states if batched else tuple(s.unsqueeze(1) for s in states)
-    module.check_forward_args(x.unsqueeze(1 if module.batch_first else 0), states if pair else states[0], None)
+    of_layers = module.all_weights
+    if not _fit(module, x, of_layers[0][0].dtype, states):
+        _check(module, input, hx, x, states)
 
-    cell = getattr(torch._VF, f"{module.mode.lower()}_cell")
-    after = []
-    of_layers = zip(*(s.unbind() for s in states), strict=True)
-    for layer, (before, weights) in enumerate(zip(of_layers, module.all_weights, strict=True)):
-        if layer and module.dropout and module.training:
-            x = dropout(x, module.dropout)
+    cell, after = _CELLS[module.mode], []
+    if len(of_layers) == 1:
+        (weights,), before = of_layers, tuple([s.squeeze(0) for s in states])
         found = cell(x, before if pair else before[0], *weights)
-        after.append(found if pair else (found,))
-        x = after[-1][0]
-    if len(after) == 1:
-        stacked = [s.unsqueeze(0) for s in after[0]]
+        x, stacked = (found[0] if pair else found), [s.unsqueeze(0) for s in (found if pair else (found,))]
     else:
+        for layer, (before, weights) in enumerate(zip(zip(*states, strict=True), of_layers, strict=True)):
+            if layer and module.dropout and module.training:
+                x = dropout(x, module.dropout)
+            found = cell(x, before if pair else before[0], *weights)
+            after.append(found if pair else (found,))
+            x = after[-1][0]
         stacked = [torch.stack(s) for s in zip(*after, strict=True)]
     if not batched:
         x, stacked = x.squeeze(0), [s.squeeze(1) for s in stacked]
     return x, tuple(stacked) if pair else stacked[0]
+
+
+_CELLS = {mode: getattr(torch._VF, f"{mode.lower()}_cell") for mode in ("LSTM", "GRU", "RNN_TANH", "RNN_RELU")}
+
+
+def _fit(module: Any, x: Tensor, dtype: torch.dtype, states: tuple[Tensor, ...]) -> bool:
+    """Whether all is as it mostly is, which is faster to see than what may be wrong, or is not."""
+    sizes = (module.num_layers, x.shape[0], module.hidden_size)
+    if x.shape[1] != module.input_size or x.dtype != dtype:
+        return False
+    return states[0].shape == sizes and states[-1].shape == sizes
+
+
+def _check(module: Any, input: Tensor, hx: Any, x: Tensor, states: Any) -> None:
+    """The errors of torch.nn's forward."""
+    check_rank(module._name, input.unsqueeze(0), hx)
+    time = 1 if module.batch_first else 0
+    module.check_forward_args(x.unsqueeze(time), states if len(states) > 1 else states[0], None)

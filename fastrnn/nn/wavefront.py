@@ -61,15 +61,15 @@ def run(
             if stream:
                 if layer:
                     stream.wait_event(finished.pop((layer - 1, chunk)))
-                _record(stream, x, *state)
+                _record(stream, x, *state.tensors)
             y, finals[layer], _ = steps[layer]((x,), state, PLAIN)
-            waiting[layer + 1].append(y.flatten(2))
+            waiting[layer + 1].append(y)
             if stream:
                 finished[layer, chunk] = stream.record_event()
     for stream in streams:
         caller.wait_stream(stream)  # type: ignore[union-attr]
     if caller:
-        _record(caller, *waiting[-1], *(tensor for state in finals for tensor in state))
+        _record(caller, *waiting[-1], *(tensor for state in finals for tensor in state.tensors))
     return list(waiting[-1]), finals
 
 

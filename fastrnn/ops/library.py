@@ -7,6 +7,7 @@ schema.py has their arguments, launch.py runs them.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def _backward(ctx, dy, d_finals, d_saved, d_steps):
         args.backend, args.b_hh, args.x, args.W_ih, args.b_ih, args.rows, args.reset, args.starts, args.by_step,
         args.heads, args.clip_gradient, args.clip_state,
     )  # fmt: skip
-    found = _run_backward(given)
+    found = run_backward(given)
     return NO_GRADIENTS._replace(
         x_gates=found.d_x_gates,
         W_hh=found.dW_hh if needs.W_hh else None,
@@ -115,42 +116,24 @@ _RecurrenceBackward = torch_func.function(
 )
 
 
-class _Eager(torch.autograd.Function):
-    """Runs the op's forward and gradients without the op, whose dispatch was a third of a training step's host time."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        results = launch.forward(Args(*args))
-        _save(ctx, args, results)
-        return tuple(results)
-
-    backward: Any = staticmethod(_backward)
-
-
-class _EagerBackward(torch.autograd.Function):
-    """Runs the backward op's forward and gradients without that op."""
-
-    @staticmethod
-    def forward(ctx, *args):
-        results = launch.backward(BackwardArgs(*args))
-        _save_backward(ctx, args, results)
-        return tuple(results)
-
-    backward: Any = staticmethod(_double_backward)
-
-
-def _observed(tensor: Tensor) -> bool:
-    """Whether somebody wants to see an op: a compiler, an exporter, a tracer, a mode, a subclass of Tensor."""
+def observed(tensors: Iterable[Tensor]) -> bool:
+    """Whether somebody wants to see operators: a compiler, a tracer, a mode, a transform, a subclass of Tensor."""
     return (
-        type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
+        or torch_func.transforming()
+        or not all([type(tensor) in PLAIN for tensor in tensors])
     )
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def run(args: Args) -> Results:
-    """The recurrence with its gradients; save is found out here."""
+    """The recurrence with its gradients, by the op; save is found out here."""
+    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
     # Each level of nested transforms has an answer of its own to whether gradients are wanted: there, always.
     transforming = torch_func.transforming()
     # torch.jit.trace writes the answer down, for all calls of what it makes: it checks that under no_grad.
@@ -158,20 +141,12 @@ def run(args: Args) -> Results:
     wanted = (args.x_gates, args.W_hh, args.b_hh, args.state_0, args.starts)
     save = transforming or (asked and any(t is not None and t.requires_grad for t in wanted))
     args = args._replace(save=save)
-    if transforming:
-        return Results(*_Recurrence.apply(*args))
-    if _observed(args.x_gates):
-        return Results(*_recurrence(*args))
-    return Results(*_Eager.apply(*args)) if save else launch.forward(args)
+    return Results(*(_Recurrence.apply if transforming else _recurrence)(*args))
 
 
-def _run_backward(args: BackwardArgs) -> BackwardResults:
-    if torch_func.transforming():
-        return BackwardResults(*_RecurrenceBackward.apply(*args))
-    if _observed(args.y):
-        return BackwardResults(*_recurrence_backward(*args))
-    # With gradients enabled, those of the gradients are wanted.
-    return BackwardResults(*_EagerBackward.apply(*args)) if torch.is_grad_enabled() else launch.backward(args)
+def run_backward(args: BackwardArgs) -> BackwardResults:
+    """Its gradients, which have gradients."""
+    return BackwardResults(*(_RecurrenceBackward.apply if torch_func.transforming() else _recurrence_backward)(*args))
 
 
 def by_direction(states: Tensor, heads: int) -> Tensor:
@@ -237,8 +212,6 @@ def recurrence(
     >>> h_n[0, 0, 0].item()
     0.03125
     """
-    if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-        raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
     if cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(map(repr, CELLS))}; got {cell!r}")
     if backend not in TIERS:

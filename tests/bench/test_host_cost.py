@@ -1,4 +1,4 @@
-"""What a call costs the host, without a clock: how many functions it runs may not grow unnoticed."""
+"""What a call costs the host, without a clock: functions that it runs and memory may not grow unnoticed."""
 
 import json
 
@@ -8,18 +8,61 @@ from ..support import children
 
 # Of a call like one before it: Python's and C's functions, torch 2.13 on Python 3.11; others differ by a few.
 BUDGET = {
-    "LSTM, 1, inference": 390,
-    "LSTM, 1, training": 770,
-    "LSTM, 2, inference": 650,
-    "LSTM, 2, training": 1370,
-    "GRU, 1, inference": 390,
-    "GRU, 1, training": 770,
-    "GRU, 2, inference": 650,
-    "GRU, 2, training": 1370,
+    "LSTM, 1, inference": 175,
+    "LSTM, 1, training": 415,
+    "LSTM, 2, inference": 270,
+    "LSTM, 2, training": 715,
+    "GRU, 1, inference": 170,
+    "GRU, 1, training": 420,
+    "GRU, 2, inference": 260,
+    "GRU, 2, training": 720,
+    "LSTM, lengths, inference": 215,
+    "LSTM, reset, inference": 210,
+    "LSTM, bidirectional, inference": 180,
+    "LSTM, step, inference": 45,
+    "LSTM, lengths, training": 465,
+    "LSTM, reset, training": 490,
+    "LSTM, bidirectional, training": 485,
+    "LSTM, step, training": 120,
+    "GRU, lengths, inference": 215,
+    "GRU, reset, inference": 210,
+    "GRU, bidirectional, inference": 180,
+    "GRU, step, inference": 40,
+    "GRU, lengths, training": 470,
+    "GRU, reset, training": 495,
+    "GRU, bidirectional, training": 500,
+    "GRU, step, training": 120,
+}
+# Allocations of a call, and their bytes at the peak, by torch's allocator, torch 2.13.
+MEMORY = {
+    "LSTM, 1, inference": (4, 3072),
+    "LSTM, 1, training": (13, 90112),
+    "LSTM, 2, inference": (10, 4096),
+    "LSTM, 2, training": (28, 224768),
+    "GRU, 1, inference": (3, 2304),
+    "GRU, 1, training": (13, 68352),
+    "GRU, 2, inference": (7, 3072),
+    "GRU, 2, training": (27, 169472),
+    "LSTM, lengths, inference": (16, 3096),
+    "LSTM, reset, inference": (7, 3096),
+    "LSTM, bidirectional, inference": (8, 141312),
+    "LSTM, step, inference": (6, 512),
+    "LSTM, lengths, training": (29, 90264),
+    "LSTM, reset, training": (32, 90136),
+    "LSTM, bidirectional, training": (18, 311296),
+    "LSTM, step, training": (22, 9152),
+    "GRU, lengths, inference": (15, 2328),
+    "GRU, reset, inference": (6, 2328),
+    "GRU, bidirectional, inference": (7, 105984),
+    "GRU, step, inference": (4, 512),
+    "GRU, lengths, training": (29, 68504),
+    "GRU, reset, training": (32, 68376),
+    "GRU, bidirectional, training": (18, 235008),
+    "GRU, step, training": (22, 6848),
 }
 
 
-def counted(arguments: list[str]) -> dict[str, int]:
+def counted(arguments: list[str]) -> dict:
     done = children.run(arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -34,7 +77,10 @@ def test_a_call_runs_no_more_functions_than_it_did():
 
 @pytest.mark.parametrize(
     ("target", "does"),
-    (("fastrnn.compat.launcher.usable", "lambda kernel: False"), ("fastrnn.ops.library._observed", "lambda x: True")),
+    (
+        ("fastrnn.compat.launcher.Ready.usable", "lambda kernel: False"),
+        ("fastrnn.nn.calls.observed", "lambda tensors: True"),
+    ),
 )
 def test_a_longer_way_is_noticed(target, does, tmp_path):
     """Triton's binder at each launch; the op's dispatch."""
@@ -44,7 +90,44 @@ def test_a_longer_way_is_noticed(target, does, tmp_path):
         f"with mock.patch({target!r}, {does}):\n    host_cost.main(['--calls'])\n"
     )
     shorter, longer = counted(["-m", "bench.host_cost", "--calls"]), counted([str(script)])
-    assert all(longer[case] > 1.05 * shorter[case] for case in BUDGET)
+    kernels = [case for case in BUDGET if "step" not in case]  # which are torch's
+    assert all(longer[case] > 1.05 * shorter[case] for case in kernels)
+
+
+def test_a_longer_step_is_noticed(tmp_path):
+    """By a named backend's way, which is for sequences."""
+    script = tmp_path / "longer.py"
+    script.write_text(
+        "from unittest import mock\nfrom bench import host_cost\nfrom fastrnn.nn import streaming\n"
+        "step = streaming.step\n"
+        "def longer(module, x, hx):\n    module.backend = 'reference'\n    return step(module, x, hx)\n"
+        "with mock.patch.object(streaming, 'step', longer):\n    host_cost.main(['--calls'])\n"
+    )
+    longer = counted([str(script)])
+    assert all(longer[case] > BUDGET[case] for case in BUDGET if "step" in case)
+
+
+def grown(found: dict[str, list[int]]) -> dict[str, list[int]]:
+    return {case: took for case, took in found.items() if took[0] > MEMORY[case][0] or took[1] > MEMORY[case][1]}
+
+
+def test_a_call_takes_no_more_memory_than_it_did():
+    assert MEMORY.keys() == BUDGET.keys()
+    assert grown(counted(["-m", "bench.host_cost", "--memory"])) == {}
+
+
+def test_memory_that_a_call_does_not_need_is_noticed(tmp_path):
+    """Gates kept where no gradient is wanted; another tensor at each forward pass."""
+    script = tmp_path / "more.py"
+    script.write_text(
+        "from unittest import mock\nfrom bench import host_cost\nfrom fastrnn.ops import layer\n"
+        "forward = layer._forward\n"
+        "def more(call, rows, reset, tensors, save):\n    kept = tensors[-1].clone()\n"
+        "    return forward(call, rows, reset, tensors, save=True)\n"
+        "with mock.patch.object(layer, '_forward', more):\n    host_cost.main(['--memory'])\n"
+    )
+    found = grown(counted([str(script)]))
+    assert found.keys() == {case for case in MEMORY if "step" not in case}
 
 
 def test_the_table_has_a_row_for_each_case():

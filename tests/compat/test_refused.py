@@ -39,7 +39,7 @@ def test_a_named_backend_gets_an_error_every_time():
     *named, auto = scenario("named")
     assert [record["launches"] for record in named] == [[REFUSED_CLUSTER], [REFUSED_CLUSTER], [REFUSED_COOPERATIVE]]
     for record in named[:2]:
-        assert re.match(f"LaunchRefusedError: backend='cluster': {CLUSTERS_REFUSED}", record["error"])
+        assert re.match(f"fastrnn.LaunchRefusedError: backend='cluster': {CLUSTERS_REFUSED}", record["error"])
     assert re.search("'cooperative': stand-in refused 32 programs .8 warps each.: too many", named[2]["error"])
     assert all(record["warnings"] == [] for record in named)
     assert auto["launches"] == [] and auto["by torch"] and auto["error"] is None
@@ -48,7 +48,7 @@ def test_a_named_backend_gets_an_error_every_time():
 def test_a_refusal_in_backward_is_an_error_once():
     """Forward has run by then; "auto" plans both passes anew in the next call."""
     first, again = scenario("in_backward")
-    assert first["launches"] == [CLUSTER, REFUSED_CLUSTER] and "LaunchRefusedError" in first["error"]
+    assert first["launches"] == [CLUSTER, REFUSED_CLUSTER] and "fastrnn.LaunchRefusedError" in first["error"]
     assert again["launches"] == [COOPERATIVE] * 2 and again["error"] is None
 
 
@@ -70,7 +70,7 @@ def test_other_errors_are_no_refusals():
 
 def test_a_refusal_that_is_not_remembered_ends_in_an_error():
     (record,) = scenario("forgetful")
-    assert record["launches"] == [REFUSED_CLUSTER] * 4 and "LaunchRefusedError" in record["error"]
+    assert record["launches"] == [REFUSED_CLUSTER] * 4 and "fastrnn.LaunchRefusedError" in record["error"]
 
 
 def test_torch_compile_traces_what_the_driver_said_and_refused():

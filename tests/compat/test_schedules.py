@@ -154,12 +154,12 @@ def test_every_broken_protocol_is_caught(name, cell, scheduled, mutate):
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_form_that_spins_on_a_load(cell, scheduled, monkeypatch):
     """AMD's form of the wait, under the same schedules."""
-    from fastrnn.ops import launch
+    from fastrnn.planning import planner
 
     run = passes(cell)
     expected = {which: run[which]() for which in run}
-    planned = launch.kernel_for
-    monkeypatch.setattr(launch, "kernel_for", lambda *args: spinning(planned(*args)))
+    planned = planner.kernel_for
+    monkeypatch.setattr(planner, "kernel_for", lambda *args: spinning(planned(*args)))
     for which in run:
         for seed in range(5):
             scheduled(seed)

@@ -70,7 +70,7 @@ def test_dtypes_devices_and_absent_pointers_share_no_form(chosen):
 @pytest.mark.parametrize(
     ("function", "forgotten", "check"),
     (
-        ("first_without_spills", "tuple(options.items()), ", two_clusters),
+        ("key", "tuple(self.options.items()), ", two_clusters),
         ("as_compiled", ", argument.data_ptr() % 16 == 0", two_alignments),
     ),
 )

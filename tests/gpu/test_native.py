@@ -142,6 +142,65 @@ def test_make_graphed_callables(name, H, kwargs):
             assert torch.equal(a, b)
 
 
+@on_a_gpu
+@pytest.mark.parametrize("backend", ("resident", "cooperative"))
+def test_lengths_and_resets_are_read_when_a_graph_is_replayed(backend):
+    module = fastrnn.GRU(16, 64, backend=backend, device="cuda")
+    x = torch.randn(8, 3, 16, device="cuda")
+    lengths, reset = torch.tensor([8, 8, 8], device="cuda"), torch.zeros(8, 3, dtype=torch.bool, device="cuda")
+
+    def step() -> list[torch.Tensor]:
+        module.zero_grad(set_to_none=True)
+        output, h_n = module(x, lengths=lengths, reset=reset)
+        output.square().mean().backward()
+        return [output, h_n, *(p.grad for p in module.parameters())]
+
+    fastrnn.warmup(module, x, lengths=lengths, reset=reset)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    lengths.copy_(torch.tensor([8, 3, 0]))
+    reset[4, 0] = True
+    graph.replay()
+    found = [t.detach().clone() for t in replayed]
+    assert all(map(torch.equal, found, step()))
+    assert found[0][3:, 1].count_nonzero() == 0
+
+
+@on_a_gpu
+def test_lengths_on_the_host_are_not_captured():
+    module, x = fastrnn.GRU(16, 64, backend="resident", device="cuda"), torch.randn(8, 3, 16, device="cuda")
+    with torch.no_grad():
+        module(x, lengths=[8, 3, 1])
+        with (
+            pytest.raises(ValueError, match="^lengths: .* while a CUDA graph"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            module(x, lengths=[8, 3, 1])
+
+
+@on_a_gpu
+def test_after_a_warmup_the_first_call_compiles_nothing():
+    from triton import knobs
+
+    module, x = fastrnn.LSTM(16, 96, device="cuda", dtype=torch.bfloat16), (12, 5, 16)
+    compiled = []
+    knobs.compilation.listener = lambda src, cache_hit, **_: compiled.append(src.name)
+    try:
+        count = fastrnn.warmup(module, x)
+        compiled.clear()
+        module(torch.randn(x, device="cuda", dtype=torch.bfloat16))[0].sum().backward()
+    finally:
+        knobs.compilation.listener = None
+    assert count in (0, 2) and compiled == []  # not even asked for: they are loaded
+    assert module.weight_hh_l0.grad is not None
+
+
 @pytest.fixture
 def cudnn():
     """What conftest.py turns off, and afterwards turns to what it was."""

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fastrnn.compat import spills
+from fastrnn.compat import interpreter, spills
 from fastrnn.planning.tiers import TIERS
 
 from ..support import children
@@ -62,7 +62,8 @@ def test_plans_agree_with_tile_triton_under_the_interpreter(H, tmp_path):
         inputs, upstream, executed = torch.load(tmp_path / f"{cell}.pt")
         problem = Problem(cell, inputs, upstream)
         assert beyond_budget(problem, executed) == {}
-        assert over_budget(problem) == {}  # the resident kernel: the interpreter holds any H
+        if interpreter.ENABLED:  # which holds any H in one program, as a GPU does not
+            assert over_budget(problem) == {}
 
 
 @NEEDS_CLUSTERS

@@ -61,8 +61,10 @@ def test_a_layer_alone(name, backend, subclass, device):
 def test_kernels_run_after_convert(device, monkeypatch):
     """Nothing else shows that the outputs of a converted model come from a kernel of ours."""
     calls = []
-    forward = fastrnn.ops.launch.forward
-    monkeypatch.setattr("fastrnn.ops.launch.forward", lambda args: calls.append(args.cell) or forward(args))
+    forward = fastrnn.ops.launch.launch_forward
+    monkeypatch.setattr(
+        "fastrnn.ops.launch.launch_forward", lambda run, *args: calls.append(run.cell.name) or forward(run, *args)
+    )
     model, x = Tagger().to(device), torch.randn(4, 2, 4, device=device)
     before = model(x)
     assert not calls

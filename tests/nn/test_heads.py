@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastrnn
-from fastrnn.nn import paths
+from fastrnn.nn import calls
 from fastrnn.planning.kernel_plan import GridTooLargeError
 
 N = 3
@@ -241,7 +241,7 @@ def test_a_loop_on_a_gpu_is_warned_of():
     planned = fastrnn.plan("gru", hidden_size=6, batch_size=1, num_heads=N, device="cpu")
     on_gpu = dataclasses.replace(planned, device="cuda:0", why="no tier holds these heads")
     with pytest.warns(fastrnn.FallbackWarning, match="runs a loop over time in torch: no tier holds these heads"):
-        assert paths.backend_of(on_gpu) == "reference"
+        assert calls.backend_of(on_gpu) == "reference"
 
 
 def test_a_head_that_no_tier_holds():
@@ -254,8 +254,8 @@ def test_a_head_that_no_tier_holds():
 @pytest.mark.parametrize(
     ("function", "old", "new"),
     (
-        ("fastrnn.nn.layers._by_head", ".transpose(0, 1)", ".transpose(0, 1).flip(0)"),
-        ("fastrnn.nn.layers._of_recurrences", "joined([tensor", "joined([tensor.flip(0)"),
+        ("fastrnn.nn.layers.by_head", ".transpose(0, 1)", ".transpose(0, 1).flip(0)"),
+        ("fastrnn.nn.layers._step", "(by_head(stack, role) for role in (W_ih, W_hh, *b))", "(W_ih, W_hh, *b)"),
         ("fastrnn.reference._product", "rec + b_hh", "rec + b_hh.flip(0)"),
     ),
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn.nn import paths
+from fastrnn.nn import calls
 
 NAMES = ("RNN", "GRU", "LSTM")
 BACKENDS = ("auto", "torch", "reference", "resident", "cooperative")
@@ -204,13 +204,13 @@ def test_fallback_on_a_gpu_warns_once_a_reason():
     """Without a GPU: the Plan that a GPU's tensors would get, and what is made of it."""
     planned = fastrnn.plan("lstm", hidden_size=4096, batch_size=8, dtype=torch.bfloat16, device="sm_90")
     fallback = dataclasses.replace(planned, device="cuda:0")
-    paths._warn_fallback.cache_clear()
+    calls._warn_fallback.cache_clear()
     with pytest.warns(fastrnn.FallbackWarning, match="does not fit one program: 128.0 MiB at H=4096"):
-        assert paths.backend_of(fallback) == "torch"
+        assert calls.backend_of(fallback) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert paths.backend_of(fallback) == "torch"  # the same reason again
-        assert paths.backend_of(dataclasses.replace(fallback, device="cpu", why="another")) == "torch"
+        assert calls.backend_of(fallback) == "torch"  # the same reason again
+        assert calls.backend_of(dataclasses.replace(fallback, device="cpu", why="another")) == "torch"
 
 
 def test_explain_prints_the_plan_and_the_reason(device, capsys):

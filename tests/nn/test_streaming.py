@@ -114,3 +114,28 @@ def test_wrong_calls(name, backend, device):
     both = layer(name, device, backend, bidirectional=True)
     with pytest.raises(ValueError, match=f"{name}.step: expected a layer of one direction; got a bidirectional one"):
         both.step(zeros(2, 3, device=device))
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "put"),
+    (
+        ("x.shape[1] != module.input_size", "False"),
+        ("x.dtype != dtype", "False"),
+        ("states[0].shape == sizes", "True"),
+        (" and states[-1].shape == sizes", ""),
+    ),
+)
+def test_a_check_that_is_skipped_is_noticed(forgotten, put, device, mutate):
+    """What fits is not looked at twice: h or c alone may be wrong, too."""
+
+    def one_is_wrong():
+        module, h = layer("LSTM", device, "auto"), torch.zeros(2, 2, 5, device=device)
+        for number, state in enumerate(((h[:, :1], h), (h, h[:, :1]))):
+            with pytest.raises(RuntimeError, match=rf"Expected hidden\[{number}\] size \(2, 2, 5\)"):
+                module.step(torch.zeros(2, 3, device=device), state)
+
+    one_is_wrong()
+    mutate({"fastrnn.nn.streaming._fit": (forgotten, put)})
+    with pytest.raises((AssertionError, pytest.fail.Exception, RuntimeError)):
+        one_is_wrong()
+        test_wrong_calls("GRU", "auto", device)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn.nn import paths, wavefront
+from fastrnn.nn import calls, wavefront
+from fastrnn.nn.layers import State
 from fastrnn.planning.planner import CHUNK_STEPS_PER_LAYER, plan
 
 BF16 = torch.bfloat16
@@ -93,7 +94,7 @@ def faults(module: ModuleType, layers: int = 3, chunks: int = 4) -> set[str]:
     """What goes wrong on a device where only streams and events put work in order."""
     device = Device(layers)
     xs = device.make("x", chunks, 1, 1).split(1)
-    states = [(device.make(f"h_0 of {layer}", 1),) for layer in range(layers)]
+    states = [State((device.make(f"h_0 of {layer}", 1),)) for layer in range(layers)]
     weights = [[device.make(f"W of {layer}", 1)] for layer in range(layers)]
 
     def step(layer: int):
@@ -101,12 +102,12 @@ def faults(module: ModuleType, layers: int = 3, chunks: int = 4) -> set[str]:
 
         def run(inputs, state, window):
             nonlocal chunk
-            for tensor in (*inputs, *state, *weights[layer]):
+            for tensor in (*inputs, *state.tensors, *weights[layer]):
                 device.read(tensor)
             ahead = (layer - 1, chunk + 1)
             if ahead in device.current.over:
                 device.faults.append(f"waits for {ahead} too")
-            after = (device.make((layer, chunk), 1, 1, 1, 1), (device.make(f"h of {layer, chunk}", 1),))
+            after = (device.make((layer, chunk), 1, 1, 1), State((device.make(f"h of {layer, chunk}", 1),)))
             chunk += 1
             return *after, None
 
@@ -116,7 +117,7 @@ def faults(module: ModuleType, layers: int = 3, chunks: int = 4) -> set[str]:
         steps = [step(layer) for layer in range(layers)]
         ys, finals = module.run(steps, xs, states, weights, device.streams)
         assert len(ys) == chunks and len(finals) == layers
-        for tensor in (*ys, *(state[0] for state in finals)):
+        for tensor in (*ys, *(state.states[0] for state in finals)):
             device.read(tensor)
     assert [device.made[y.untyped_storage().data_ptr()][0] for y in ys] == [(layers - 1, k) for k in range(chunks)]
     return set(device.faults)
@@ -139,10 +140,18 @@ MUTATIONS = {
     "the caller is not waited for": ("stream.wait_stream(caller)", "pass", "read before"),
     "the caller does not wait": ("caller.wait_stream(stream)", "pass", "read before"),
     "weights are not recorded": ("_record(stream, *used[0])", "pass", "does not know"),
-    "inputs are not recorded": ("_record(stream, x, *state)", "_record(stream, *state)", "does not know"),
-    "states are not recorded": ("_record(stream, x, *state)", "_record(stream, x)", "does not know"),
+    "inputs are not recorded": (
+        "_record(stream, x, *state.tensors)",
+        "_record(stream, *state.tensors)",
+        "does not know",
+    ),
+    "states are not recorded": ("_record(stream, x, *state.tensors)", "_record(stream, x)", "does not know"),
     "outputs are not recorded": ("_record(caller, *waiting[-1],", "_record(caller,", "does not know"),
-    "final states are not recorded": ("*(tensor for state in finals for tensor in state)", "*()", "does not know"),
+    "final states are not recorded": (
+        "*(tensor for state in finals for tensor in state.tensors)",
+        "*()",
+        "does not know",
+    ),
 }
 
 
@@ -160,7 +169,7 @@ def test_a_broken_schedule_is_noticed(name):
 
 def as_wavefront(monkeypatch, chunk: int) -> None:
     """As if the planner had said that it pays, without streams."""
-    monkeypatch.setattr(paths, "plan", lambda *a, **k: dataclasses.replace(plan(*a, **k), wavefront=chunk))
+    monkeypatch.setattr(calls, "plan", lambda *a, **k: dataclasses.replace(plan(*a, **k), wavefront=chunk))
     monkeypatch.setattr(wavefront, "streams_of", lambda device, layers: ())
 
 
@@ -195,7 +204,7 @@ def test_equals_layer_after_layer(name, backend, dtype, monkeypatch, device):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_streams_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(paths, "plan", lambda *a, **k: dataclasses.replace(plan(*a, **k), wavefront=3))
+    monkeypatch.setattr(calls, "plan", lambda *a, **k: dataclasses.replace(plan(*a, **k), wavefront=3))
     found = results("LSTM", "cuda", backend="resident")
     monkeypatch.setattr(wavefront, "streams_of", lambda device, layers: ())
     for a, b in zip(found, results("LSTM", "cuda", backend="resident"), strict=True):

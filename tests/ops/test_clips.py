@@ -145,8 +145,7 @@ MUTATIONS = {
         "kernels.loop.cut", "where_not_clipped(K, d_state, tiles.starts)", "d_state", "gru", "state",
         "resets to a state"),
     "h of dW_hh not clipped": (
-        "fastrnn.ops.launch._weight_gradient", "y, h_0 = y.clamp(-limit, limit), ", "y, h_0 = y, ", "gru", "state",
-        "plain"),
+        "fastrnn.ops.sums._clipped", "y=steps.y.clamp(-limit, limit)", "y=steps.y", "gru", "state", "plain"),
 }  # fmt: skip
 
 

@@ -129,7 +129,6 @@ def test_a_batch_of_no_sequence(name, device):
     assert found.shape == (N, 3, 0, 2)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
 def test_forward_mode_is_missing_and_says_so(device):
     """torch.library's own autograd would take it, and return tangents of 0."""
     module, _, xs, _ = made("GRU", "resident", device)

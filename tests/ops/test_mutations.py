@@ -30,9 +30,9 @@ MUTATIONS = {
         "tile.resident.load_weights", "offs[None, :] * K.H + offs[:, None]", "offs[:, None] * K.H + offs[None]", "gru"),
     "gradient of h_n dropped": ("tile.resident.backward", "read.d_finals", "None", "rnn_tanh"),
     "h_n not written": ("tile.resident.forward", "outputs.finals", "None", "lstm"),
-    "h_0 dropped from dW_hh": ("fastrnn.ops.launch._weight_gradient", "first.T @ h_0", "0 * first.T @ h_0", "lstm"),
+    "h_0 dropped from dW_hh": ("fastrnn.ops.sums._sum", "d_first @ h_0", "0 * d_first @ h_0", "lstm"),
     "dW_hh by y of the same step": (
-        "fastrnn.ops.launch._weight_gradient", "d_gates[1:], y[:-1])", "d_gates[1:], y[1:])", "rnn_tanh"),
+        "fastrnn.ops.sums._h_prev", "(B * R * direction + r)", "(B * R + r)", "rnn_tanh"),
     "own columns for own rows": ("tile.cooperative.forward", "units.offs, True", "units.offs, False", "lstm"),
     "own rows for own columns": ("tile.cooperative.backward", "units.offs, False", "units.offs, True", "lstm"),
     "a piece of the state left out": ("tile.cooperative.gates", "(len(F.K_TILES))", "(1)", "gru"),

@@ -12,7 +12,7 @@ import dataclasses, json, sys
 from unittest import mock
 import torch
 from bench import host_cost
-from fastrnn.ops import launch, library
+from fastrnn.ops import library
 from fastrnn.ops.schema import Args
 from fastrnn.planning import planner
 from triton.runtime.jit import JITFunction
@@ -49,7 +49,7 @@ with host_cost.launching_nothing(), mock.patch.object(JITFunction, "run", binder
     print(json.dumps(["again", launches()]))
     with mock.patch.object(JITFunction, "run", lambda *args, **kwargs: counted.__setitem__(0, counted[0] + 1)):
         print(json.dumps(["other launcher", launches()]))
-    with mock.patch.object(launch, "kernel_for", tuned):
+    with mock.patch.object(planner, "kernel_for", tuned):
         print(json.dumps(["other forms", launches(B=5)]))
 """
 
@@ -80,13 +80,13 @@ def test_only_a_launch_like_one_before_skips_the_binder(ran):
     ("forgotten", "noticed"),
     (
         (
-            "launch._pointers = lambda groups: ()",
+            "prepared._pointers = lambda groups: ()",
             ["other {'offset': 1}", "other {'bias': False}", "other {'state': False}"],
         ),
-        ("launch._Ready.is_of = lambda self, kernel, cell: True", ["other forms"]),
+        ("prepared._planned_by = lambda request: ()", ["other forms"]),
         ("launcher.ordinary = lambda: True", ["other launcher"]),
     ),
 )
 def test_what_is_forgotten_is_noticed(ran, forgotten, noticed):
-    found = wrong(ran(f"from fastrnn.compat import launcher\nfrom fastrnn.ops import launch\n{forgotten}\n"))
+    found = wrong(ran(f"from fastrnn.compat import launcher\nfrom fastrnn.ops import prepared\n{forgotten}\n"))
     assert found == noticed

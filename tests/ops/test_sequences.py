@@ -132,11 +132,13 @@ MUTATIONS = {
         "kernels.loop.differentiate", "d_state[n] + tiles.d_steps[n - 1].to(tl.float32)", "d_state[n]", "lstm",
         "lengths"),
     "h_0 dropped from dW_hh": (
-        "fastrnn.ops.launch._weight_gradient", "y, h_0, segments", "y, 0 * h_0, segments", "gru", "lengths"),
+        "fastrnn.ops.sums._h_prev", "y, h_0, Segments", "y, 0 * h_0, Segments", "gru", "lengths"),
     "resets dropped from dW_hh": (
-        "fastrnn.ops.launch._weight_gradient", "segments, start,", "segments, None,", "lstm", "resets to a state"),
+        "fastrnn.ops.sums._h_prev", "reset), start,", "reset), None,", "lstm", "resets to a state"),
+    "y shifted though direction 1 begins with h_0": (
+        "fastrnn.ops.sums._is_shifted", " and steps.h_0 is None", "", "gru", "lengths"),
     "gradients of starts not summed": (
-        "fastrnn.ops.launch._of_starts", "slots.summed(d)", "slots.summed(d * 0)", "gru", "resets to a state"),
+        "fastrnn.ops.launch.of_starts", "summed(whole)", "summed(whole * 0)", "gru", "resets to a state"),
 }  # fmt: skip
 
 

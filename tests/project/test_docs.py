@@ -37,7 +37,7 @@ class Block(NamedTuple):
     code: str
 
     def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
+        return f"{self.page.name}:{self.line} {self.mark}".rstrip()
 
 
 def blocks_of(page: Path) -> list[Block]:

@@ -17,7 +17,7 @@ import torch
 import fastrnn
 from fastrnn.compat import driver as of_fastrnn
 from fastrnn.device import DeviceSpec
-from fastrnn.nn import paths
+from fastrnn.nn import calls
 from fastrnn.planning.planner import plan
 
 from .driver import Driver, pretend
@@ -41,6 +41,8 @@ def call(driver: Driver, backend: str = "auto", H: int = 512, backward: bool = F
             if backward:
                 driver.set("groups", *NO_CLUSTER_OF_16)
                 output.sum().backward()
+        except fastrnn.LaunchRefusedError as raised:
+            error = f"fastrnn.LaunchRefusedError: {raised}"
         except RuntimeError as raised:
             error = f"{type(raised).__name__}: {raised}"
     launches = [{key: launch[key] for key in ("cluster", "cooperative", "error")} for launch in driver.launches()]
@@ -106,7 +108,7 @@ def compiled(driver: Driver) -> Iterator[dict]:
             def graph(x: torch.Tensor) -> torch.Tensor:
                 clusters = of_fastrnn.clusters_at_once(0, 232448, (8, 16))
                 found = dataclasses.replace(spec, clusters=clusters)
-                return x + (1 if paths.backend_of(plan("lstm", **sizes, device=found)) == "cluster" else 0)
+                return x + (1 if calls.backend_of(plan("lstm", **sizes, device=found)) == "cluster" else 0)
 
             yield {"cluster": torch.compile(graph, fullgraph=True, backend="eager")(torch.zeros(1)).item()}
             kernel = plan("lstm", **sizes, device=spec).kernel
@@ -136,7 +138,7 @@ if __name__ == "__main__":
     spec = DeviceSpec.of(GPU)
     with (
         mock.patch.object(DeviceSpec, "of", lambda _: spec),
-        mock.patch.object(paths, "plan", lambda *args, **named: plan(*args, **named | {"device": "cuda:0"})),
+        mock.patch.object(calls, "plan", lambda *args, **named: plan(*args, **named | {"device": "cuda:0"})),
     ):
         for record in scenario(driver):
             print(json.dumps(record), flush=True)

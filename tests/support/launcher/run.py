@@ -29,6 +29,7 @@ from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import Problem as Sizes
 from fastrnn.inspect.compile import call_backward, call_forward, members
 from fastrnn.ops import launch, library
+from fastrnn.ops.prepared import Kernels
 from fastrnn.ops.schema import Args
 from fastrnn.planning.planner import plan
 
@@ -190,7 +191,7 @@ MUTATIONS = {
 
 
 def mutations(driver: Driver) -> Iterator[dict]:
-    swapping = _swapping(launch._launch)
+    swapping = _swapping(Kernels.launch)
     for name, (tier, expected) in MUTATIONS.items():
         if tier == "cluster" and spills.triton_version() < (3, 8):
             continue
@@ -198,7 +199,7 @@ def mutations(driver: Driver) -> Iterator[dict]:
         driver.set("ignores_non_portable", name == "portable clusters only")
         with (
             mock.patch.object(of_triton.active.launcher_cls, "__call__", _changing(name)),
-            mock.patch.object(launch, "_launch", swapping if name == "launch.py swaps" else launch._launch),
+            mock.patch.object(Kernels, "launch", swapping if name == "launch.py swaps" else Kernels.launch),
         ):
             try:
                 records = list(launches(driver, tier, sizes=sizes, kinds=()))
@@ -239,12 +240,12 @@ def _changing(name: str) -> Any:
 def _swapping(launched: Any) -> Any:
     """launch.py's call of a kernel with y and the final states in each other's place."""
 
-    def call(which: str, *args: Any) -> None:
-        *others, groups = args
+    def call(self: Kernels, which: str, *others: Any) -> None:
+        *others, groups = others
         if which == "forward":
             inputs, outputs, sequences = groups
             groups = inputs, outputs._replace(y=outputs.finals[0], finals=(outputs.y, *outputs.finals[1:])), sequences
-        launched(which, *others, groups)
+        launched(self, which, *others, groups)
 
     return call
 

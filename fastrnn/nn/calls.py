@@ -1,0 +1,199 @@
+"""A call: everything is checked and planned once, and kept for the next call like it."""
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS
+from ..compat import driver
+from ..compat.cached import cached
+from ..device import DeviceSpec
+from ..ops.layer import Layer
+from ..ops.library import observed
+from ..ops.prepared import Prepared
+from ..planning import tuning
+from ..planning.planner import Plan, plan, torch_precision
+from ..stack import Stack
+from .layers import layer_of
+from .options import PLAIN, Options, as_tensors, check_options, checked_values
+from .validation import check_call, check_params, check_state, compute_dtype
+
+FALLBACKS = {"torch": "torch's own kernel", "reference": "a loop over time in torch"}
+
+
+class FallbackWarning(UserWarning):
+    """backend="auto" runs torch's own kernel on a GPU, or not the planned one of ours; the message says why."""
+
+
+class Route(NamedTuple):
+    """What is known of a call by sizes, dtypes, devices and options alone: the next one like it goes the same way."""
+
+    T: int  # total of a ragged input
+    B: int
+    H: int
+    P: int  # the size of h, which is another where it is projected
+    chosen: Plan
+    path: Any  # a function of the call
+    dtype: torch.dtype  # to compute in
+    casts: bool  # some tensor has another
+    layer: Layer
+    ready: Prepared | None  # for all of time in one launch a layer; None where somebody observes
+
+
+class Call(NamedTuple):
+    """A call that was checked."""
+
+    stack: Stack
+    input: Tensor
+    hx: Any  # as given
+    params: Sequence[Tensor]
+    options: Options  # checked
+    route: Route
+
+    @property
+    def backend(self) -> str:
+        return self.route.chosen.backend
+
+    @property
+    def ragged(self) -> bool:
+        return self.options.cu_seqlens is not None
+
+    @property
+    def x(self) -> Tensor:
+        """Input with time first."""
+        return self.as_given(self.input)
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """The first states; zeros where none are given."""
+        if self.hx is not None:
+            return as_tuple(self.hx, self.stack)
+        rows = self.stack.num_layers * self.stack.directions
+        sizes = (self.route.P, *(self.route.H for _ in range(self.stack.states - 1)))
+        of_size = {size: self.input.new_zeros(rows, self.route.B, size) for size in sizes}
+        return tuple(of_size[size] for size in sizes)
+
+    def as_given(self, y: Tensor) -> Tensor:
+        """An output with time first, as the input was; and the other way round."""
+        return y.transpose(0, 1) if self.stack.batch_first and not self.ragged else y
+
+
+def as_tuple(hx: Any, stack: Stack) -> tuple[Tensor, ...]:
+    return tuple(hx) if stack.states > 1 else (hx,)
+
+
+@functools.cache
+def _warn_fallback(what: str, why: str) -> None:
+    warnings.warn(f"backend='auto' runs {what}: {why}", FallbackWarning, stacklevel=4)
+
+
+def backend_of(chosen: Plan) -> str:
+    """The plan's backend; warns, once a reason, where a GPU gets no kernel of ours or refused the one it should get."""
+    if chosen.backend in FALLBACKS and chosen.why != "asked for" and chosen.device.startswith("cuda"):
+        _warn_fallback(FALLBACKS[chosen.backend], chosen.why)
+    elif driver.refused and not torch.compiler.is_compiling():  # which would break its graph to warn
+        for why in driver.refused.values():
+            if why in chosen.why:
+                _warn_fallback(f"the {chosen.backend} kernel", why)
+    return chosen.backend
+
+
+_routes: dict[tuple, Route] = {}
+_MOST_ROUTES = 1024
+
+
+def checked(
+    stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options, choose: Callable[[Call], Any]
+) -> Call:
+    """The call, or an error: nothing was computed or changed before. choose finds its path."""
+    state = () if hx is None else as_tuple(hx, stack)
+    if hx is not None:
+        check_state(state, stack.states)
+    tensors = [input, *params, *state]
+    if options is not PLAIN:
+        options = as_tensors(options, input, stack)
+        tensors += [t for t in (*options[:3], *(options.reset_state or ())) if t is not None]
+    if observed(tensors):  # sizes may be symbols, and there may be no values
+        route = _route(stack, input, state, params, options, choose)
+    else:
+        key = _key(stack, tensors, hx is not None, options)
+        found = _routes.get(key)
+        if found is None:
+            found = _route(stack, input, state, params, options, choose)
+            if len(_routes) >= _MOST_ROUTES:
+                _routes.clear()
+            _routes[key] = found
+        route = found
+    if options is not PLAIN:
+        options = checked_values(options, input, route.T, stack.batch_first)
+    return Call(stack, input, hx, stack.of_each_direction(params), options, route)
+
+
+def _key(stack: Stack, tensors: Sequence[Tensor], with_state: bool, options: Options) -> tuple:
+    """All that a Route depends on."""
+    which = () if options is PLAIN else (*[given is None for given in options[:-1]], options.cell_states)
+    dtype = compute_dtype(tensors[0])
+    sizes = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors])
+    return stack, with_state, which, sizes, dtype, _facts(stack, dtype)
+
+
+def _route(
+    stack: Stack, input: Tensor, state: tuple, params: Sequence[Tensor], options: Options, choose: Callable[[Call], Any]
+) -> Route:
+    """Check a call, plan it, and choose its path."""
+    D, gates = stack.directions, stack.of_cell.gates
+    check_params(stack, params)
+    H = params[0].shape[0] // gates
+    P = params[1].shape[-1] if stack.num_heads == 1 else H
+    sizes = (P, *[H] * (stack.states - 1))
+    T, B = check_options(options, input, stack, sizes)
+    ragged = options.cu_seqlens is not None
+    may_be_empty = ragged or options.lengths is not None
+    check_call(input, state, params, (stack.num_layers * D, B, sizes), T, may_be_empty, stack.of_cell.wide)
+    dtype = compute_dtype(input)
+    casts = any(tensor.dtype != dtype for tensor in (input, *params, *state))
+    chosen = planned(stack, H, T // max(B, 1) if ragged else T, B, input)
+    of_layer, ready = layer_of(stack, chosen.backend), None
+    if chosen.kernel is not None and not observed((input, *params, *state)):
+        K = H // stack.num_heads
+        ready = of_layer.prepare((T,) if ragged else (T, B), B, K, input.new_empty(0, dtype=dtype))
+    route = Route(T, B, H, P, chosen, None, dtype, casts, of_layer, ready)
+    return route._replace(path=choose(Call(stack, input, None, params, options, route)))
+
+
+def planned(stack: Stack, H: int, T: int, B: int, input: Tensor) -> Plan:
+    """The plan of a call; torch.export's sizes are symbols where they may change: it is that of its example."""
+    T, B = (size.node.hint if isinstance(size, torch.SymInt) else size for size in (T, B))
+    dtype = compute_dtype(input)
+    return _planned(stack, H, max(T, 1), max(B, 1), dtype, input.device, _facts(stack, dtype))
+
+
+def _facts(stack: Stack, dtype: torch.dtype) -> tuple:
+    """What a plan depends on beside the call; the registered cell and what tests replace are told by identity."""
+    if torch.compiler.is_compiling():  # which keeps no plan
+        return ()
+    precision = torch_precision() if dtype == torch.float32 else None
+    return plan, DeviceSpec.of, id(tuning.TUNED), id(CELLS[stack.cell]), len(driver.refused), precision
+
+
+@cached
+def _planned(stack: Stack, H: int, T: int, B: int, dtype: torch.dtype, device: torch.device, facts: tuple) -> Plan:
+    return plan(
+        stack.cell,
+        hidden_size=H,
+        batch_size=B,
+        seq_len=T,
+        directions=stack.directions,
+        dtype=dtype,
+        device=str(device),
+        backend=stack.backend,
+        num_layers=stack.num_layers,
+        checkpoint_every=stack.checkpoint_every,
+        num_heads=stack.num_heads,
+        clip_grad_state=stack.clip_grad_state,
+        clip_state=stack.clip_state,
+    )

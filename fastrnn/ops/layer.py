@@ -1,0 +1,292 @@
+"""A layer as one node of autograd: the input's product, the recurrence, and all their gradients.
+
+    x_gates = W_ih x + b_ih;    y, finals = recurrence(x_gates, W_hh, b_hh, states)
+
+That is how a layer runs in eager mode: every operator, every view and every node of the graph costs the host
+microseconds, of which a short call has few. Where somebody looks at operators (a compiler, an exporter, a mode, a
+transform), and for gradients of gradients, the product and the ops of library.py do the same.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..compat import profiling
+from ..kernels.arguments import NO_CLIP, Gradients, Inputs, Outputs, Saved, Sequences
+from ..sequences import Window
+from . import launch, library, prepared, sums
+from .prepared import Prepared
+from .schema import Args, BackwardArgs
+
+# y (*slots, D*H), the final states (D, B, H) and, where they are asked for, the other states of all steps.
+Found = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]
+
+
+class Layer(NamedTuple):
+    """What a layer is, beside its tensors."""
+
+    cell: str
+    backend: str  # a tier
+    directions: int
+    heads: int = 1
+    clips: tuple[float, float] = (NO_CLIP, NO_CLIP)  # of what comes back through W_hh, and of states
+
+    def prepare(self, slots: tuple[int, ...], B: int, K: int, like: Tensor) -> Prepared:
+        """For slots (T, B), or (total,); like has the dtype and the device."""
+        return prepared.of_sizes(self.cell, self.backend, slots, B, (self.directions, self.heads, K), like, self.clips)
+
+
+class Call(NamedTuple):
+    """A call of a layer: what it was prepared for, and how its tensors are counted."""
+
+    layer: Layer
+    prepared: Prepared
+    by_step: bool
+    all_steps: bool
+    # Behind x: as many first states (none for zeros), as many that states start anew from, and weights.
+    states: int
+    starts: int
+    weights: int
+
+    def split(self, given: Sequence[Any]) -> tuple[Any, Any, Any, list[Any]]:
+        """Of x, the first states, what they start anew from, and the weights by role, or what belongs to them."""
+        if self.states + self.starts == 0:
+            first = second = 1
+        else:
+            first, second = 1 + self.states, 1 + self.states + self.starts
+        D = self.layer.directions
+        roles = [given[i : i + D] for i in range(second, second + self.weights, D)]
+        return given[0], given[1:first] or None, given[first:second] or None, roles
+
+
+def run(
+    layer: Layer,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    states: Sequence[Tensor] | None,
+    window: Window,
+    ready: Prepared | None = None,
+) -> Found:
+    """Run a layer over x (T, B, I), or (total, I).
+
+    weights: W_ih of each direction, W_hh of each and, with biases, b_ih of each and b_hh of each; in heads, theirs one
+    behind the other, each gate by gate. ready: what was
+    prepared for a call that nobody observes.
+    """
+    states, starts = states or (), window.starts or ()
+    tensors = (x, *states, *starts, *weights)
+    if (ready is None and library.observed(tensors)) or _is_large(x, weights):
+        D = layer.directions
+        W_ih, W_hh, b_ih, b_hh = (*(weights[i : i + D] for i in range(0, len(weights), D)), None, None)[:4]
+        source = x, joined(W_ih), joined(b_ih)
+        return by_op(layer, linear(*source), source, (W_hh, b_hh), states or None, window)
+    rows, reset = window.sequences if window.sequences is not None else (None, None)
+    reset = None if reset is None else reset.contiguous()
+    if ready is None:
+        B = x.shape[1] if x.dim() == 3 else rows.shape[1]  # type: ignore[union-attr]
+        ready = layer.prepare(tuple(x.shape[:-1]), B, weights[layer.directions].shape[-1], x)
+    call = Call(layer, ready, window.by_step, window.all_steps, len(states), len(starts), len(weights))
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        outputs = _Node.apply(call, rows, reset, *tensors)
+    else:
+        outputs, *_ = _forward(call, rows, reset, tensors, save=False)
+    count = 1 + len(ready.cell.states)
+    return outputs[0], outputs[1:count], outputs[count:] or None
+
+
+# Bytes of x_gates from which a layer is two nodes in training. One node gives back what forward saved only when it has
+# all gradients, that of x too: the peak is higher by that. Kernels of such sizes run for long, and hide the host.
+LARGE = 64 << 20
+
+
+def _is_large(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    count = x.numel() // x.shape[-1] * weights[0].shape[0] if x.shape[-1] else 0
+    return torch.is_grad_enabled() and count * x.element_size() > LARGE
+
+
+def by_op(layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states: Any, window: Window) -> Found:
+    """The same by the op; source: the x, W_ih and b_ih of x_gates; recurrent: W_hh and b_hh of each direction."""
+    (W_hh, b_hh), (rows, reset) = recurrent, window.sequences if window.sequences is not None else (None, None)
+    R, K = layer.directions * layer.heads, W_hh[0].shape[-1]
+    (x, W_ih, b_ih), starts = source, stacked(window.starts)
+    found = library.run(
+        Args(
+            x_gates.unflatten(-1, (R, -1, K)), joined(W_hh).view(R, -1, K),
+            None if b_hh is None else joined(b_hh).view(R, -1), stacked(states), layer.cell, False, layer.backend,
+            x, W_ih, b_ih, rows, reset, starts, window.by_step, window.all_steps, layer.heads, *layer.clips,
+        )
+    )  # fmt: skip
+    finals = tuple(found.finals[n] for n in range(len(found.finals)))
+    return found.y.flatten(-2), finals, tuple(found.steps.flatten(-2)) if window.all_steps else None
+
+
+def _forward(
+    call: Call, rows: Tensor | None, reset: Tensor | None, tensors: Sequence[Tensor], save: bool
+) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[Tensor, ...]]:
+    """The outputs; and what else backward needs: the saved tiles, and the other states of all steps."""
+    ready, cell = call.prepared, call.prepared.cell
+    x, states, starts, (W_ih, W_hh, *b) = call.split(tensors)
+    b_ih, b_hh = [joined(of_both).contiguous() for of_both in b] if b else (None, None)
+    x_gates = _product(x, joined(W_ih), b_ih)
+    new = x_gates.new_empty
+    allocate = new if rows is None else x_gates.new_zeros  # kernels write no frozen slot
+    slots, units, wide = ready.slots, ready.recurrences * ready.K, cell.state_dtype(x_gates.dtype)
+    states = contiguous(states)
+    if states is None:
+        finals = tuple([new(ready.of_state, dtype=wide) for _ in cell.states])
+    else:
+        finals = tuple([torch.empty_like(state) for state in states])
+    y = allocate(*slots, units)
+    saved = new(*slots, cell.saved * units) if save and cell.saved else None
+    others = launch.kept_beside_h(cell, save, call.all_steps)
+    steps = tuple([allocate((*slots, units), dtype=wide) for _ in range(others)])
+    launch.launch_forward(
+        ready,
+        Inputs(x_gates.contiguous(), joined(W_hh).contiguous(), b_hh, states),
+        Outputs(y, steps or None, saved, finals),
+        Sequences(rows, reset, contiguous(starts)),
+        call.by_step,
+    )
+    return (y, *finals, *steps) if call.all_steps else (y, *finals), saved, steps
+
+
+@profiling.inside("input product", traced=False)
+def _product(x: Tensor, W_ih: Tensor, b_ih: Tensor | None) -> Tensor:
+    return linear(x, W_ih, b_ih)
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, rows: Tensor | None, reset: Tensor | None, *tensors: Tensor) -> Any:
+        outputs, saved, steps = _forward(call, rows, reset, tensors, save=True)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, rows, reset, outputs[0], saved, *steps)
+        ctx.set_materialize_grads(False)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *d_others: Tensor | None) -> Any:
+        # Where gradients of these gradients may be wanted, or somebody looks, the ops have some.
+        tensors = ctx.saved_tensors
+        find = _by_op if torch.is_grad_enabled() or library.observed(tensors[:1]) else _by_launch
+        return find(ctx.call, tensors, ctx.needs_input_grad, dy, d_others)
+
+
+def _by_launch(
+    call: Call, tensors: Sequence[Any], needs: Sequence[bool], dy: Tensor | None, d_others: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of all inputs of the node, None where it is not needed."""
+    ready, P = call.prepared, len(call.prepared.cell.states)
+    x, states, starts, (W_ih, W_hh, *_) = call.split(tensors)
+    rows, reset, y, saved, *steps = tensors[1 + call.states + call.starts + call.weights :]
+    need_x, _, _, need_weights = call.split(needs[3:])
+    need_W_ih, need_W_hh, *need_b = [True in of_role for of_role in need_weights]
+    sequences = Sequences(rows, reset, contiguous(starts))
+    d_finals, d_steps = complete(d_others[:P]), complete(d_others[P:])
+    dy, W = None if dy is None else dy.contiguous(), joined(W_hh).contiguous()
+    read = Saved(dy, d_steps, d_finals, W, contiguous(states), (y, *steps), saved)
+    d_gates, d_last = launch.allocate_gates(ready, y, rows)
+    d_states = None if states is None else tuple([torch.empty_like(state) for state in read.before])
+    d_starts = None
+    if starts is not None:
+        d_starts = tuple([start.new_zeros(*ready.slots, ready.recurrences, ready.K) for start in starts])
+    into = Gradients(d_gates, d_last, d_states, d_starts)
+    h_0 = launch.launch_backward(ready, read, into, sequences, call.by_step)
+    if d_starts is not None and call.by_step:
+        d_starts = tuple([d.view(start.shape) for d, start in zip(d_starts, starts, strict=True)])
+    elif d_starts is not None:
+        d_starts = tuple([launch.of_starts(ready, rows, d) for d in d_starts])
+    dW_hh = db_ih = db_hh = None
+    if need_W_hh:
+        dW_hh = sums.weight_gradient(sums.Steps(ready, y, h_0, sequences, call.by_step), d_gates, d_last)
+    if True in need_b:
+        db_ih = d_gates.sum(0)
+        db_hh = sums.bias_gradient(d_gates, d_last, ready.K, db_ih) if need_b[1] else None
+    dx, dW_ih = of_product(d_gates, x, W_ih, need_x, need_W_ih)
+    return _in_order(call, needs, (dx, d_states, d_starts, (dW_ih, dW_hh, db_ih, db_hh)))
+
+
+def _by_op(
+    call: Call, tensors: Sequence[Any], needs: Sequence[bool], dy: Tensor | None, d_others: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """The same by operators that have gradients."""
+    layer, ready, P = call.layer, call.prepared, len(call.prepared.cell.states)
+    x, states, starts, (W_ih, W_hh, *b) = call.split(tensors)
+    rows, reset, *of_steps = tensors[1 + call.states + call.starts + call.weights :]
+    # Functions of the other tensors, by which double backward differentiates.
+    detached: list[Any] = [None if tensor is None else tensor.detach() for tensor in of_steps]
+    y, saved, *steps = detached
+    need_x, _, _, (need_W_ih, need_W_hh, *need_b) = call.split(needs[3:])
+    need_b_hh = bool(need_b) and any(need_b[1])
+    R, K = ready.recurrences, ready.K
+    b_ih, b_hh = map(joined, b) if b else (None, None)
+    of_step, none, d_steps = (*ready.slots, R, K), y.new_empty(0), complete(d_others[P:])
+    found = library.run_backward(
+        BackwardArgs(
+            None if dy is None else dy.reshape(of_step),
+            stacked(complete(d_others[:P])),
+            None if d_steps is None else stacked([d.reshape(of_step) for d in d_steps]),
+            joined(W_hh).view(R, -1, K),
+            stacked(states),
+            y.view(of_step),
+            none if saved is None else saved.view(*ready.slots, R, ready.cell.saved, K),
+            stacked([step.view(of_step) for step in steps]) if steps else none,
+            *(layer.cell, any(need_W_hh), need_b_hh, layer.backend),
+            *(None if b_hh is None else b_hh.view(R, -1), x, joined(W_ih), b_ih),
+            *(rows, reset, stacked(starts), call.by_step, layer.heads, *layer.clips),
+        )
+    )
+    d_gates = found.d_x_gates.view(ready.count, ready.cell.gates * R * K)
+    db_ih = d_gates.sum(0) if need_b and any(need_b[0]) else None
+    dx, dW_ih = of_product(d_gates, x, W_ih, need_x, any(need_W_ih))
+    d_states = None if states is None else found.d_state_0.unbind()
+    d_starts = None if starts is None else found.d_starts.unbind()
+    dW_hh = found.dW_hh.view(-1, K) if any(need_W_hh) else None
+    db_hh = found.db_hh.flatten() if need_b_hh else None
+    return _in_order(call, needs, (dx, d_states, d_starts, (dW_ih, dW_hh, db_ih, db_hh)))
+
+
+def of_product(
+    d_gates: Tensor, x: Tensor, W_ih: Sequence[Tensor], need_x: bool, need_W: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and of W_ih, all directions of it, from those of their product."""
+    dx = (d_gates @ joined(W_ih)).view(x.shape) if need_x else None
+    return dx, d_gates.T @ x.flatten(0, -2) if need_W else None
+
+
+def _in_order(call: Call, needs: Sequence[bool], found: tuple) -> tuple[Tensor | None, ...]:
+    """In the order of the inputs, of gradients of x, of states, of starts, and of W_ih, W_hh, b_ih and b_hh.
+
+    These four are of all directions, one behind the other.
+    """
+    dx, d_states, d_starts, (*d_roles,) = found
+    D = call.layer.directions
+    if D > 1:
+        d_roles = [d for d_role in d_roles for d in ([None] * D if d_role is None else d_role.chunk(D))]
+    ordered = (None, None, None, dx, *(d_states or ()), *(d_starts or ()), *d_roles)
+    return tuple([gradient if need else None for gradient, need in zip(ordered, needs, strict=False)])
+
+
+def complete(gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
+    """Contiguous, with zeros for those that are None; None if all are."""
+    given = [gradient for gradient in gradients if gradient is not None]
+    if not given:
+        return None
+    return tuple([torch.zeros_like(given[0]) if g is None else g.contiguous() for g in gradients])
+
+
+def joined(tensors: Sequence[Tensor] | None) -> Any:
+    """(N*R, ...) of N tensors (R, ...); itself where there is one."""
+    return None if tensors is None else tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+
+
+def stacked(tensors: Sequence[Tensor] | None) -> Any:
+    """(N, ...) of N tensors; a view where there is one."""
+    return None if tensors is None else tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
+
+
+def contiguous(tensors: Sequence[Tensor] | None) -> tuple[Tensor, ...] | None:
+    return None if tensors is None else tuple([tensor.contiguous() for tensor in tensors])

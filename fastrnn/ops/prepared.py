@@ -1,0 +1,200 @@
+"""A recurrence of given sizes, prepared to be launched: what depends on sizes, dtype and device alone is found once."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS, Cell
+from ..compat import driver, interpreter, profiling, spills
+from ..device import DeviceSpec
+from ..kernels.arguments import NO_CLIP, Exchange, Sizes
+from ..planning import planner, tuning
+from ..planning.kernel_plan import Request
+from .schema import Args, BackwardArgs
+
+NOT_READY: tuple[Any, tuple] = (None, ())
+
+
+class Kernels:
+    """Both passes of a tier for a Request: the plan, and what was compiled and launched so far."""
+
+    def __init__(self, request: Request, tier: str) -> None:
+        self.request, self.tier = request, tier
+        self.cell, self.plan = request.of_cell, planner.kernel_for(request, tier)
+        self.grid = (*self.plan.grid, 1, 1)[:3]
+        self.tuned = tuning.TUNED.get(request.spec.arch)  # by which it was planned
+        # By what a launch was compiled for: the compiled kernel and its constants.
+        self.launched: dict[tuple, tuple[Any, tuple]] = {}
+
+    @profiling.inside("recurrence", traced=False)
+    def launch(self, which: str, T: int, ragged: bool, by_step: bool, groups: tuple) -> None:
+        """Launch the kernel of a pass over T steps, with groups of pointers as in kernels/arguments.py."""
+        plan, B = self.plan, self.request.B
+        if self.tier == "cooperative":
+            groups = (*groups, self._exchange(which, groups[0].W_hh))
+        if interpreter.ENABLED:
+            function, constants = self._function(which, groups, ragged, by_step)
+            form = self._form(which, plan.choices[which][0])
+            _interpret(function, plan.grid, (*groups, T, B, *constants, form))
+            return
+        key = which, ragged, by_step, _pointers(groups)
+        # Triton launches on the tensors' GPU; nothing is done for CPU tensors.
+        with torch.cuda.device_of(groups[0].W_hh):
+            ready, constants = self.launched.get(key, NOT_READY)
+            if ready is not None and ready.usable():
+                ready.launch(self.grid, (*groups, T, B, *constants))
+            else:
+                self.launched[key] = self._first_launch(which, groups, T, ragged, by_step)
+
+    def _first_launch(self, which: str, groups: tuple, T: int, ragged: bool, by_step: bool) -> tuple[Any, tuple]:
+        """Launch through Triton's binder; what launches like this one may go by from now on."""
+        request = self.request
+        function, constants = self._function(which, groups, ragged, by_step)
+        arguments = (*groups, T, request.B, *constants)
+        try:
+            options = self._options(which, function, arguments)
+            compiled = function[self.plan.grid](*arguments, **options)
+        except Exception as error:
+            driver.refuse(error, self.tier, request.cell, request.H, request.dtype, self.plan, request.spec)
+            raise
+        from ..compat import launcher  # which needs Triton
+
+        return launcher.ready(compiled), (*constants, options["FORM"])
+
+    def _options(self, which: str, function: Any, arguments: tuple) -> dict[str, Any]:
+        """Options of the launch, and the Form, of the first choice that spills no register."""
+        plan = self.plan
+        options: dict[str, Any] = {"num_warps": plan.warps, "num_ctas": plan.ctas, "enable_fp_fusion": True}
+        if self.tier == "cooperative":
+            # The driver refuses a grid whose programs cannot all be resident, instead of leaving it to hang.
+            options["launch_cooperative_grid"] = True
+
+        def as_launched(choice: dict[str, Any]) -> dict[str, Any]:
+            own = {name: value for name, value in choice.items() if not name.isupper()}
+            return {"FORM": self._form(which, choice), **own}
+
+        return options | spills.first_without_spills(
+            function, self.request.spec, plan.choices[which], arguments, plan.grid, options, as_launched
+        )
+
+    @property
+    def _module(self) -> Any:
+        if self.plan.dialect == "Gluon":  # imported only here: Triton before 3.6 lacks what it needs
+            from ..kernels.gluon import cooperative, resident
+        else:
+            from ..kernels.tile import cooperative, resident
+        return cooperative if self.tier == "cooperative" else resident
+
+    def _form(self, which: str, choice: dict[str, Any]) -> Any:
+        """What the tier's planner chose, and this choice of its own."""
+        return self._module.Form(**self.plan.form, **{name: value for name, value in choice.items() if name.isupper()})
+
+    def _function(self, which: str, groups: tuple, ragged: bool, by_step: bool) -> tuple[Any, tuple]:
+        """The kernel of a pass, and its constants but the Form."""
+        cell, request, own_lengths = self.cell, self.request, groups[2].rows is not None
+        sizes = Sizes(
+            cell.gates, len(cell.states), len(cell.kept), cell.saved, request.D, request.N, request.H,
+            own_lengths, by_step, ragged, self.plan.activations, self.plan.precision,
+            request.clip_gradient, request.clip_state,
+        )  # fmt: skip
+        return getattr(self._module, which), (cell.kernel(which), sizes)
+
+    def _exchange(self, which: str, like: Tensor) -> Exchange:
+        """Where programs hand on h, of even and of odd steps, and the grid barrier's counters, zero at every launch."""
+        from ..kernels.barrier import COUNTER_STRIDE
+
+        _, batch_tiles, R = self.plan.grid
+        counters = torch.zeros(batch_tiles * R, COUNTER_STRIDE.value, dtype=torch.int64, device=like.device)
+        return Exchange(like.new_empty(2, R, self.request.B, self.request.H) if which == "forward" else None, counters)
+
+
+class Prepared:
+    """What a call of either pass goes by, beside its tensors."""
+
+    def __init__(
+        self,
+        cell: Cell,
+        kernels: Kernels | None,
+        slots: tuple[int, ...],
+        sizes: tuple[int, int, int, int],
+        clip_h: float = NO_CLIP,
+    ):
+        self.cell, self.slots, (B, D, N, K) = cell, slots, sizes
+        self.B, self.D, self.N, self.K = sizes
+        self.clip_h = clip_h  # how far a step sees h
+        self.kernels = kernels  # None where B is 0
+        self.count = math.prod(slots)  # of (T, B), or (total,)
+        self.recurrences, self.of_state, self.places = D * N, (D, B, N * K), cell.kept_places
+        self.ragged = len(slots) == 1
+        # Of ragged sequences, which the table bounds, a mean.
+        self.T = slots[0] if not self.ragged else max(1, slots[0] // max(B, 1))
+
+
+def prepare(args: Args | BackwardArgs) -> Prepared:
+    """Of an op's arguments."""
+    like = args.x_gates if isinstance(args, Args) else args.y
+    *slots, R, K = like.select(-2, 0).shape if isinstance(args, Args) else like.shape
+    B = slots[1] if args.rows is None else args.rows.shape[1]
+    clips = args.clip_gradient, args.clip_state
+    return of_sizes(args.cell, args.backend, tuple(slots), B, (R // args.heads, args.heads, K), like, clips)
+
+
+def of_sizes(
+    cell: str,
+    tier: str,
+    slots: tuple[int, ...],
+    B: int,
+    sizes: tuple[int, int, int],
+    like: Tensor,
+    clips: tuple[float, float] = (NO_CLIP, NO_CLIP),
+) -> Prepared:
+    """Of slots (T, B) or (total,), and D, N and K; like has the dtype and the device."""
+    (D, N, K), kernels = sizes, None
+    if B > 0:
+        request = Request(cell, K, B, D, N, like.dtype, planner.torch_precision(), DeviceSpec.of(like.device), *clips)
+        key = request, tier, _planned_by(request)
+        kernels = _kernels.get(key)
+        if kernels is None:
+            kernels = _kernels[key] = Kernels(request, tier)
+    of_h = clips[1] if len(CELLS[cell].states) == 1 else NO_CLIP  # of a cell with c that is clipped, and h is not
+    return Prepared(CELLS[cell], kernels, slots, (B, D, N, K), of_h)
+
+
+def _planned_by(request: Request) -> tuple:
+    """What a plan depends on beside its request; the cell and its tuning may be registered anew."""
+    return planner.kernel_for, id(tuning.TUNED.get(request.spec.arch)), id(request.of_cell)
+
+
+_kernels: dict[tuple, Kernels] = {}
+
+
+def forget() -> None:
+    """Plan and compile anew from now on."""
+    _kernels.clear()
+
+
+def _pointers(groups: tuple) -> tuple:
+    """What Triton compiles pointers for: dtypes, and which are multiples of 16; None where there is none."""
+    found: list[Any] = []
+    for group in groups:
+        for member in group:
+            if member is None:
+                found.append(None)
+            elif type(member) is tuple:
+                found.append(tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in member]))
+            else:
+                found.append(member.dtype)
+                found.append(member.data_ptr() % 16)
+    return tuple(found)
+
+
+def _interpret(function: Any, grid: tuple[int, ...], arguments: tuple) -> None:
+    with interpreter.corrected():
+        if len(grid) < 3:
+            function[grid](*arguments)
+        else:
+            from ..compat import concurrent_interpreter
+
+            concurrent_interpreter.launch(function, grid, *arguments)

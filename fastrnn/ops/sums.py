@@ -1,0 +1,119 @@
+"""Gradients of W_hh and b_hh: sums over all slots of what the backward kernel wrote.
+
+    dW_hh = sum of d_rec (x) h_prev;    db_hh = sum of d_rec
+
+d_rec is d_x_gates, (slots, R*G*K), but for the last gate of a cell that splits it: d_rec_last, (slots, R*K).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..compat import profiling
+from ..sequences import Sequences as Segments
+from ..sequences import states_before
+from .prepared import Prepared
+
+
+class Steps(NamedTuple):
+    """h of all steps, and before the first ones."""
+
+    prepared: Prepared
+    y: Tensor  # of the memory (slots, R, K)
+    h_0: Tensor | None  # (D, B, N*K), None for zeros
+    sequences: Any  # kernels/arguments.py
+    by_step: bool
+
+
+def bias_gradient(d_x_gates: Tensor, d_rec_last: Tensor | None, K: int, of_x: Tensor | None = None) -> Tensor:
+    """db_hh (R*G*K,); of_x is the sum of d_x_gates, where it is known."""
+    of_x = d_x_gates.sum(0) if of_x is None else of_x
+    if d_rec_last is None:
+        return of_x.clone()  # b_ih's gradient is a tensor of its own
+    of_last, R = d_rec_last.sum(0), d_rec_last.shape[1] // K
+    if R == 1:
+        return torch.cat((of_x[:-K], of_last))
+    return torch.cat((of_x.view(R, -1)[:, :-K], of_last.view(R, K)), 1).flatten()
+
+
+@profiling.inside("weight gradients", traced=False)
+def weight_gradient(steps: Steps, d_x_gates: Tensor, d_rec_last: Tensor | None) -> Tensor:
+    """dW_hh (R*G*K, K), each recurrence and each part of its gates written to its place.
+
+    h_prev is y one step before, h_0 at the start. Plain sequences need no copy of it: the start is a product of its
+    own, and y only shifted.
+    """
+    R, K, limit = steps.prepared.recurrences, steps.prepared.K, steps.prepared.clip_h
+    if limit >= 0:
+        steps = _clipped(steps, limit)
+    gates = d_x_gates.shape[1] // (R * K)
+    whole, ends = d_x_gates.new_empty(R * gates * K, K), gates * K
+    for r in range(R):
+        h_prev, first = _h_prev(steps, r), r * gates * K
+        if d_rec_last is not None:
+            ends = (gates - 1) * K
+            _sum(steps, r, d_rec_last, r * K, h_prev, out=whole[first + ends : first + gates * K])
+        _sum(steps, r, d_x_gates, first, h_prev, out=whole[first : first + ends])
+    return whole
+
+
+def _clipped(steps: Steps, limit: float) -> Steps:
+    """h as the next steps saw it."""
+    starts = steps.sequences.starts
+    starts = None if starts is None else (starts[0].clamp(-limit, limit),)
+    h_0 = None if steps.h_0 is None else steps.h_0.clamp(-limit, limit)
+    sequences = steps.sequences._replace(starts=starts)
+    return steps._replace(y=steps.y.clamp(-limit, limit), h_0=h_0, sequences=sequences)
+
+
+def _sum(steps: Steps, r: int, d_rec: Tensor, first: int, h_prev: Tensor, out: Tensor) -> None:
+    """Of the columns of d_rec from the first on; each view is one operation, for the host's sake."""
+    prepared, rows = steps.prepared, out.shape[0]
+    columns, count = d_rec.shape[1], d_rec.shape[0]
+    at = first + d_rec.storage_offset()
+    if not _is_shifted(steps):
+        torch.mm(d_rec.as_strided((rows, count), (1, columns), at), h_prev, out=out)
+        return
+    B, direction = prepared.B, r // prepared.N
+    later = 0 if direction else B  # slots with a step before them
+    d_later = d_rec.as_strided((rows, count - B), (1, columns), later * columns + at)
+    if steps.h_0 is None:
+        torch.mm(d_later, h_prev, out=out)
+        return
+    h_0 = _own(steps.h_0, r, prepared)
+    d_first = d_rec.as_strided((rows, B), (1, columns), (count - B) * columns * direction + at)
+    torch.addmm(d_first @ h_0, d_later, h_prev, out=out)
+
+
+def _is_shifted(steps: Steps) -> bool:
+    """Whether h_prev is y one step before, a view: frozen slots have zeros in y, and in d_rec.
+
+    Not so where segments begin inside, where slots are ragged, and where sequences end, and direction 1 begins, with an
+    h_0 at other times.
+    """
+    rows, reset, _ = steps.sequences
+    return rows is None or (reset is None and not steps.prepared.ragged and steps.h_0 is None)
+
+
+def _own(state: Tensor, r: int, prepared: Prepared) -> Tensor:
+    """A recurrence's part of (..., D, B, N*K)."""
+    N, K = prepared.N, prepared.K
+    return state.select(-3, r // N).narrow(-1, r % N * K, K)
+
+
+def _h_prev(steps: Steps, r: int) -> Tensor:
+    """The h before every slot, a copy (slots, K); where y is only shifted, before those that have a step before."""
+    prepared, (rows, reset, starts) = steps.prepared, steps.sequences
+    R, N, K, direction = prepared.recurrences, prepared.N, prepared.K, r // prepared.N
+    if _is_shifted(steps):
+        B, count = prepared.B, prepared.slots[0] * prepared.B
+        first = steps.y.storage_offset() + (B * R * direction + r) * K
+        return steps.y.as_strided((count - B, K), (R * K, 1), first)
+    y = steps.y.view(*prepared.slots, R, K).select(-2, r)
+    h_0 = y.new_zeros(prepared.B, K) if steps.h_0 is None else _own(steps.h_0, r, prepared)
+    start = None
+    if starts is not None:
+        h_start, own = starts[0].to(y.dtype), slice(r % N * K, (r % N + 1) * K)
+        start = h_start[..., direction, own] if steps.by_step else h_start[direction, :, own]
+    return states_before(direction, y, h_0, Segments(rows, reset), start, steps.by_step).flatten(0, -2)

@@ -1,0 +1,155 @@
+"""What a CUDA graph would hold of a call, on a driver that launches nothing: launches, and torch's operators.
+
+python -m tests.support.captured [--broken NAME] CASE...      a JSON object a case
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from triton.runtime import driver
+
+import fastrnn
+from bench import host_cost
+from fastrnn.compat import launcher
+from fastrnn.kernels.arguments import Exchange
+from fastrnn.ops import launch
+
+STREAM = 4321  # of which the capture is
+T, B, I = 4, 2, 3
+
+
+def not_looked_at(*arguments: object) -> None:
+    """Values of lengths, which are looked at on a CPU, a GPU asserts by itself (torch._assert_async)."""
+
+
+CASES = {
+    "resident": ("LSTM", 20, {"num_layers": 2, "bidirectional": True}, {}),
+    "cooperative": ("GRU", 264, {}, {}),
+    "cluster": ("LSTM", 128, {"dtype": torch.bfloat16}, {}),
+    "projected": ("LSTM", 20, {"proj_size": 5}, {}),
+    "lengths": ("GRU", 20, {}, {"lengths": torch.tensor([4, 2])}),
+    "resets": ("LSTM", 20, {}, {"reset": torch.rand(T, B) < 0.5, "reset_state": (torch.zeros(1, 1, 20),) * 2}),
+    "checkpoints": ("GRU", 20, {"checkpoint_every": 2}, {}),
+}
+
+
+def told(argument: object) -> object:
+    """What of an argument a replay would repeat: sizes, constants, and what kind of memory a pointer is to."""
+    if isinstance(argument, Tensor):
+        return ["pointer", str(argument.dtype), list(argument.shape), argument.data_ptr() % 16]
+    if isinstance(argument, tuple):
+        return [told(member) for member in argument]
+    return argument if isinstance(argument, int) else str(type(argument))
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list]:
+    """Each launch; after it the counters of a barrier are as a kernel leaves them: not zero."""
+    found: list = []
+
+    def launched(self, x, y, z, stream, function, *arguments):
+        counters = [group.counters.numpy() for group in arguments if isinstance(group, Exchange)]
+        zero = all(not values.any() for values in counters)
+        found.append([[x, y, z], stream, zero, told(arguments)])
+        for values in counters:
+            values[...] = 77
+
+    with (
+        mock.patch.object(host_cost.Launcher, "__call__", launched),
+        mock.patch.object(driver.active, "get_current_stream", lambda device: STREAM),
+    ):
+        yield found
+
+
+def call(module, x: Tensor, options: dict) -> None:
+    """A training step."""
+    output, final = module(x, **options)
+    results = (output, *(final if isinstance(final, tuple) else (final,)))
+    torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+    module.zero_grad(set_to_none=True)
+
+
+def ran(case: str) -> dict:
+    name, H, of_module, options = CASES[case]
+    of_module = {"backend": case if case in ("cooperative", "cluster") else "resident"} | of_module
+    module = getattr(fastrnn, name)(I, H, **of_module)
+    x = torch.randn(T, B, I, dtype=module.weight_hh_l0.dtype)
+    with mock.patch("fastrnn.nn.options._check_values", not_looked_at):
+        with launches():
+            call(module, x, options)  # compiles
+        found = []
+        for _ in range(2):
+            with launches() as own, profile(activities=[ProfilerActivity.CPU]) as profiled:
+                call(module, x, options)
+            operators = sorted((e.key, e.count) for e in profiled.key_averages() if e.key.startswith("aten::"))
+            found.append((own, operators))
+    (first, operators), (second, others) = found
+    return {
+        "case": case,
+        "launches": len(first),
+        "same": first == second and operators == others,
+        "stream": all(stream == STREAM for _, stream, *_ in first + second),
+        "counters_zero": all(zero for _, _, zero, _ in first + second),
+        "operators": [name.removeprefix("aten::") for name, _ in operators],
+    }
+
+
+def kept_counters():
+    """Counters made once, and not zeroed inside of a call."""
+    kept, made = {}, launch._exchange
+
+    def exchange(which, *arguments):
+        return kept.setdefault(which, made(which, *arguments))
+
+    return mock.patch.object(launch, "_exchange", exchange)
+
+
+def twice_at_times():
+    """A launch more at every second call."""
+    forward, count = launch.forward, 0
+
+    def run(args):
+        nonlocal count
+        count += 1
+        return (forward(args), forward(args))[1] if count % 2 else forward(args)
+
+    return mock.patch.object(launch, "forward", run)
+
+
+def asking_the_device():
+    forward = launch.forward
+    return mock.patch.object(launch, "forward", lambda args: (args.x_gates.sum().item(), forward(args))[1])
+
+
+def on_another_stream():
+    def run(self, grid, arguments):
+        self.run(*(*grid, 1, 1)[:3], 0, self.function, self.metadata, None, None, None, *arguments)
+
+    return mock.patch.object(launcher.Ready, "launch", run)
+
+
+BROKEN = {
+    "counters": kept_counters,
+    "launches": twice_at_times,
+    "waiting": asking_the_device,
+    "stream": on_another_stream,
+}
+
+
+def main(*names: str) -> None:
+    broken = contextlib.nullcontext
+    if names[0] == "--broken":
+        broken, names = BROKEN[names[1]], names[2:]
+    with host_cost.launching_nothing(), broken():
+        for name in names:
+            print(json.dumps(ran(name)), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
