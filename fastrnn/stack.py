@@ -46,9 +46,7 @@ class Stack(NamedTuple):
         return self.of_cell.of_torch and self.num_heads == 1 and self.clips == (NO_CLIP, NO_CLIP)
 
     def of_each_direction(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
-        """A list of parameters of each layer's directions in turn, where it may have only one direction's."""
-        if not self.tie_directions:
-            return params
+        """Tied parameters, which are one direction's, for each direction in turn."""
         count = len(params) // self.num_layers
         layers = [params[i : i + count] for i in range(0, len(params), count)]
         return [param for of_layer in layers for param in (*of_layer, *of_layer)]

@@ -39,7 +39,8 @@ class Route(NamedTuple):
     chosen: Plan
     path: Any  # a function of the call
     dtype: torch.dtype  # to compute in
-    casts: bool  # some tensor has another
+    wide: torch.dtype  # of states
+    casts: bool  # some tensor has another than dtype
     layer: Layer
     ready: Prepared | None  # for all of time in one launch a layer; None where somebody observes
 
@@ -130,7 +131,9 @@ def checked(
         route = found
     if options is not PLAIN:
         options = checked_values(options, input, route.T, stack.batch_first)
-    return Call(stack, input, hx, stack.of_each_direction(params), options, route)
+    if stack.tie_directions:
+        params = stack.of_each_direction(params)
+    return Call(stack, input, hx, params, options, route)
 
 
 def _key(stack: Stack, tensors: Sequence[Tensor], with_state: bool, options: Options) -> tuple:
@@ -155,13 +158,14 @@ def _route(
     may_be_empty = ragged or options.lengths is not None
     check_call(input, state, params, (stack.num_layers * D, B, sizes), T, may_be_empty, stack.of_cell.wide)
     dtype = compute_dtype(input)
+    wide = stack.of_cell.state_dtype(dtype)
     casts = any(tensor.dtype != dtype for tensor in (input, *params, *state))
     chosen = planned(stack, H, T // max(B, 1) if ragged else T, B, input)
     of_layer, ready = layer_of(stack, chosen.backend), None
     if chosen.kernel is not None and not observed((input, *params, *state)):
         K = H // stack.num_heads
         ready = of_layer.prepare((T,) if ragged else (T, B), B, K, input.new_empty(0, dtype=dtype))
-    route = Route(T, B, H, P, chosen, None, dtype, casts, of_layer, ready)
+    route = Route(T, B, H, P, chosen, None, dtype, wide, casts, of_layer, ready)
     return route._replace(path=choose(Call(stack, input, None, params, options, route)))
 
 

@@ -94,11 +94,10 @@ def _straight(call: Call) -> Found:
     D, L, p, options, hx = stack.directions, stack.num_layers, stack.dropped, call.options, call.hx
     params = [param.to(route.dtype) for param in call.params] if route.casts else call.params
     states: Any = [None] * L
-    wide = stack.of_cell.state_dtype(route.dtype)
     if hx is not None:
-        given = [state.to(wide) for state in as_tuple(hx, stack)]
+        given = [state.to(route.wide) for state in as_tuple(hx, stack)]
         states = [[state[n * D : (n + 1) * D] for state in given] for n in range(L)] if L > 1 else [given]
-    windows = [WHOLE] * L if options is PLAIN else layers.windows_of(stack, options, route.T, route.B, wide)
+    windows = [WHOLE] * L if options is PLAIN else layers.windows_of(stack, options, route.T, route.B, route.wide)
     x = _readable(call, x.to(route.dtype) if route.casts else x)
     count, of_layers, steps = len(params) // L, [], None
     for n in range(L):
@@ -133,7 +132,7 @@ def _layered(call: Call) -> Found:
     dtype, wave = x.dtype, _chunk_of_wave(call)
     K = wave or stack.checkpoint_every
     # From chunk to chunk of a kernel the state is fp32, as it is from step to step.
-    wide = stack.of_cell.state_dtype(dtype)
+    wide = stack.of_cell.state_dtype(dtype)  # x's, where torch's cells compute in autocast's dtype by themselves
     between = torch.float32 if K and call.route.chosen.kernel and dtype.itemsize == 2 else wide
     per_layer = len(call.params) // stack.num_layers
     weights = [

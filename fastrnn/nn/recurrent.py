@@ -157,15 +157,16 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         # CPU tensors take torch's path with next to nothing before it, so that "auto" costs there what torch.nn costs.
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
         backend, packed = self.backend, isinstance(input, PackedSequence)
-        whole = plain and not return_cell_states and self.checkpoint_every is None and self._stack_is_torchs()
-        if whole and (backend == "torch" or (backend == "auto" and not input.is_cuda)):
+        whole = plain and not return_cell_states and self.checkpoint_every is None and backend in ("auto", "torch")
+        whole = whole and self._stack_is_torchs()
+        if whole and (backend == "torch" or not input.is_cuda):
             return self._run_torchs(input, hx)
         options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         if packed and not plain:
             raise ValueError("lengths, cu_seqlens, reset: expected None beside a PackedSequence")
         if not packed and cu_seqlens is None:
             check_rank(self._name, input, hx)
-        if whole and backend == "auto" and calls.backend_of(self.plan(input)) == "torch":
+        if whole and calls.backend_of(self.plan(input)) == "torch":
             return self._run_torchs(input, hx)
         if packed or (input.dim() == 2 and cu_seqlens is None):
             if not plain:

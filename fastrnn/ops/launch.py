@@ -8,7 +8,7 @@ memory matters.
 import torch
 from torch import Tensor
 
-from ..cells import CELLS, Cell
+from ..cells import CELLS
 from ..kernels.arguments import Gradients, Inputs, Outputs, Saved, Sequences
 from ..sequences import Slots
 from .prepared import Prepared, prepare
@@ -21,8 +21,9 @@ def allocate_forward(args: Args) -> Results:
     cell, x_gates = CELLS[args.cell], args.x_gates
     *slots, R, _, K = x_gates.shape
     B = slots[1] if args.rows is None else args.rows.shape[1]
-    saved = cell.saved if args.save else 0
-    others, wide = kept_beside_h(cell, args.save, args.all_steps), cell.state_dtype(x_gates.dtype)
+    saved, wide = cell.saved if args.save else 0, cell.state_dtype(x_gates.dtype)
+    # Beside h, of all steps: all states, or as many as backward reads.
+    others = len(cell.states) - 1 if args.all_steps else max(cell.kept_places) if args.save else 0
     # Kernels write no frozen slot: outputs are zero there.
     allocate = x_gates.new_zeros if args.rows is not None else x_gates.new_empty
     if args.state_0 is not None:
@@ -35,11 +36,6 @@ def allocate_forward(args: Args) -> Results:
         saved=x_gates.new_empty((*slots, R, saved, K) if saved else 0),
         steps=allocate((others, *slots, R, K) if others else 0, dtype=wide),
     )
-
-
-def kept_beside_h(cell: Cell, save: bool, all_steps: bool) -> int:
-    """How many states beside h are kept of all steps: all, or as many as backward reads."""
-    return len(cell.states) - 1 if all_steps else max(cell.kept_places) if save else 0
 
 
 def forward(args: Args) -> Results:
@@ -132,12 +128,12 @@ def launch_backward(
     read.before and read.kept are all states, and the kernel gets those that its cell keeps; so it is with starts.
     """
     y, places, h_0 = read.kept[0], prepared.places, None
-    wide = prepared.cell.state_dtype(y.dtype)
     if read.before is None:
-        before = (y.new_zeros(prepared.of_state, dtype=wide),) * len(places)
+        before = (y.new_zeros(*prepared.of_state, **prepared.wide),) * len(places)
     else:
         # States inside a sequence were rounded when they were kept; those before it must be, to be what they are there.
         h_0 = read.before[0].to(y.dtype)
+        wide = prepared.cell.state_dtype(y.dtype)
         before = tuple([read.before[place].to(wide) if place else h_0 for place in places])
     if prepared.kernels is not None:
         kept, starts = tuple([read.kept[place] for place in places]), sequences.starts

@@ -133,16 +133,16 @@ def _forward(
     x_gates = _product(x, joined(W_ih), b_ih)
     new = x_gates.new_empty
     allocate = new if rows is None else x_gates.new_zeros  # kernels write no frozen slot
-    slots, units, wide = ready.slots, ready.recurrences * ready.K, cell.state_dtype(x_gates.dtype)
+    slots, units = ready.slots, ready.recurrences * ready.K
     states = contiguous(states)
     if states is None:
-        finals = tuple([new(ready.of_state, dtype=wide) for _ in cell.states])
+        finals = tuple([new(*ready.of_state, **ready.wide) for _ in cell.states])
     else:
         finals = tuple([torch.empty_like(state) for state in states])
     y = allocate(*slots, units)
     saved = new(*slots, cell.saved * units) if save and cell.saved else None
-    others = launch.kept_beside_h(cell, save, call.all_steps)
-    steps = tuple([allocate((*slots, units), dtype=wide) for _ in range(others)])
+    others = ready.others if call.all_steps else ready.kept if save else 0
+    steps = tuple([allocate(*slots, units, **ready.wide) for _ in range(others)])
     launch.launch_forward(
         ready,
         Inputs(x_gates.contiguous(), joined(W_hh).contiguous(), b_hh, states),

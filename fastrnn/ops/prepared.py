@@ -119,7 +119,8 @@ class Prepared:
         kernels: Kernels | None,
         slots: tuple[int, ...],
         sizes: tuple[int, int, int, int],
-        clip_h: float = NO_CLIP,
+        dtype: torch.dtype,
+        clip_h: float,
     ):
         self.cell, self.slots, (B, D, N, K) = cell, slots, sizes
         self.B, self.D, self.N, self.K = sizes
@@ -127,6 +128,9 @@ class Prepared:
         self.kernels = kernels  # None where B is 0
         self.count = math.prod(slots)  # of (T, B), or (total,)
         self.recurrences, self.of_state, self.places = D * N, (D, B, N * K), cell.kept_places
+        # States beside h that are kept of all steps: as many as backward reads, or all; and another dtype of theirs.
+        self.kept, self.others = max(self.places), len(cell.states) - 1
+        self.wide = {"dtype": cell.state_dtype(dtype)} if cell.wide else {}
         self.ragged = len(slots) == 1
         # Of ragged sequences, which the table bounds, a mean.
         self.T = slots[0] if not self.ragged else max(1, slots[0] // max(B, 1))
@@ -159,7 +163,7 @@ def of_sizes(
         if kernels is None:
             kernels = _kernels[key] = Kernels(request, tier)
     of_h = clips[1] if len(CELLS[cell].states) == 1 else NO_CLIP  # of a cell with c that is clipped, and h is not
-    return Prepared(CELLS[cell], kernels, slots, (B, D, N, K), of_h)
+    return Prepared(CELLS[cell], kernels, slots, (B, D, N, K), like.dtype, of_h)
 
 
 def _planned_by(request: Request) -> tuple:
