@@ -196,7 +196,7 @@ def _by_launch(
     into = Gradients(d_gates, d_last, d_states, d_starts)
     h_0 = launch.launch_backward(ready, read, into, sequences, call.by_step)
     if d_starts is not None and call.by_step:
-        d_starts = tuple([d.view(start.shape) for d, start in zip(d_starts, starts, strict=True)])
+        d_starts = tuple([d.view(start.shape) for d, start in zip(d_starts, starts or (), strict=True)])
     elif d_starts is not None:
         d_starts = tuple([launch.of_starts(ready, rows, d) for d in d_starts])
     dW_hh = db_ih = db_hh = None
