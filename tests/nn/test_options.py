@@ -196,9 +196,10 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_says_what_was_expected(what, backend, device):
     given, text = BAD[what]
-    x, gru = torch.randn(5, 3, 4), fastrnn.GRU(4, 6, backend=backend)
-    before = x.clone()
-    with pytest.raises(ValueError, match=re.escape(text)):
+    x, gru = torch.randn(5, 3, 4, device=device), fastrnn.GRU(4, 6, backend=backend, device=device)
+    here = {name: t.to(device) for name, t in given.items() if isinstance(t, torch.Tensor) and not t.is_meta}
+    given, before = given | here, x.clone()
+    with pytest.raises(ValueError, match=re.escape(text.replace("on cpu", f"on {x.device}"))):
         gru(x, **given)
     assert torch.equal(x, before)
 
