@@ -199,7 +199,8 @@ def recurrence(
     The state is fp32 from step to step. Nothing is kept for backward where no gradient is wanted.
 
     Raises ValueError, with expected and got, for a wrong shape, dtype or device, and NotImplementedError where no
-    kernel holds W_hh (fastrnn.plan says why) or the device has none.
+    kernel holds W_hh (fastrnn.plan says why) or the device has none, and fastrnn.LaunchRefusedError
+    where the GPU refuses the launch.
 
     Source: the equations of torch.nn.LSTM, GRU and RNN; the persistent form after Diamos et al. 2016.
 

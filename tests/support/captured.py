@@ -19,6 +19,7 @@ from bench import host_cost
 from fastrnn.compat import launcher
 from fastrnn.kernels.arguments import Exchange
 from fastrnn.ops import launch
+from fastrnn.ops.prepared import Kernels
 
 STREAM = 4321  # of which the capture is
 T, B, I = 4, 2, 3
@@ -102,29 +103,35 @@ def ran(case: str) -> dict:
 
 def kept_counters():
     """Counters made once, and not zeroed inside of a call."""
-    kept, made = {}, launch._exchange
+    kept, made = {}, Kernels._exchange
 
-    def exchange(which, *arguments):
-        return kept.setdefault(which, made(which, *arguments))
+    def exchange(self, which, like):
+        return kept.setdefault(which, made(self, which, like))
 
-    return mock.patch.object(launch, "_exchange", exchange)
+    return mock.patch.object(Kernels, "_exchange", exchange)
 
 
 def twice_at_times():
     """A launch more at every second call."""
-    forward, count = launch.forward, 0
+    forward, count = launch.launch_forward, 0
 
-    def run(args):
+    def run(*arguments):
         nonlocal count
         count += 1
-        return (forward(args), forward(args))[1] if count % 2 else forward(args)
+        for _ in range(1 + count % 2):
+            forward(*arguments)
 
-    return mock.patch.object(launch, "forward", run)
+    return mock.patch.object(launch, "launch_forward", run)
 
 
 def asking_the_device():
-    forward = launch.forward
-    return mock.patch.object(launch, "forward", lambda args: (args.x_gates.sum().item(), forward(args))[1])
+    forward = launch.launch_forward
+
+    def run(prepared, inputs, *others):
+        inputs.x_gates.sum().item()
+        forward(prepared, inputs, *others)
+
+    return mock.patch.object(launch, "launch_forward", run)
 
 
 def on_another_stream():
