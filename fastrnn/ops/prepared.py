@@ -130,7 +130,7 @@ class Prepared:
         self.recurrences, self.of_state, self.places = D * N, (D, B, N * K), cell.kept_places
         # States beside h that are kept of all steps: as many as backward reads, or all; and another dtype of theirs.
         self.kept, self.others = max(self.places), len(cell.states) - 1
-        self.wide = {"dtype": cell.state_dtype(dtype)} if cell.wide else {}
+        self.wide: dict[str, Any] = {"dtype": cell.state_dtype(dtype)} if cell.wide else {}
         self.ragged = len(slots) == 1
         # Of ragged sequences, which the table bounds, a mean.
         self.T = slots[0] if not self.ragged else max(1, slots[0] // max(B, 1))
