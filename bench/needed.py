@@ -29,8 +29,12 @@ PACKAGES = {
     "tqdm": ("tqdm", "the examples' tests"),
     "triton": ("triton", "the kernels"),
     "xdist": ("pytest-xdist", "running on more than one core"),
+    "xlstm": ("xlstm", "the tests on its cells"),
 }
-TESTED = ("build", "deepecho", "expecttest", "gluonts", "hatchling", "hypothesis", "matplotlib", "rich", "sb3_contrib")
+TESTED = (
+    "build", "deepecho", "expecttest", "gluonts", "hatchling", "hypothesis", "matplotlib", "rich", "sb3_contrib",
+    "xlstm",
+)  # fmt: skip
 EXAMPLE = ("torch", "matplotlib", "tqdm")
 # Of each target: what it cannot run without, and what it leaves a part out without.
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -61,6 +65,7 @@ TESTS = (
     ("tests/project/test_packaging.py::test_sdist*", ("build", "hatchling")),
     ("tests/project/test_packaging.py::test_editable*", ("hatchling", "editables")),
     ("tests/inspect/test_profile.py::test_command_line", ("matplotlib",)),
+    ("tests/nn/test_foreign.py::*xlstm*", ("xlstm",)),
     ("tests/nn/test_real_models.py::*[[]deepar-*", ("gluonts",)),
     ("tests/nn/test_real_models.py::*[[]par-*", ("deepecho",)),
     ("tests/nn/test_real_models.py::*[[]recurrent_policy-*", ("sb3_contrib",)),

@@ -16,8 +16,9 @@ LAUNCH_LIMIT = 60  # seconds of a process that launches once
 TEST_LIMIT = 180  # seconds of one test
 # Tests that need no GPU to say all that they say, or packages that a GPU machine may lack.
 ELSEWHERE = {
-    "bench", "char_lm", "cluster", "codegen", "compiled", "docs", "examples", "execute", "inspect", "interpreter",
-    "matrix", "measured", "mutations", "packaging", "planner", "readme", "real_models", "segment_mutations", "tuning",
+    "bench", "char_lm", "cluster", "codegen", "compiled", "docs", "examples", "execute", "foreign", "inspect",
+    "interpreter", "matrix", "measured", "mutations", "packaging", "planner", "readme", "real_models",
+    "segment_mutations", "tuning",
 }  # fmt: skip
 KERNELS = ("recurrence", "sequences", "cells", "checkpoint", "proj_size", "options")
 LAYERS = (

@@ -17,11 +17,13 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..planning.arguments import check_checkpoint_every, expect
 from ..planning.planner import BACKENDS
+from . import foreign
 from .calls import FallbackWarning
 from .modules import GRU, LSTM, RNN
 
 _OURS: dict[type, type] = {torch.nn.RNN: RNN, torch.nn.GRU: GRU, torch.nn.LSTM: LSTM}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
+_CONVERTED = (*_TORCHS, foreign.Foreign)
 # What a subclass may define, and go on having, without a part in what the layer computes.
 _HARMLESS = {"__module__", "__qualname__", "__doc__", "__init__", "__annotations__", "__annotate_func__", "__dict__"}
 _HARMLESS |= {"__weakref__", "__static_attributes__", "__firstlineno__", "__orig_bases__", "__parameters__"}
@@ -49,6 +51,11 @@ def convert(
     fully_shard (FSDP2) makes such subclasses: convert first. fastrnn.report says what a model has; fastrnn.revert goes
     back.
 
+    sLSTM cells of the packages xlstm and tirex-ts are swapped too, if they are there: the recurrence is then ours, with
+    their parameters in their layout, and what is around a cell is theirs. They stay instances of their class whatever
+    subclass is, compute in their input's dtype or autocast's, and return states (h, c, n, m) in float32 for 16 bits.
+    With backend "torch", which has no such kernel, they are left.
+
     Raises ValueError for what is no module, an unknown backend or a wrong checkpoint_every; nothing is changed then.
 
     >>> import torch, fastrnn
@@ -64,19 +71,20 @@ def convert(
     """
     expect("backend", backend, BACKENDS)
     check_checkpoint_every(checkpoint_every)
-    swaps, left = _to_ours(model, subclass)
+    swaps, left = _to_ours(model, subclass, backend)
     _warn(left, FallbackWarning)
     for layer, cls in swaps.values():
         layer.__class__ = cls
-        layer.backend, layer.checkpoint_every = backend, checkpoint_every
+        vars(layer).update(zip(_added(cls), (backend, checkpoint_every), strict=True))
     return model
 
 
 def revert(model: Module) -> Module:
     """Swap every fastrnn.RNN, GRU and LSTM inside a model for torch.nn's, in place, and return the model.
 
-    What convert keeps is kept; a model without layers of fastrnn's is returned as it is. Subclasses of fastrnn's
-    classes (fully_shard makes some) are left, with a UserWarning. Raises ValueError for what is no module.
+    Cells of other packages that convert swapped are theirs again. What convert keeps is kept; a model without layers of
+    fastrnn's is returned as it is. Subclasses of fastrnn's classes (fully_shard makes some) are left, with a
+    UserWarning. Raises ValueError for what is no module.
 
     >>> import torch, fastrnn
     >>> fastrnn.revert(torch.nn.Sequential(fastrnn.LSTM(8, 16)))
@@ -88,7 +96,7 @@ def revert(model: Module) -> Module:
     _warn(left, UserWarning)
     for layer, cls in swaps.values():
         layer.__class__ = cls
-        for added in ("backend", "checkpoint_every"):
+        for added in _added(cls):
             layer.__dict__.pop(added, None)  # a layer that occurs twice is met twice
     return model
 
@@ -101,7 +109,12 @@ class Report:
     left: dict[str, str]
 
     def __str__(self) -> str:
-        rows = [f"{_shown(name)}: fastrnn.{layer}" for name, layer in self.converted.items()]
+        rows = [
+            f"{_shown(name)}: {layer}, on fastrnn's sLSTM"
+            if isinstance(layer, foreign.Foreign)
+            else f"{_shown(name)}: fastrnn.{layer}"
+            for name, layer in self.converted.items()
+        ]
         rows += [f"{_shown(name)}: left as it is: {why}" for name, why in self.left.items()]
         return "\n".join(rows) or "no recurrent layers"
 
@@ -116,7 +129,7 @@ def report(model: Module) -> Report:
     {'0': 'fastrnn.convert has not met it'}
     """
     swaps, left = _to_ours(model, subclass=True)
-    ours = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, tuple(_TORCHS))}
+    ours = dict(_layers(model, _CONVERTED))
     waiting = dict.fromkeys(swaps, "fastrnn.convert has not met it")
     cells = {
         name: "a cell runs one time step, between which nothing stays on chip"
@@ -129,18 +142,27 @@ def report(model: Module) -> Report:
 Swaps = tuple[dict[str, tuple[Any, type]], dict[str, str]]  # layers with the class to have, and why others are left
 
 
-def _to_ours(model: Module, subclass: bool) -> Swaps:
-    """By qualified name: torch.nn's layers and what is to become of each."""
+def _to_ours(model: Module, subclass: bool, backend: str = "auto") -> Swaps:
+    """By qualified name: torch.nn's layers, cells of other packages, and what is to become of each."""
     swaps, left = {}, {}
-    for name, layer in _layers(model, tuple(_OURS)):
-        if isinstance(layer, tuple(_TORCHS)):
+    others = foreign.known()
+    for name, layer in _layers(model, (*_OURS, *others)):
+        if isinstance(layer, _CONVERTED):
             continue
         cls, (plain, made) = type(layer), _apart(layer)
-        theirs = next(c for c in _OURS if isinstance(layer, c))
-        why = _own_code(plain, theirs)
         if "forward" in vars(layer):
             left[name] = "its forward was replaced on the object"
-        elif why:
+            continue
+        theirs = next(c for c in (*_OURS, *others) if isinstance(layer, c))
+        if theirs in others:
+            ours = others[theirs]
+            if plain is not theirs:
+                left[name] = f"{cls.__name__} is a subclass of {theirs.__name__}, which may have code of its own"
+            elif why := foreign.why_left(ours, layer, backend):
+                left[name] = why
+            else:
+                swaps[name] = layer, made(_both(ours, theirs))
+        elif why := _own_code(plain, theirs):
             left[name] = f"{cls.__name__} is a subclass of {theirs.__name__}, with code of its own: {why}"
         elif plain is not theirs and not subclass:
             left[name] = f"{cls.__name__} is a subclass of {theirs.__name__}, which it stays with subclass=True only"
@@ -153,12 +175,12 @@ def _to_ours(model: Module, subclass: bool) -> Swaps:
 def _to_theirs(model: Module) -> Swaps:
     """By qualified name: fastrnn's layers and what is to become of each."""
     swaps, left = {}, {}
-    for name, layer in _layers(model, tuple(_TORCHS)):
+    for name, layer in _layers(model, _CONVERTED):
         cls, (plain, made) = type(layer), _apart(layer)
-        ours = next(c for c in _TORCHS if isinstance(layer, c))
+        ours = next(c for c in _CONVERTED if isinstance(layer, c))
         if "forward" in vars(layer):
             left[name] = "its forward was replaced on the object"
-        elif not layer._stack_is_torchs():  # type: ignore[operator]
+        elif ours is not foreign.Foreign and not layer._stack_is_torchs():  # type: ignore[operator]
             left[name] = "torch has no layer in heads, with tied directions, or that clips"
         elif theirs := _TORCHS.get(plain) or vars(plain).get("_theirs"):
             swaps[name] = layer, made(theirs)
@@ -171,6 +193,12 @@ def _layers(model: Module, classes: tuple[type, ...]) -> list[tuple[str, Module]
     if not isinstance(model, Module):
         raise ValueError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return [(name, m) for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, classes)]
+
+
+def _added(cls: type) -> tuple[str, str]:
+    """The attributes for backend and checkpoint_every; another package's cell may have such of its own."""
+    prefix = "" if issubclass(cls, torch.nn.RNNBase) else "fastrnn_"
+    return f"{prefix}backend", f"{prefix}checkpoint_every"
 
 
 def _apart(layer: Module) -> tuple[type, Any]:

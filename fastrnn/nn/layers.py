@@ -125,7 +125,7 @@ def _step(
         b_ih, b_hh = b or (None, None)
         with profiling.named("input product"):
             source, x_gates = _product(xs, W_ih, b_ih)
-        run = _reference if backend == "reference" else layer.by_op
+        run = by_reference if backend == "reference" else layer.by_op
         y, finals, steps = run(of_layer, x_gates, source, (W_hh, b_hh), state.states, window)
     if W_hr is not None:
         y = projection.projected(y, W_hr, window)
@@ -157,7 +157,7 @@ def _product(xs: Inputs, W_ih: Sequence[Tensor], b_ih: Sequence[Tensor] | None) 
 
 
 @profiling.inside("recurrence")
-def _reference(of_layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states: Any, window: Window) -> Any:
+def by_reference(of_layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states: Any, window: Window) -> Any:
     # Differentiable any number of times: needs no source.
     (W_hh, b_hh), K = recurrent, recurrent[0][0].shape[-1]
     R = of_layer.directions * of_layer.heads

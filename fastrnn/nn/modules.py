@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..planning.planner import Plan
+from .foreign import Foreign
 from .recurrent import Recurrent
 
 
@@ -195,7 +196,8 @@ class SLSTM(Recurrent):
 def explain(module: torch.nn.Module, input: "Tensor | PackedSequence") -> Plan:
     """Print the plan that a fastrnn module would run for this input and, for a fallback, the reason; return it.
 
-    module is a fastrnn.RNN, GRU, LSTM or SLSTM (else a ValueError); nothing is run.
+    module is a fastrnn.RNN, GRU, LSTM or SLSTM, or a cell of another package that fastrnn.convert swapped (else a
+    ValueError); nothing is run.
     Raises NotImplementedError, as running would, where the module's named backend cannot run.
 
     >>> import torch, fastrnn
@@ -203,7 +205,7 @@ def explain(module: torch.nn.Module, input: "Tensor | PackedSequence") -> Plan:
     lstm, T=5, B=2, H=16, float32, on cpu: backend torch
       why       CPU tensors take torch's own kernel
     """
-    if not isinstance(module, Recurrent):
+    if not isinstance(module, Recurrent | Foreign):
         raise ValueError(f"module: expected a fastrnn.RNN, GRU, LSTM or SLSTM; got {type(module).__name__}")
     chosen = module.plan(input)
     print(chosen)

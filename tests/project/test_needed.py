@@ -82,9 +82,10 @@ def test_tests_are_collected_and_skipped_where_packages_are_missing(tmp_path):
         "tests/nn/test_torch_inputs.py",
         "tests/nn/test_any_shape.py",
         "tests/nn/test_real_models.py",
+        "tests/nn/test_foreign.py",
         "tests/project/test_char_lm.py",
     ]
     done = subprocess.run([*pytest_here, "-x", "-rs", *some], **options)
     assert "failed" not in done.stdout and "passed" not in done.stdout, done.stdout
-    for name in ("expecttest", "hypothesis", "gluonts", "sb3-contrib", "deepecho", "matplotlib, tqdm"):
+    for name in ("expecttest", "hypothesis", "gluonts", "sb3-contrib", "deepecho", "xlstm", "matplotlib, tqdm"):
         assert re.search(rf"SKIPPED.*{name}", done.stdout), name

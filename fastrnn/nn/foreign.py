@@ -1,0 +1,194 @@
+"""sLSTM cells of the packages xlstm and tirex-ts, whose recurrence convert makes ours: parameters and layouts stay.
+
+Such a cell takes the gates' input products and the state before, one tensor (4, B, H) of h, c, n and m. What lies
+around it (projections, convolution, norm) is its package's, and goes on as it is. The packages are never imported here:
+their classes are known by name, in a process that has imported them.
+
+Source: xlstm 2.0.6, xlstm/blocks/slstm/cell.py.
+"""
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import driver
+from ..ops import layer
+from ..planning.planner import Plan
+from ..planning.tiers import TIERS
+from ..sequences import PLAIN, Window
+from ..stack import Stack
+from . import calls, layers
+from .validation import compute_dtype
+
+
+class Foreign:
+    """A cell of another package on ours: convert makes a class of this and of theirs, whose helpers go on.
+
+    It computes in its input's dtype, or autocast's, and its state is float32 beside 16 bits, where theirs is rounded.
+    """
+
+    config: Any
+    _recurrent_kernel_: Tensor
+    _bias_: Tensor
+    _permute_output: Any  # (T, B, H) to what theirs returns
+    fastrnn_backend: str
+    fastrnn_checkpoint_every: int | None
+    _cell = "slstm"
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """W_hh (N, G*K, K) and b_hh (N, G*K) of N heads, functions of their parameters."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _shape_of_kernel(N: int, G: int, K: int) -> tuple[int, ...]:
+        """Of their _recurrent_kernel_."""
+        return N, G * K, K
+
+    @staticmethod
+    def _why_left(config: Any) -> str:
+        """Why convert leaves a cell of theirs with such a config as it is; empty if it does not."""
+        return ""
+
+    def _time_first(self, input: Tensor) -> Tensor:
+        return input.transpose(0, 1)
+
+    def _clip_grad_state(self) -> float | None:
+        return None
+
+    def _stack(self) -> Stack:
+        return Stack(
+            self._cell, backend=self.fastrnn_backend, checkpoint_every=self.fastrnn_checkpoint_every,
+            num_heads=self.config.num_heads, clip_grad_state=self._clip_grad_state(),
+        )  # fmt: skip
+
+    def plan(self, input: Tensor) -> Plan:
+        """The Plan that forward(input) follows."""
+        x, (N, _, K) = self._time_first(input), _heads(self.config)
+        return calls.planned(self._stack(), N * K, x.shape[0], x.shape[1], x)
+
+    def _run(self, input: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """input as theirs, (B, T, G*N*K) gate by gate; state (4, B, H). Their output, and the state after."""
+        N, G, K = _heads(self.config)
+        if input.shape[-1] != N * G * K:
+            raise ValueError(
+                f"input: expected {N * G * K} elements of 4 gates in its last dimension, got {input.shape}"
+            )
+        x = self._time_first(input)
+        x_gates = x.unflatten(-1, (G, N, K)).transpose(2, 3).flatten(2)  # head by head, as kernels read it
+        expected = (4, x.shape[1], N * K)
+        if state is not None and state.shape != expected:
+            raise ValueError(f"state: expected {expected}, got {tuple(state.shape)}")
+        y, state = _recurrence(self._stack(), x_gates, self._weights(), state)
+        return self._permute_output(y), state
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """N, G and K."""
+    return config.num_heads, config.num_gates, config.head_dim
+
+
+class OfXLSTM(Foreign):
+    """xlstm's cell in plain torch, `backend="vanilla"`: its kernel is (N, G*K, K) already, its bias flat (G, N, K)."""
+
+    def forward(self, input: Tensor, state: Tensor | None = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
+        """Run over all of time, as theirs, which does not read lengths."""
+        return self._run(input, state)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        N, G, K = _heads(self.config)
+        return self._recurrent_kernel_, self._bias_.view(G, N, K).transpose(0, 1).flatten(1)
+
+    def _time_first(self, input: Tensor) -> Tensor:
+        return input if self.config.input_shape == "SBGNH" else input.transpose(0, 1)
+
+    @staticmethod
+    def _why_left(config: Any) -> str:
+        function = config.function
+        return "" if function == "slstm" else f"its function is {function!r}, of which only 'slstm' runs on ours"
+
+
+class OfXLSTMsCuda(OfXLSTM):
+    """xlstm's cell that compiles CUDA, `backend="cuda"`: its kernel is (N, K, G*K), its bias flat (N, G, K)."""
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        return self._recurrent_kernel_.mT, self._bias_.view(self.config.num_heads, -1)
+
+    def _clip_grad_state(self) -> float | None:
+        """What its kernels do, and its cell in plain torch does not."""
+        return 0.0 if self.config.gradient_recurrent_cut else self.config.gradient_recurrent_clipval
+
+    @staticmethod
+    def _shape_of_kernel(N: int, G: int, K: int) -> tuple[int, ...]:
+        return N, K, G * K
+
+    @staticmethod
+    def _why_left(config: Any) -> str:
+        clip = config.gradient_recurrent_clipval
+        if clip is not None and clip < 1:  # h is between -1 and 1
+            return "its kernel clips h at gradient_recurrent_clipval too, which is below 1"
+        return OfXLSTM._why_left(config)
+
+
+# By module and name of theirs.
+_KNOWN: dict[tuple[str, str], type[Foreign]] = {
+    ("xlstm.blocks.slstm.cell", "sLSTMCell_vanilla"): OfXLSTM,
+    ("xlstm.blocks.slstm.cell", "sLSTMCell_cuda"): OfXLSTMsCuda,
+}
+
+
+def known() -> dict[type, type]:
+    """Their classes, as far as this process has imported them, with ours."""
+    found = {(module, name): getattr(sys.modules.get(module), name, None) for module, name in _KNOWN}
+    return {theirs: _KNOWN[key] for key, theirs in found.items() if isinstance(theirs, type)}
+
+
+def why_left(ours: type[Foreign], cell: Any, backend: str) -> str:
+    """Why a cell of theirs stays as it is, or nothing."""
+    if backend == "torch":
+        return "torch has no kernel of the sLSTM"
+    if why := ours._why_left(cell.config):
+        return why
+    N, G, K = _heads(cell.config)
+    known, found = ours._shape_of_kernel(N, G, K), tuple(cell._recurrent_kernel_.shape)
+    return "" if found == known else f"its recurrent kernel is {found}, and in the version that is known {known}"
+
+
+def _recurrence(
+    stack: Stack, x_gates: Tensor, weights: tuple[Tensor, Tensor], state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x_gates (T, B, N*G*K), head by head; state (P, B, H) or None. y (T, B, H) and the state after."""
+    dtype = compute_dtype(x_gates)
+    (T, B, _), (N, _, K), every = x_gates.shape, weights[0].shape, stack.checkpoint_every
+    wide = stack.of_cell.state_dtype(dtype)
+    before = x_gates.new_zeros(stack.states, B, N * K, dtype=wide) if state is None else state.to(wide)
+    if T == 0:
+        return x_gates.new_empty(0, B, N * K, dtype=dtype), before
+    first = layers.State(None if state is None and not every else before.unsqueeze(1).unbind())
+    of_layer = layers.weights_of(weights, dtype, chunked=every is not None)
+    x = x_gates.to(dtype)
+    for attempt in range(len(TIERS) + 1):
+        backend = calls.backend_of(calls.planned(stack, N * K, T, B, x))
+        step: layers.Step = functools.partial(_step, stack, backend, of_layer)
+        try:
+            step = layers.recomputed(step) if every else step
+            y, after, _ = layers.in_chunks(step, x, first, every or T, 1)
+            return y, torch.cat(after.states)
+        except driver.LaunchRefusedError:  # the planner leaves this tier out then
+            if stack.backend != "auto" or attempt == len(TIERS):
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _step(
+    stack: Stack, backend: str, weights: layers.Weights, xs: layers.Inputs, state: layers.State, window: Window = PLAIN
+) -> tuple[Tensor, layers.State, tuple[Tensor, ...] | None]:
+    """Of x_gates, whose product is theirs."""
+    W_hh, b_hh = weights()
+    run = layers.by_reference if backend == "reference" else layer.by_op
+    y, finals, steps = run(
+        layers.layer_of(stack, backend), xs[0], (None, None, None), ([W_hh], [b_hh]), state.states, window
+    )
+    return y, layers.State(finals), steps

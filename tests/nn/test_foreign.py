@@ -1,0 +1,284 @@
+"""fastrnn.convert on sLSTM cells of other packages: their outputs and gradients, with their parameters as they lie."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn.nn import foreign
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # those of the packages
+
+XLSTM = ("xlstm", "xlstm_cuda")  # its cell in plain torch, and the one that compiles CUDA: their layouts differ
+N, K = 3, 8
+H = N * K
+
+
+def pair(kind: str, dtype: torch.dtype = torch.float32, **config):
+    """A cell of a package to convert, and one that computes the same in plain torch by their code, not to convert."""
+    from xlstm.blocks.slstm import cell as cells
+
+    init = {"recurrent_weight_init": "standard", "bias_init": "standard"}
+    config = cells.sLSTMCellConfig(H, N, **init, **config)
+    theirs = cells.sLSTMCell_vanilla(copy.copy(config)).to(dtype)
+    if kind == "xlstm":
+        return copy.deepcopy(theirs), theirs
+    cell = cells.sLSTMCell_cuda(config, skip_backend_init=True).to(dtype)
+    with torch.no_grad():  # by their own views of either layout
+        cell._recurrent_kernel_.copy_(cell._recurrent_kernel_ext2int(theirs.recurrent_kernel[:]))
+        cell._bias_.copy_(cell._bias_ext2int(theirs.bias[:]))
+    return cell, theirs
+
+
+def in_layout_of(cell, theirs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the kernel and the bias of theirs, as they lie in the cell."""
+    kernel = theirs._recurrent_kernel_int2ext(theirs._recurrent_kernel_.grad)
+    bias = theirs._bias_int2ext(theirs._bias_.grad)
+    return cell._recurrent_kernel_ext2int(kernel), cell._bias_ext2int(bias)
+
+
+def run(cell, x, state=None) -> dict[str, torch.Tensor]:
+    """Output, states and gradients of a loss of outputs and h, in two calls of which the second goes on."""
+    x = x.clone().requires_grad_()
+    state = None if state is None else state.clone().requires_grad_()
+    first, between = cell(x[:, :3], state)
+    rest, last = cell(x[:, 3:], between)
+    y = torch.cat((first, rest), 2)
+    cell.zero_grad()
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum().backward()
+    found = {"y": y, "state": last, "dx": x.grad}
+    return found if state is None else found | {"d_state": state.grad[:3]}  # m only rescales the others
+
+
+def compare(cell, theirs, x, state, **tolerance):
+    ours, expected = run(cell, x, state), run(theirs, x, state)
+    for name, truth in expected.items():
+        torch.testing.assert_close(ours[name], truth, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+    for grad, truth in zip((cell._recurrent_kernel_.grad, cell._bias_.grad), in_layout_of(cell, theirs), strict=True):
+        torch.testing.assert_close(grad, truth, **tolerance)
+
+
+def start(device: str, dtype: torch.dtype) -> torch.Tensor:
+    """A state as sequences leave them."""
+    h, c, n, m = torch.randn(4, 2, H, dtype=dtype, device=device)
+    return torch.stack((h.tanh(), c, 1 + n.abs(), m))
+
+
+@pytest.mark.parametrize("with_state", (False, True))
+@pytest.mark.parametrize("backend", ("auto", "resident", "cooperative"))
+@pytest.mark.parametrize("kind", XLSTM)
+def test_a_cell_computes_what_theirs_does(kind, backend, with_state, device):
+    cell, theirs = (c.to(device) for c in pair(kind))
+    fastrnn.convert(cell, backend=backend)
+    state = start(device, torch.float32) if with_state else None
+    compare(cell, theirs, 3 * torch.randn(2, 7, 4 * H, device=device), state, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("checkpoint_every", (None, 2))
+@pytest.mark.parametrize("kind", XLSTM)
+def test_in_float64(kind, checkpoint_every):
+    cell, theirs = pair(kind, torch.float64)
+    fastrnn.convert(cell, backend="reference", checkpoint_every=checkpoint_every)
+    x = 3 * torch.randn(2, 7, 4 * H, dtype=torch.float64)
+    compare(cell, theirs, x, start("cpu", torch.float64), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", XLSTM)
+@pytest.mark.parametrize("wrong", ("gates", "units", "bias"))
+def test_a_wrong_layout_is_noticed(kind, wrong, monkeypatch):
+    cell, theirs = pair(kind, torch.float64)
+    fastrnn.convert(cell)
+    plain = type(cell)._weights
+
+    def weights(self):
+        W, b = plain(self)
+        by_gate = W.view(N, 4, K, K)
+        if wrong == "gates":
+            return by_gate.roll(1, 1).flatten(1, 2), b
+        return (by_gate.mT.flatten(1, 2), b) if wrong == "units" else (W, b.view(4, N, K).transpose(0, 1).flatten(1))
+
+    monkeypatch.setattr(type(cell), "_weights", weights)
+    x = torch.randn(2, 7, 4 * H, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="y: "):
+        compare(cell, theirs, x, None, rtol=1e-6, atol=1e-6)
+
+
+def stack(dtype: torch.dtype):
+    """xlstm's language model of an mLSTM and two sLSTM blocks, convolutions and feed-forwards included."""
+    import xlstm
+
+    slstm = xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=2, recurrent_weight_init="standard")
+    mlstm = xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(num_heads=2))
+    config = xlstm.xLSTMLMModelConfig(
+        vocab_size=11, mlstm_block=mlstm, slstm_block=xlstm.sLSTMBlockConfig(slstm=slstm), num_blocks=3,
+        embedding_dim=16, context_length=12, slstm_at=[0, 2],
+    )  # fmt: skip
+    return xlstm.xLSTMLMModel(config).to(dtype)
+
+
+def train_a_step(model, tokens) -> list[torch.Tensor]:
+    """Loss, logits, and the parameters after a step of gradient descent."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    logits = model(tokens)
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    loss.backward()
+    optimizer.step()
+    return [loss, logits, *model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("layout", XLSTM)
+def test_xlstms_model_trains_a_step(layout, dtype):
+    model = stack(dtype)
+    theirs, names = copy.deepcopy(model), list(model.state_dict())
+    if layout == "xlstm_cuda":  # as a model that was made on a GPU
+        for block in (model.xlstm_block_stack.blocks[0], model.xlstm_block_stack.blocks[2]):
+            block.xlstm.slstm_cell = in_cuda(block.xlstm.slstm_cell).to(dtype)
+    fastrnn.convert(model)
+    assert len(fastrnn.report(model).converted) == 2 and list(model.state_dict()) == names
+    tokens = torch.randint(11, (2, 12))
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    named = [("loss", None), ("logits", None), *model.named_parameters()]
+    ours, expected = train_a_step(model, tokens), train_a_step(theirs, tokens)
+    for (name, _), found, truth in zip(named, ours, expected, strict=True):
+        if "slstm_cell" in name and layout == "xlstm_cuda":
+            continue  # they lie in another order: test_a_cell_computes_what_theirs_does
+        torch.testing.assert_close(
+            found, truth, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: name + text
+        )
+    before = fastrnn.revert(model)
+    if layout == "xlstm":
+        torch.testing.assert_close(before(tokens), theirs(tokens), rtol=tolerance, atol=tolerance)
+
+
+def in_cuda(cell):
+    """xlstm's cell in its other layout."""
+    from xlstm.blocks.slstm.cell import sLSTMCell_cuda
+
+    other = sLSTMCell_cuda(copy.copy(cell.config), skip_backend_init=True)
+    with torch.no_grad():
+        other._recurrent_kernel_.copy_(other._recurrent_kernel_ext2int(cell.recurrent_kernel[:]))
+        other._bias_.copy_(other._bias_ext2int(cell.bias[:]))
+    return other
+
+
+@pytest.mark.parametrize("subclass", (True, False))
+@pytest.mark.parametrize("kind", XLSTM)
+def test_the_objects_are_kept_and_revert_gives_back_theirs(kind, subclass):
+    cell, _ = pair(kind)
+    model, cls, attributes = torch.nn.ModuleList([cell, cell]), type(cell), set(vars(cell))
+    state, parameters = list(model.state_dict()), list(model.parameters())
+    x = torch.randn(2, 5, 4 * H)
+    for _ in range(2):
+        assert fastrnn.convert(model, backend="reference", checkpoint_every=2, subclass=subclass)[0] is cell
+        assert isinstance(cell, cls) and isinstance(cell, foreign.Foreign) and type(cell).__name__ == cls.__name__
+        assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+        assert list(model.state_dict()) == state and cell.fastrnn_checkpoint_every == 2
+    assert str(fastrnn.report(model)).startswith("0: sLSTMCell") and "on fastrnn's sLSTM" in str(fastrnn.report(model))
+    twins = [copy.deepcopy(cell)]
+    if kind == "tirex":  # xlstm's own cells cannot be pickled
+        twins.append(pickle.loads(pickle.dumps(cell)))
+    for twin in twins:
+        assert type(twin) is type(cell)
+        assert torch.equal(twin(x, None)[0], cell(x, None)[0])
+    fastrnn.revert(model)
+    assert type(cell) is cls and set(vars(cell)) == attributes
+    assert fastrnn.report(model).left == dict.fromkeys("01", "fastrnn.convert has not met it")
+
+
+def test_which_of_xlstms_are_left_and_why():
+    from xlstm.blocks.slstm import cell as cells
+
+    class Own(cells.sLSTMCell_vanilla):
+        pass
+
+    def cuda(**config):
+        return cells.sLSTMCell_cuda(cells.sLSTMCellConfig(H, N, **config), skip_backend_init=True)
+
+    model = torch.nn.ModuleDict(
+        {
+            "lstm": cells.sLSTMCell_vanilla(cells.sLSTMCellConfig(H, N, function="lstm")),
+            "own": Own(cells.sLSTMCellConfig(H, N)),
+            "clips": cuda(gradient_recurrent_clipval=0.5),
+            "layout": cuda(),
+            "fits": cuda(gradient_recurrent_clipval=2.0),
+        }
+    )
+    model["layout"]._recurrent_kernel_ = torch.nn.Parameter(torch.zeros(N, 4 * K, K))
+    before = {name: type(cell) for name, cell in model.items()}
+    with pytest.warns(fastrnn.FallbackWarning) as warned:
+        fastrnn.convert(model)
+    said = str(warned[0].message)
+    assert "lstm: its function is 'lstm', of which only 'slstm' runs on ours" in said
+    assert "own: Own is a subclass of sLSTMCell_vanilla" in said
+    assert "clips: its kernel clips h at gradient_recurrent_clipval too" in said
+    assert (
+        f"layout: its recurrent kernel is ({N}, {4 * K}, {K}), and in the version that is known ({N}, {K}, {4 * K})"
+        in said
+    )
+    assert {name for name, cell in model.items() if type(cell) is not before[name]} == {"fits"}
+    with pytest.warns(fastrnn.FallbackWarning, match="torch has no kernel of the sLSTM"):
+        fastrnn.convert(pair("xlstm")[0], backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("config", "clip"), [({"gradient_recurrent_cut": True}, 0.0), ({"gradient_recurrent_clipval": 1.0}, 1.0)]
+)
+def test_gradients_are_clipped_where_xlstms_kernels_do(config, clip):
+    """By fastrnn.slstm's own argument, on the product with an identity; its weights are gate by gate."""
+    cell, _ = pair("xlstm_cuda", torch.float64, **config)
+    W, b = fastrnn.convert(cell)._weights()
+    by_gate = [t.detach().unflatten(1, (4, K)).transpose(0, 1).flatten(0, 2) for t in (W * 9, b)]
+    with torch.no_grad():
+        cell._recurrent_kernel_.mul_(9)
+    x = torch.randn(2, 7, 4 * H, dtype=torch.float64, requires_grad=True)
+    identity, zero = torch.eye(4 * H, dtype=torch.float64), torch.zeros(4 * H, dtype=torch.float64)
+    params, heads = [identity, by_gate[0], zero, by_gate[1]], {"batch_first": True, "num_heads": N}
+    found = []
+    for limit in (clip, None):
+        y, _ = fastrnn.slstm(x, None, params, clip_grad_state=limit, **heads)
+        found += torch.autograd.grad(y.square().sum() * 50, x)
+    y, _ = cell(x)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum() * 50, x)[0], found[0])
+    assert not torch.allclose(*found)
+
+
+@pytest.mark.parametrize("kind", XLSTM)
+def test_autocast_computes_in_16_bits_with_wide_states(kind, device):
+    cell, theirs = (c.to(device) for c in pair(kind))
+    fastrnn.convert(cell)
+    x = torch.randn(2, 40, 4 * H, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y, state = cell(x)
+    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    torch.testing.assert_close(y.float(), theirs(x)[0], rtol=0.05, atol=0.02)
+
+
+def test_bad_input_of_xlstms():
+    cell = fastrnn.convert(pair("xlstm")[0])
+    with pytest.raises(ValueError, match=f"input: expected {4 * H} elements of 4 gates in its last dimension, got"):
+        cell(torch.randn(2, 5, 4 * H - 1))
+    with pytest.raises(ValueError, match=rf"state: expected \(4, 2, {H}\), got \(4, 3, {H}\)"):
+        cell(torch.randn(2, 5, 4 * H), torch.zeros(4, 3, H))
+    with pytest.raises(NotImplementedError, match="a kernel for torch.float64 is missing"):
+        fastrnn.convert(pair("xlstm")[0].double(), backend="resident")(torch.randn(2, 5, 4 * H).double())
+
+
+def test_no_steps_and_no_rows_of_xlstms():
+    """Theirs cannot reshape what has no elements."""
+    cell, state = fastrnn.convert(pair("xlstm")[0]), start("cpu", torch.float32)
+    y, after = cell(torch.randn(2, 0, 4 * H), state)
+    assert y.shape == (2, N, 0, K) and torch.equal(after, state)
+    y, after = cell(torch.randn(0, 3, 4 * H))
+    assert y.shape == (0, N, 3, K) and after.shape == (4, 0, H)
+
+
+@pytest.mark.parametrize("kind", XLSTM)
+def test_explain_and_compile(kind):
+    cell = fastrnn.convert(pair(kind)[0])
+    x = torch.randn(2, 5, 4 * H)
+    assert fastrnn.explain(cell, x).backend == "reference"
+    whole = torch.compile(cell, backend="eager", fullgraph=True)
+    assert torch.equal(whole(x)[0], cell(x)[0])
