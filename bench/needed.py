@@ -25,6 +25,7 @@ PACKAGES = {
     "sb3_contrib": ("sb3-contrib", "the test on its model"),
     "sklearn": ("scikit-learn", "the digits' test"),
     "statsmodels": ("statsmodels", "the forecast's test"),
+    "tirex": ("tirex-ts", "the tests on its cell"),
     "torch": ("torch", "everything"),
     "tqdm": ("tqdm", "the examples' tests"),
     "triton": ("triton", "the kernels"),
@@ -33,7 +34,7 @@ PACKAGES = {
 }
 TESTED = (
     "build", "deepecho", "expecttest", "gluonts", "hatchling", "hypothesis", "matplotlib", "rich", "sb3_contrib",
-    "xlstm",
+    "tirex", "xlstm",
 )  # fmt: skip
 EXAMPLE = ("torch", "matplotlib", "tqdm")
 # Of each target: what it cannot run without, and what it leaves a part out without.
@@ -65,6 +66,8 @@ TESTS = (
     ("tests/project/test_packaging.py::test_sdist*", ("build", "hatchling")),
     ("tests/project/test_packaging.py::test_editable*", ("hatchling", "editables")),
     ("tests/inspect/test_profile.py::test_command_line", ("matplotlib",)),
+    ("tests/nn/test_foreign.py::*tirex*", ("tirex",)),
+    ("tests/nn/test_foreign.py::*tirex_forecasts*", ("statsmodels",)),
     ("tests/nn/test_foreign.py::*xlstm*", ("xlstm",)),
     ("tests/nn/test_real_models.py::*[[]deepar-*", ("gluonts",)),
     ("tests/nn/test_real_models.py::*[[]par-*", ("deepecho",)),

@@ -38,6 +38,7 @@ from .activations import (
 )
 
 NEAREST_ONE = tl.constexpr(2.0**-24)  # what fp32 and float16 can tell from zero
+CAP = tl.constexpr(15.0)  # as fastrnn/cells.py has it
 
 
 # LSTM: i, f, o = sigmoid(x + rec), g = tanh(x + rec);  c' = f c + i g;  h' = o tanh(c')
@@ -146,6 +147,20 @@ def slstm_backward(d_state, saved, kept, kept_prev, HOW: tl.constexpr):
     d_o = dh * y * d_sigmoid(o)
     d_gates = (d_i, d_f, d_z, d_o)
     return d_gates, d_gates, (zeros_like(dh), dc * f, dn * f, zeros_like(dh))
+
+
+# The sLSTM with f held to CAP at most, as TiRex has it
+@triton.jit
+def slstm_capped_forward(x, rec, state, HOW: tl.constexpr):
+    f = x[1] + rec[1]
+    over = f > CAP
+    gates = (x[0] + rec[0], tl.where(over, CAP, f), x[2] + rec[2], x[3] + rec[3])
+    none = zeros_like(f)
+    after, (i, share, not_f, z, o) = slstm_forward(gates, (none, none, none, none), state, HOW)
+    return after, (i, share, tl.where(over, 0.0, not_f), z, o)
+
+
+slstm_capped_backward = slstm_backward  # what it multiplies d_f by is 0 where f was held
 
 
 @triton.jit

@@ -4,7 +4,7 @@ Such a cell takes the gates' input products and the state before, one tensor (4,
 around it (projections, convolution, norm) is its package's, and goes on as it is. The packages are never imported here:
 their classes are known by name, in a process that has imported them.
 
-Source: xlstm 2.0.6, xlstm/blocks/slstm/cell.py.
+Source: xlstm/blocks/slstm/cell.py of xlstm 2.0.6, tirex/models/slstm/cell.py of tirex-ts 1.4.2.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cells import CELLS, SLSTM_CAPPED
 from ..compat import driver
 from ..ops import layer
 from ..planning.planner import Plan
@@ -132,10 +133,36 @@ class OfXLSTMsCuda(OfXLSTM):
         return OfXLSTM._why_left(config)
 
 
+class OfTiRex(Foreign):
+    """TiRex's cell, of either backend: its kernel is (N, K, G*K), its bias flat (N, G, K), and f is 15 at most.
+
+    Theirs computes in bfloat16 whatever its input is.
+    """
+
+    _cell = SLSTM_CAPPED.name
+
+    def forward(self, input: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Run over all of time, as theirs."""
+        return self._run(input, state)
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        return self._recurrent_kernel_.mT, self._bias_.view(self.config.num_heads, -1)
+
+    @staticmethod
+    def _shape_of_kernel(N: int, G: int, K: int) -> tuple[int, ...]:
+        return N, K, G * K
+
+    def _stack(self) -> Stack:
+        if self._cell not in CELLS:  # as in a process that a model came to by pickle
+            CELLS[self._cell] = SLSTM_CAPPED
+        return super()._stack()
+
+
 # By module and name of theirs.
 _KNOWN: dict[tuple[str, str], type[Foreign]] = {
     ("xlstm.blocks.slstm.cell", "sLSTMCell_vanilla"): OfXLSTM,
     ("xlstm.blocks.slstm.cell", "sLSTMCell_cuda"): OfXLSTMsCuda,
+    ("tirex.models.slstm.cell", "sLSTMCell"): OfTiRex,
 }
 
 

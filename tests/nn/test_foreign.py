@@ -5,19 +5,53 @@ import pickle
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import fastrnn
+from bench import tirex as tirex_benchmark
 from fastrnn.nn import foreign
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the packages
 
 XLSTM = ("xlstm", "xlstm_cuda")  # its cell in plain torch, and the one that compiles CUDA: their layouts differ
+KINDS = (*XLSTM, "tirex")
 N, K = 3, 8
 H = N * K
 
 
+class Uncast(TorchFunctionMode):
+    """TiRex's code computes in bfloat16, and its steps in float32: here in its input's dtype."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return args[0] if func in (torch.Tensor.float, torch.Tensor.to) else func(*args, **(kwargs or {}))
+
+
+def uncast_tirex() -> type:
+    from tirex.models.slstm import cell as cells
+
+    class Theirs(cells.sLSTMCell):
+        def forward(self, input, state=None):
+            with Uncast():
+                return super().forward(input, state)
+
+    return Theirs
+
+
+def tirex(dtype: torch.dtype):
+    from tirex.models.slstm import cell as cells
+
+    cell = cells.sLSTMCell(cells.sLSTMBlockConfig(H, N), "torch").to(dtype)
+    for parameter in cell.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs = copy.deepcopy(cell)
+    theirs.__class__ = uncast_tirex()
+    return cell, theirs
+
+
 def pair(kind: str, dtype: torch.dtype = torch.float32, **config):
     """A cell of a package to convert, and one that computes the same in plain torch by their code, not to convert."""
+    if kind == "tirex":
+        return tirex(dtype)
     from xlstm.blocks.slstm import cell as cells
 
     init = {"recurrent_weight_init": "standard", "bias_init": "standard"}
@@ -34,6 +68,8 @@ def pair(kind: str, dtype: torch.dtype = torch.float32, **config):
 
 def in_layout_of(cell, theirs) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the kernel and the bias of theirs, as they lie in the cell."""
+    if not hasattr(cell, "recurrent_kernel"):
+        return theirs._recurrent_kernel_.grad, theirs._bias_.grad
     kernel = theirs._recurrent_kernel_int2ext(theirs._recurrent_kernel_.grad)
     bias = theirs._bias_int2ext(theirs._bias_.grad)
     return cell._recurrent_kernel_ext2int(kernel), cell._bias_ext2int(bias)
@@ -68,7 +104,7 @@ def start(device: str, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("with_state", (False, True))
 @pytest.mark.parametrize("backend", ("auto", "resident", "cooperative"))
-@pytest.mark.parametrize("kind", XLSTM)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_cell_computes_what_theirs_does(kind, backend, with_state, device):
     cell, theirs = (c.to(device) for c in pair(kind))
     fastrnn.convert(cell, backend=backend)
@@ -77,7 +113,7 @@ def test_a_cell_computes_what_theirs_does(kind, backend, with_state, device):
 
 
 @pytest.mark.parametrize("checkpoint_every", (None, 2))
-@pytest.mark.parametrize("kind", XLSTM)
+@pytest.mark.parametrize("kind", KINDS)
 def test_in_float64(kind, checkpoint_every):
     cell, theirs = pair(kind, torch.float64)
     fastrnn.convert(cell, backend="reference", checkpoint_every=checkpoint_every)
@@ -85,7 +121,7 @@ def test_in_float64(kind, checkpoint_every):
     compare(cell, theirs, x, start("cpu", torch.float64), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", XLSTM)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrong", ("gates", "units", "bias"))
 def test_a_wrong_layout_is_noticed(kind, wrong, monkeypatch):
     cell, theirs = pair(kind, torch.float64)
@@ -165,7 +201,7 @@ def in_cuda(cell):
 
 
 @pytest.mark.parametrize("subclass", (True, False))
-@pytest.mark.parametrize("kind", XLSTM)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_objects_are_kept_and_revert_gives_back_theirs(kind, subclass):
     cell, _ = pair(kind)
     model, cls, attributes = torch.nn.ModuleList([cell, cell]), type(cell), set(vars(cell))
@@ -245,7 +281,7 @@ def test_gradients_are_clipped_where_xlstms_kernels_do(config, clip):
     assert not torch.allclose(*found)
 
 
-@pytest.mark.parametrize("kind", XLSTM)
+@pytest.mark.parametrize("kind", KINDS)
 def test_autocast_computes_in_16_bits_with_wide_states(kind, device):
     cell, theirs = (c.to(device) for c in pair(kind))
     fastrnn.convert(cell)
@@ -275,10 +311,77 @@ def test_no_steps_and_no_rows_of_xlstms():
     assert y.shape == (0, N, 3, K) and after.shape == (4, 0, H)
 
 
-@pytest.mark.parametrize("kind", XLSTM)
+@pytest.mark.parametrize("kind", KINDS)
 def test_explain_and_compile(kind):
     cell = fastrnn.convert(pair(kind)[0])
     x = torch.randn(2, 5, 4 * H)
     assert fastrnn.explain(cell, x).backend == "reference"
     whole = torch.compile(cell, backend="eager", fullgraph=True)
     assert torch.equal(whole(x)[0], cell(x)[0])
+
+
+def test_tirex_holds_f_to_15(device):
+    """In float64 what is forgotten beyond shows; the kernels' gradient of f is 0 there."""
+    cell, theirs = pair("tirex", torch.float64)
+    fastrnn.convert(cell)
+    x = torch.randn(2, 7, 4, H, dtype=torch.float64)
+    x[:, :, 1] = torch.linspace(0, 30, 7, dtype=torch.float64)[:, None]
+    compare(cell, theirs, x.flatten(2), None, rtol=1e-12, atol=1e-12)
+    y, _ = cell(x.flatten(2), None)
+    cell._cell = "slstm"
+    assert 1e-9 < (cell(x.flatten(2), None)[0] - y).abs().max() < 1e-5
+    assert held_gradients_are_0(x.float(), device)
+
+
+def held_gradients_are_0(x, device) -> bool:
+    """Whether the kernels' gradient of gate f is exactly 0 where it is held, and not elsewhere."""
+    cell = fastrnn.convert(pair("tirex")[0].to(device), backend="resident")
+    x = x.to(device).requires_grad_()
+    y, _ = cell(x.flatten(2), None)
+    d_f = torch.autograd.grad(y.square().sum(), x)[0][:, :, 1]
+    held = x[:, :, 1] > 20
+    assert (d_f[~held] != 0).any()
+    return bool((d_f[held] == 0).all())
+
+
+def test_a_gradient_of_tirex_that_is_not_held_is_noticed(mutate, device):
+    x = torch.randn(2, 3, 4, H)
+    x[:, 1, 1] = 22.0
+    mutate({"kernels.cells.slstm_capped_forward": ("tl.where(over, 0.0, not_f)", "not_f")})
+    assert not held_gradients_are_0(x, device)
+
+
+def test_tirex_feeds_its_module_fgate_into_gate_i():
+    """What is around the cell is theirs, its historic names too: as one layer of ours, with weights sorted by hand."""
+    from tirex.models.slstm import block, layer
+
+    theirs = layer.sLSTMLayer(block.sLSTMBlockConfig(H, N), "torch").double()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    fastrnn.convert(theirs)
+    cell = theirs.slstm_cell
+    projections = [theirs.fgate, theirs.igate, theirs.zgate, theirs.ogate]  # into i, f, z and o
+    ours = fastrnn.SLSTM(H, H, num_heads=N, batch_first=True, dtype=torch.float64)
+    with torch.no_grad():
+        ours.weight_ih_l0.copy_(torch.cat([torch.block_diag(*gate.weight) for gate in projections]))
+        ours.weight_hh_l0.copy_(cell._recurrent_kernel_.unflatten(2, (4, K)).permute(2, 0, 3, 1).reshape(4 * H, K))
+        ours.bias_ih_l0.copy_(cell._bias_.view(N, 4, K).transpose(0, 1).flatten())
+        ours.bias_hh_l0.zero_()
+    x = torch.randn(2, 7, H, dtype=torch.float64)
+    expected = theirs.group_norm(ours(x)[0].unflatten(2, (N, K)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(theirs(x), expected)
+
+
+def test_tirex_forecasts_a_real_series():
+    """Its architecture with random weights: as its own loop does where that is not rounded to bfloat16, and nearer."""
+    model = tirex_benchmark.architecture(units=64, heads=2, blocks=3, context=256)
+    past, rounded, exact = tirex_benchmark.series(3, 256), copy.deepcopy(model), copy.deepcopy(model)
+    for block in exact.blocks:
+        block.slstm_layer.slstm_cell.__class__ = uncast_tirex()
+    fastrnn.convert(model)
+    assert len(fastrnn.report(model).converted) == 3
+    found, rough, truth = (tirex_benchmark.forecast(m, past) for m in (model, rounded, exact))
+    assert found.shape == (3, 32, 9) and truth.std() > 0.1
+    torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-3)
+    assert 10 * (found - truth).abs().max() < (rough - truth).abs().max()
+    assert torch.equal(tirex_benchmark.forecast(fastrnn.revert(model), past), rough)

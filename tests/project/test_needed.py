@@ -87,5 +87,6 @@ def test_tests_are_collected_and_skipped_where_packages_are_missing(tmp_path):
     ]
     done = subprocess.run([*pytest_here, "-x", "-rs", *some], **options)
     assert "failed" not in done.stdout and "passed" not in done.stdout, done.stdout
-    for name in ("expecttest", "hypothesis", "gluonts", "sb3-contrib", "deepecho", "xlstm", "matplotlib, tqdm"):
+    models = ("gluonts", "sb3-contrib", "deepecho", "xlstm", "tirex-ts")
+    for name in ("expecttest", "hypothesis", *models, "matplotlib, tqdm"):
         assert re.search(rf"SKIPPED.*{name}", done.stdout), name
