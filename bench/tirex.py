@@ -56,12 +56,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="more wait for each other where others run, too")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
     theirs = architecture().to(args.device)
     ours = fastrnn.convert(copy.deepcopy(theirs))
-    where = f"{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    where = f"{args.device}, threads: {args.threads}, torch {torch.__version__}"
     print(f"TiRex, {CONTEXT} weeks and {HORIZON} ahead, {where}")
     for B in (1, 16):
         past, seconds = series(B), {"tirex-ts": [], "fastrnn": []}

@@ -179,8 +179,8 @@ def why_left(ours: type[Foreign], cell: Any, backend: str) -> str:
     if why := ours._why_left(cell.config):
         return why
     N, G, K = _heads(cell.config)
-    known, found = ours._shape_of_kernel(N, G, K), tuple(cell._recurrent_kernel_.shape)
-    return "" if found == known else f"its recurrent kernel is {found}, and in the version that is known {known}"
+    expected, found = ours._shape_of_kernel(N, G, K), tuple(cell._recurrent_kernel_.shape)
+    return "" if found == expected else f"its recurrent kernel is {found}, and in the version that is known {expected}"
 
 
 def _recurrence(

@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastrnn
 from bench import tirex as tirex_benchmark
-from fastrnn.nn import foreign
+from fastrnn.nn import foreign, layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the packages
 
@@ -290,6 +290,26 @@ def test_autocast_computes_in_16_bits_with_wide_states(kind, device):
         y, state = cell(x)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
     torch.testing.assert_close(y.float(), theirs(x)[0], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refused_launch_is_planned_again_by_auto_only(kind, monkeypatch):
+    cell, theirs = pair(kind)
+    x, plain, tried = torch.randn(2, 5, 4 * H), layers.by_reference, []
+
+    def refuse_once(*args):
+        tried.append(args)
+        if len(tried) == 1:
+            raise fastrnn.LaunchRefusedError("too many blocks")
+        return plain(*args)
+
+    monkeypatch.setattr(layers, "by_reference", refuse_once)
+    torch.testing.assert_close(fastrnn.convert(cell)(x)[0], theirs(x)[0])
+    assert len(tried) == 2
+    tried.clear()
+    fastrnn.convert(fastrnn.revert(cell), backend="reference")
+    with pytest.raises(fastrnn.LaunchRefusedError, match="too many blocks"):
+        cell(x)
 
 
 def test_bad_input_of_xlstms():
