@@ -46,8 +46,8 @@ def series(B: int, context: int = CONTEXT) -> Tensor:
 
 def forecast(model: torch.nn.Module, past: Tensor, halved: bool = False) -> Tensor:
     """Quantiles (B, HORIZON, 9); halved in autocast's bfloat16."""
-    kind = torch.autocast("cuda", torch.bfloat16) if halved else contextlib.nullcontext()
-    with kind:
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16) if halved else contextlib.nullcontext():
         quantiles, _ = model.forecast(context=past, prediction_length=HORIZON)  # type: ignore[operator]
     return quantiles
 

@@ -54,9 +54,11 @@ class Foreign:
         return ""
 
     def _time_first(self, input: Tensor) -> Tensor:
+        """Their input as (T, B, G*N*K)."""
         return input.transpose(0, 1)
 
     def _clip_grad_state(self) -> float | None:
+        """As of fastrnn.SLSTM."""
         return None
 
     def _stack(self) -> Stack:
@@ -73,10 +75,9 @@ class Foreign:
     def _run(self, input: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """input as theirs, (B, T, G*N*K) gate by gate; state (4, B, H). Their output, and the state after."""
         N, G, K = _heads(self.config)
-        if input.shape[-1] != N * G * K:
-            raise ValueError(
-                f"input: expected {N * G * K} elements of 4 gates in its last dimension, got {input.shape}"
-            )
+        if input.dim() != 3 or input.shape[-1] != N * G * K:
+            got = tuple(input.shape)
+            raise ValueError(f"input: expected three dimensions, the last of {N * G * K} for {G} gates; got {got}")
         x = self._time_first(input)
         x_gates = x.unflatten(-1, (G, N, K)).transpose(2, 3).flatten(2)  # head by head, as kernels read it
         expected = (4, x.shape[1], N * K)

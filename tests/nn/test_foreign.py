@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -314,8 +315,10 @@ def test_a_refused_launch_is_planned_again_by_auto_only(kind, monkeypatch):
 
 def test_bad_input_of_xlstms():
     cell = fastrnn.convert(pair("xlstm")[0])
-    with pytest.raises(ValueError, match=f"input: expected {4 * H} elements of 4 gates in its last dimension, got"):
-        cell(torch.randn(2, 5, 4 * H - 1))
+    for shape in ((2, 5, 4 * H - 1), (2, 4 * H)):
+        said = f"input: expected three dimensions, the last of {4 * H} for 4 gates; got {shape}"
+        with pytest.raises(ValueError, match=re.escape(said)):
+            cell(torch.randn(shape))
     with pytest.raises(ValueError, match=rf"state: expected \(4, 2, {H}\), got \(4, 3, {H}\)"):
         cell(torch.randn(2, 5, 4 * H), torch.zeros(4, 3, H))
     with pytest.raises(NotImplementedError, match="a kernel for torch.float64 is missing"):
@@ -404,4 +407,7 @@ def test_tirex_forecasts_a_real_series():
     assert found.shape == (3, 32, 9) and truth.std() > 0.1
     torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-3)
     assert 10 * (found - truth).abs().max() < (rough - truth).abs().max()
+    halved = tirex_benchmark.forecast(model, past, halved=True)
     assert torch.equal(tirex_benchmark.forecast(fastrnn.revert(model), past), rough)
+    their_halved = tirex_benchmark.forecast(model, past, halved=True)  # in autocast linear layers are rounded, too
+    assert 0 < (halved - truth).abs().max() < 2 * (their_halved - truth).abs().max()
