@@ -26,6 +26,7 @@ class Stack(NamedTuple):
     clip_grad_state: float | None = None
     clip_state: float | None = None
     tie_directions: bool = False  # both directions have one set of parameters
+    drop_connect: float = 0.0
 
     @property
     def of_cell(self) -> Cell:
@@ -61,6 +62,11 @@ class Stack(NamedTuple):
     def dropped(self) -> float:
         """The share of a layer's output that does not reach the next layer in this call."""
         return self.dropout if self.training else 0.0
+
+    @property
+    def drops_connections(self) -> bool:
+        """Whether elements of W_hh are dropped in this call."""
+        return self.training and bool(self.drop_connect)
 
     def hidden(self, state: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """A state as torch takes and returns it: one tensor, or the LSTM's pair."""

@@ -1,10 +1,14 @@
-"""Dropout between layers: one mask a layer, the same from one seed in whatever order layers and chunks then run."""
+"""What training drops: input between layers, and connections; of one seed the same in whatever order a call then runs.
+
+Of input one mask a layer, of connections (DropConnect, Wan et al. 2013) one a layer and direction.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..stack import Stack
 from .layers import Step
 
 
@@ -26,3 +30,18 @@ def dropping(step: Step, masks: Sequence[Tensor], p: float) -> Step:
     """The step of a layer of one direction whose input is dropped, outside of what is recomputed, chunk by chunk."""
     chunks = iter(masks)
     return lambda xs, state, window: step((drop(xs[0], next(chunks), p),), state, window)
+
+
+def drop_connections(stack: Stack, params: Sequence[Tensor]) -> tuple[Stack, list[Tensor]]:
+    """A call's layers with elements of their W_hh dropped, which is all that it has to do with them: no kernel knows.
+
+        W_hh' = mask W_hh / (1 - p)
+
+    One mask a layer and direction, of tied directions too, for all chunks of time; they are a call's first random
+    numbers, so that tiers, which draw others or none, agree.
+    """
+    params, p = list(stack.of_each_direction(params) if stack.tie_directions else params), stack.drop_connect
+    count = len(params) // (stack.num_layers * stack.directions)
+    for i in range(1, len(params), count):
+        params[i] = drop(params[i], drop_mask(params[i], p), p)
+    return stack._replace(drop_connect=0.0, tie_directions=False), params

@@ -46,6 +46,11 @@ class LSTM(Recurrent):
 
     tie_directions: both directions have one set of parameters, that of direction 0; they run in one launch as ever.
 
+    drop_connect: in training each call drops elements of W_hh with probability p, from 0 to 1, and scales the others by
+    1 / (1 - p) (DropConnect, Wan et al. 2013). One mask a layer and direction serves all time steps; a call of step has
+    its own. Every backend takes it; of one seed masks are the same on each, in chunks or as a wavefront. Gradients
+    reach what was kept. In evaluation nothing is dropped.
+
     Layers of one direction run as a wavefront over chunks of time, each on a CUDA stream, if fastrnn.explain says so.
 
     Raises torch.nn.LSTM's errors for wrong arguments, ValueError for another backend, checkpoint_every or num_heads,
@@ -78,7 +83,7 @@ class GRU(Recurrent):
         r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
 
     with x = W_ih x_t + b_ih and rec = W_hh h + b_hh. Constructor, forward, parameters and errors are torch.nn.GRU's;
-    backend, checkpoint_every, num_heads, clips, dtypes and shapes as in fastrnn.LSTM; hx is one tensor.
+    backend, checkpoint_every, num_heads, clips, drop_connect, dtypes and shapes as in fastrnn.LSTM; hx is one tensor.
 
     Source: torch.nn.GRU.
 
@@ -102,7 +107,7 @@ class RNN(Recurrent):
         h' = act(W_ih x_t + b_ih + W_hh h + b_hh),  act = tanh or relu
 
     Constructor (nonlinearity="tanh" or "relu", also as the fourth argument), forward, parameters and errors are
-    torch.nn.RNN's; backend, checkpoint_every, num_heads, clips, dtypes and shapes as in fastrnn.GRU.
+    torch.nn.RNN's; backend, checkpoint_every, num_heads, clips, drop_connect, dtypes and shapes as in fastrnn.GRU.
 
     Source: torch.nn.RNN.
 
@@ -135,12 +140,12 @@ class SLSTM(Recurrent):
     m only rescales c and n, so that exp cannot overflow: h is what it would be without, and no gradient goes through m.
 
     Arguments, shapes, dtypes and errors as in fastrnn.LSTM, without proj_size: input_size, hidden_size, num_layers,
-    bias, batch_first, dropout, bidirectional, tie_directions, num_heads, backend, checkpoint_every, clips. Parameters
-    too, for gates i, f, z, o in this order: weight_ih_l0 (4*H, I), weight_hh_l0 (4*H, K) with K = H / num_heads,
-    bias_ih_l0 and bias_hh_l0 (4*H,). hx and the final state are tuples (h, c, n, m), each (num_layers * D, B, H), zeros
-    by default. They are float32 where input has 16 bits: m and n mean nothing when they are rounded so; hx may be
-    either. torch has no such kernel: "auto" takes the reference, a loop in torch, where none of ours runs, on CPU
-    tensors always.
+    bias, batch_first, dropout, bidirectional, tie_directions, num_heads, backend, checkpoint_every, clips and
+    drop_connect. Parameters too, for gates i, f, z, o in this order: weight_ih_l0 (4*H, I), weight_hh_l0 (4*H, K) with
+    K = H / num_heads, bias_ih_l0 and bias_hh_l0 (4*H,). hx and the final state are tuples (h, c, n, m), each
+    (num_layers * D, B, H), zeros by default. They are float32 where input has 16 bits: m and n mean nothing when they
+    are rounded so; hx may be either. torch has no such kernel: "auto" takes the reference, a loop in torch, where none
+    of ours runs, on CPU tensors always.
 
     Raises what fastrnn.LSTM raises.
 

@@ -15,7 +15,7 @@ from ..stack import Stack
 from ..torch_path import segments
 from . import layers, projection, wavefront
 from .calls import Call, as_tuple, backend_of, checked
-from .dropout import drop, drop_mask, dropping
+from .dropout import drop, drop_connections, drop_mask, dropping
 from .options import PLAIN, Options
 
 # Output, the final states, and c of every step where it is asked for.
@@ -28,6 +28,9 @@ def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options:
     Where the driver refuses a kernel that backend="auto" chose, the call plans and runs again: the planner leaves it
     out then. Inside torch.compile a launch is too late for that: the error passes, and the next call plans anew.
     """
+    if stack.drops_connections:
+        checked(stack, input, hx, params, options, _choose)  # before a random number is drawn
+        stack, params = drop_connections(stack, params)
     for attempt in range(len(TIERS) + 1):
         call = checked(stack, input, hx, params, options, _choose)
         backend = backend_of(call.route.chosen)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..planning.arguments import as_int, check_checkpoint_every, check_clips, check_heads
+from ..planning.arguments import as_int, check_checkpoint_every, check_clips, check_heads, check_share
 from ..planning.planner import BACKENDS, Plan
 from ..sequences import Packing, stops_at_torchs_kernels, untraced
 from ..stack import Stack
@@ -31,6 +31,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
     clip_grad_state: float | None = None
     clip_state: float | None = None
     tie_directions = False
+    drop_connect = 0.0
 
     def __init__(
         self,
@@ -42,6 +43,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         clip_grad_state: float | None = None,
         clip_state: float | None = None,
         tie_directions: bool = False,
+        drop_connect: float = 0.0,
         **kwargs: Any,
     ) -> None:
         if backend not in BACKENDS:
@@ -49,10 +51,12 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         checkpoint_every = as_int(checkpoint_every)
         check_checkpoint_every(checkpoint_every)
         check_clips(clip_grad_state=clip_grad_state, clip_state=clip_state)
+        check_share("drop_connect", drop_connect)
         self.init_as(mode, *map(as_int, args), **{name: as_int(value) for name, value in kwargs.items()})
         self.backend = backend
         self.checkpoint_every = checkpoint_every
         self.clip_grad_state, self.clip_state = clip_grad_state, clip_state
+        self.drop_connect = drop_connect
         num_heads = as_int(num_heads)
         check_heads(num_heads, self.hidden_size)
         if num_heads > 1:
@@ -86,10 +90,13 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """torch.nn's, for cuDNN, which has no heads and not every cell."""
-        if self._stack_is_torchs():
+        if self._stack_is_torchs(dropping=False):
             super().flatten_parameters()
 
-    def _stack_is_torchs(self) -> bool:
+    def _stack_is_torchs(self, dropping: bool = True) -> bool:
+        """Whether torch has such a layer; of one that drops connections, whether it has it where none are dropped."""
+        if dropping and self.drop_connect:
+            return False
         clips = self.clip_grad_state is not None or self.clip_state is not None
         return self.num_heads == 1 and self.mode != "SLSTM" and not clips and not self.tie_directions
 
@@ -98,7 +105,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         return Stack(
             self.mode.lower(), self.num_layers, self.bias, self.batch_first, self.dropout, self.training,
             self.bidirectional, self.backend, self.checkpoint_every, self.num_heads, self.clip_grad_state,
-            self.clip_state, self.tie_directions,
+            self.clip_state, self.tie_directions, self.drop_connect,
         )  # fmt: skip
 
     def plan(self, input: "Tensor | PackedSequence") -> Plan:
@@ -158,7 +165,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
         backend, packed = self.backend, isinstance(input, PackedSequence)
         whole = plain and not return_cell_states and self.checkpoint_every is None and backend in ("auto", "torch")
-        whole = whole and self._stack_is_torchs()
+        whole = whole and self._stack_is_torchs(dropping=self.training)
         if whole and (backend == "torch" or not input.is_cuda):
             return self._run_torchs(input, hx)
         options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
@@ -235,6 +242,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         added += f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every is not None else ""
         added += f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
         added += ", tie_directions=True" if self.tie_directions else ""
+        added += f", drop_connect={self.drop_connect}" if self.drop_connect else ""
         for name in ("clip_grad_state", "clip_state"):
             added += f", {name}={getattr(self, name)}" if getattr(self, name) is not None else ""
         return super().extra_repr() + added

@@ -20,7 +20,11 @@ def step(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
         name = module._name
         raise ValueError(f"{name}.step: Expected input to be 1D or 2D, got {input.dim()}D instead")
     # Nothing stays on chip between calls: "auto" takes torch's cells, which have least to do beside the products.
-    if module.backend in ("auto", "torch") and not module.proj_size and module._stack_is_torchs():
+    if (
+        module.backend in ("auto", "torch")
+        and not module.proj_size
+        and module._stack_is_torchs(dropping=module.training)
+    ):
         return _by_cells(module, input, hx)
     time = 1 if module.batch_first and input.dim() == 2 else 0
     output, state = module.forward(input.unsqueeze(time), hx)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..planning.arguments import check_heads
+from ..planning.arguments import check_heads, check_share
 from ..stack import Stack
 
 # Devices that autocast knows. Asked on import: torch.compile cannot trace the question before torch 2.12.
@@ -60,6 +60,7 @@ def check_params(stack: Stack, params: Sequence[Tensor]) -> None:
         raise ValueError(f"num_layers: expected a positive int, got {num_layers!r}")
     if stack.tie_directions and not stack.bidirectional:
         raise ValueError("tie_directions: expected False where bidirectional is, got True")
+    check_share("drop_connect", stack.drop_connect)
     own = 1 if stack.tie_directions else directions  # directions with parameters of their own
     per_direction = 4 if bias else 2
     if stack.cell == "lstm" and len(params) == num_layers * own * (per_direction + 1):

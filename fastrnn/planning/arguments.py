@@ -1,5 +1,6 @@
 """Checks of plain arguments that a planner and a layer share."""
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ def check_clips(**limits: float | None) -> None:
         is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
         if limit is not None and not (is_number and 0 <= limit < float("inf")):
             raise ValueError(f"{name}: expected a number from 0 on, or None; got {limit!r}")
+
+
+def check_share(name: str, p: float) -> None:
+    """Of a random drop: what torch.nn takes as dropout."""
+    if not isinstance(p, Real) or isinstance(p, bool) or not 0 <= p <= 1:
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {p!r}")
 
 
 def expect(name: str, got: object, allowed: tuple) -> None:
