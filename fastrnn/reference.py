@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import noise as random
 from .cells import CELLS, State
 from .kernels.arguments import NO_CLIP
 from .sequences import Sequences, Slots
@@ -79,6 +80,8 @@ def run(
     heads: int = 1,
     clip_gradient: float = NO_CLIP,
     clip_state: float = NO_CLIP,
+    zoneout: float = 0.0,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer of D directions and N heads, R = D * N recurrences of K units side by side, over all of time.
 
@@ -88,14 +91,17 @@ def run(
 
     clip_gradient: what comes back through W_hh is clipped to [-x, x] each step. clip_state: a step sees c clipped so,
     of a cell without c h, and final states are what a next step would see; y and c of all steps are not clipped.
+    zoneout: h is h_prev + share (h_new - h_prev); with noise share is 0 with this probability p, else 1, without 1 - p.
     """
-    clips = Clips(cell, clip_gradient, clip_state)
+    clips = Clips(cell, clip_gradient, clip_state, zoneout)
     *slots, R, _, K = x_gates.shape
     D, P = R // heads, len(CELLS[cell].states)
     if state_0 is None:
         B = slots[1] if sequences is None or len(slots) == 2 else sequences.rows.shape[1]
         state_0 = x_gates.new_zeros(P, D, B, heads * K, dtype=CELLS[cell].state_dtype(x_gates.dtype))
     walk = _padded(x_gates, sequences, starts if by_step else None)
+    if zoneout and noise is not None:
+        walk = walk._replace(stays=_stays(walk, noise, zoneout, heads))
     given = walk.starts if by_step else starts
     first = state_0.unflatten(-1, (heads, K))
     given = None if given is None else given.unflatten(-1, (heads, K))
@@ -105,6 +111,8 @@ def run(
         anew = None if given is None else given[..., d, :, :] if by_step else given[:, d]
         weights = W_hh[own], None if b_hh is None else b_hh[own]
         of_direction = walk._replace(x_gates=walk.x_gates[:, :, own])
+        if walk.stays is not None:
+            of_direction = of_direction._replace(stays=walk.stays[:, :, own])
         states, final = _walk(clips, of_direction, d, weights, tuple(first[:, d]), anew, by_step)
         outputs.append(states)
         finals.append(torch.stack(clips.of(final)))
@@ -118,17 +126,25 @@ def run(
 
 
 class Clips(NamedTuple):
-    """What is clipped at each step of a cell, to [-x, x]; negative where nothing is."""
+    """What is clipped at each step of a cell, to [-x, x], negative where nothing is; and how much of h stays."""
 
     cell: str
     gradient: float
     state: float
+    zoneout: float
 
     def of(self, states: State) -> State:
         if self.state < 0:
             return states
         place = min(1, len(states) - 1)
         return tuple(s.clamp(-self.state, self.state) if n == place else s for n, s in enumerate(states))
+
+    def zoned(self, after: State, before: State, stays: Tensor | None) -> State:
+        if not self.zoneout:
+            return after
+        if stays is None:
+            return before[0] + (1 - self.zoneout) * (after[0] - before[0]), *after[1:]
+        return torch.where(stays, before[0], after[0]), *after[1:]
 
     def of_gradient(self, h: Tensor) -> Tensor:
         return h if self.gradient < 0 else _ClippedGradient.apply(h, self.gradient)  # type: ignore[return-value]
@@ -161,12 +177,15 @@ class _Walk(NamedTuple):
     frozen: Tensor | None  # (T, B, 1, 1)
     starts: Tensor | None  # by step
     slots: Slots | None  # of ragged sequences: their places in the padded batch
+    places: Tensor | None = None  # of ragged sequences (T, B): the slot of each step
+    stays: Tensor | None = None  # (T, B, R, K): which h zoneout keeps
 
 
 def _padded(x_gates: Tensor, sequences: Sequences | None, starts: Tensor | None) -> _Walk:
     if sequences is None:
         return _Walk(x_gates, None, None, None, starts, None)
-    slots, reset, (_, first, length) = None, sequences.reset, sequences.rows[:, sequences.rows[0].argsort()]
+    slots, places, reset = None, None, sequences.reset
+    _, first, length = sequences.rows[:, sequences.rows[0].argsort()]
     if x_gates.dim() == 4:  # ragged: made a padded batch, whose padding is some other slot and is not used
         slots = Slots.of(sequences.rows, x_gates.shape[:1])
         try:
@@ -174,12 +193,20 @@ def _padded(x_gates: Tensor, sequences: Sequences | None, starts: Tensor | None)
         except RuntimeError:  # vmap and export know no values: none is longer than all together
             longest = x_gates.shape[0]
         time = torch.arange(longest, device=x_gates.device)
-        index = (first + time[:, None]).clamp(max=x_gates.shape[0] - 1)
+        places = index = (first + time[:, None]).clamp(max=x_gates.shape[0] - 1)
         x_gates, reset = x_gates[index], None if reset is None else reset[index]
         starts = None if starts is None else starts[:, index]
     # Frozen rows compute with zeros: a NaN of theirs times their gradients, which are zero, would be NaN.
     frozen = (torch.arange(x_gates.shape[0], device=x_gates.device)[:, None] >= length)[..., None, None]
-    return _Walk(x_gates.masked_fill(frozen[..., None], 0), reset, length, frozen, starts, slots)
+    return _Walk(x_gates.masked_fill(frozen[..., None], 0), reset, length, frozen, starts, slots, places)
+
+
+def _stays(walk: _Walk, noise: Tensor, p: float, heads: int) -> Tensor:
+    T, B, R, _, K = walk.x_gates.shape
+    places = torch.arange(T * B, device=noise.device).view(T, B) if walk.places is None else walk.places
+    before = noise[1:].repeat_interleave(heads)
+    units = torch.arange(R * K, device=noise.device).view(R, K)
+    return random.stays(noise, p, places[..., None] + before, units)
 
 
 def _walk(
@@ -208,6 +235,7 @@ def _walk(
         rec = _product(clips.of_gradient(before[0].to(weights[0].dtype)), *weights)
         rows = cell.step(x[t], rec.reshape(x.shape[1:]), tuple(s.flatten(0, 1) for s in before))
         after = tuple(s.view_as(old) for s, old in zip(rows, state, strict=True))
+        after = clips.zoned(after, before, None if walk.stays is None else walk.stays[t])
         kept[t] = tuple(s.to(wide if n else x_gates.dtype) for n, s in enumerate(after))
         if frozen is not None:
             kept[t] = tuple(s.masked_fill(frozen[t], 0) for s in kept[t])

@@ -78,6 +78,7 @@ class Window(NamedTuple):
     by_step: bool = False
     projected: Tensor | None = None  # of a projected layer, h (size P) in the place of states of size H
     all_steps: bool = False  # the states of all steps are wanted
+    noise: Tensor | None = None  # of zoneout in training (noise.py)
 
     def of_times(self, first: int, T: int) -> "Window":
         """Its part from a time on, in direction 0."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS, Cell
-from .kernels.arguments import NO_CLIP
+from .kernels.arguments import NO_CLIP, PLAIN_STEPS
 
 
 class Stack(NamedTuple):
@@ -27,6 +27,7 @@ class Stack(NamedTuple):
     clip_state: float | None = None
     tie_directions: bool = False  # both directions have one set of parameters
     drop_connect: float = 0.0
+    zoneout: float = 0.0
 
     @property
     def of_cell(self) -> Cell:
@@ -44,7 +45,7 @@ class Stack(NamedTuple):
     @property
     def of_torch(self) -> bool:
         """Whether torch has a kernel of such layers."""
-        return self.of_cell.of_torch and self.num_heads == 1 and self.clips == (NO_CLIP, NO_CLIP)
+        return self.of_cell.of_torch and self.num_heads == 1 and self.each_step == PLAIN_STEPS
 
     def of_each_direction(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
         """Tied parameters, which are one direction's, for each direction in turn."""
@@ -53,10 +54,10 @@ class Stack(NamedTuple):
         return [param for of_layer in layers for param in (*of_layer, *of_layer)]
 
     @property
-    def clips(self) -> tuple[float, float]:
-        """As ops and the reference take them: of the gradient that comes back through W_hh, and of states."""
+    def each_step(self) -> tuple[float, float, float]:
+        """As ops take it (kernels/arguments.py): clips of gradients through W_hh and of states, and zoneout."""
         gradient, state = self.clip_grad_state, self.clip_state
-        return NO_CLIP if gradient is None else gradient, NO_CLIP if state is None else state
+        return NO_CLIP if gradient is None else gradient, NO_CLIP if state is None else state, self.zoneout
 
     @property
     def dropped(self) -> float:
@@ -67,6 +68,11 @@ class Stack(NamedTuple):
     def drops_connections(self) -> bool:
         """Whether elements of W_hh are dropped in this call."""
         return self.training and bool(self.drop_connect)
+
+    @property
+    def zones_out(self) -> bool:
+        """Whether units keep their h at random in this call."""
+        return self.training and bool(self.zoneout)
 
     def hidden(self, state: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """A state as torch takes and returns it: one tensor, or the LSTM's pair."""

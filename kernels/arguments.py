@@ -13,6 +13,8 @@ This file needs no Triton, and kernels take its groups as they are.
 from typing import Any, NamedTuple
 
 NO_CLIP = -1.0
+# What else happens at each step: clips of the gradient that comes back through W_hh and of states, and zoneout.
+PLAIN_STEPS = (NO_CLIP, NO_CLIP, 0.0)
 
 
 class Inputs(NamedTuple):
@@ -60,6 +62,7 @@ class Sequences(NamedTuple):
     rows: Any  # a table [3, B]
     reset: Any  # a mask [slots]
     starts: Any  # what states start anew from, a pointer each (in backward, each kept state); None for zeros
+    noise: Any = None  # of zoneout in training [1 + D]: the seed, and the slots that stand before each direction's
 
 
 class Exchange(NamedTuple):
@@ -86,3 +89,4 @@ class Sizes(NamedTuple):
     precision: str  # of products of float32
     clip_gradient: float = NO_CLIP  # of what comes back through W_hh each step, to -x and x
     clip_state: float = NO_CLIP  # of c, of a cell without c of h, before each step
+    zoneout: float = 0.0  # p, zoneout.py

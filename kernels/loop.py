@@ -26,6 +26,7 @@ from .rows import (
     start_row,
     time_index,
 )
+from .zoneout import as_made, new_share, with_stayed, zoned
 
 
 class Constants(NamedTuple):
@@ -50,6 +51,7 @@ class Constants(NamedTuple):
     precision: Any
     clip_gradient: Any
     clip_state: Any
+    zoneout: Any
 
 
 class Tier(NamedTuple):
@@ -86,6 +88,7 @@ def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, u
             restart, starts = load_starts(resets, rows, units, step + 1, K)
         rec = TIER.product(held, K, TIER.form, h)
         after, saved = K.cell(x, rec, state, K.activations)
+        after = zoned(K, resets.noise, rows, units, step, after, state)
         if K.own_lengths:  # frozen rows keep their state
             after = keep(live(units.mask, rows, step, K.own_lengths), after, state)
         state = after
@@ -152,10 +155,13 @@ def differentiate(K: tl.constexpr, read, rows, units, resets, d_state, tiles, ke
     if resets.mask is not None:
         before = keep(tiles.restart, tiles.starts, before)
     before = clipped_before(K, before)
+    d_made, stayed = new_share(K, resets.noise, rows, units, step, given)
+    made = as_made(K, resets.noise, kept, before)
     if K.kept == 1:
-        d_x, d_rec, d_before = K.cell(given, saved, kept[0], before[0], K.activations)
+        d_x, d_rec, d_before = K.cell(d_made, saved, made[0], before[0], K.activations)
     else:
-        d_x, d_rec, d_before = K.cell(given, saved, kept, before, K.activations)
+        d_x, d_rec, d_before = K.cell(d_made, saved, made, before, K.activations)
+    d_before = with_stayed(K, stayed, d_before)
     if K.own_lengths:
         alive, zeros = live(units.mask, rows, step, K.own_lengths), (zeros_like(given[0]),) * K.gates
         d_x, d_rec = keep(alive, d_x, zeros), keep(alive, d_rec, zeros)

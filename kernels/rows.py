@@ -45,6 +45,7 @@ class Resets(NamedTuple):
 
     mask: Any
     starts: Any
+    noise: Any  # of zoneout in training, else None
 
 
 @triton.jit

@@ -54,6 +54,7 @@ class Call(NamedTuple):
     params: Sequence[Tensor]
     options: Options  # checked
     route: Route
+    noise: Sequence[Tensor] | None = None  # of each layer: zoneout in training (noise.py)
 
     @property
     def backend(self) -> str:
@@ -200,4 +201,5 @@ def _planned(stack: Stack, H: int, T: int, B: int, dtype: torch.dtype, device: t
         num_heads=stack.num_heads,
         clip_grad_state=stack.clip_grad_state,
         clip_state=stack.clip_state,
+        zoneout=stack.zoneout,
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..noise import of_times
 from ..stack import Stack
 from .layers import Step
 
@@ -30,6 +31,20 @@ def dropping(step: Step, masks: Sequence[Tensor], p: float) -> Step:
     """The step of a layer of one direction whose input is dropped, outside of what is recomputed, chunk by chunk."""
     chunks = iter(masks)
     return lambda xs, state, window: step((drop(xs[0], next(chunks), p),), state, window)
+
+
+def noise_of_chunks(noise: Tensor, T: int, K: int, B: int, directions: int) -> list[Tensor]:
+    """A layer's noise for chunks of K time steps, each direction's counted from its own start."""
+    if K >= T:
+        return [noise]
+    chunks = [(first, min(K, T - first)) for first in range(0, T, K)]
+    return [of_times(noise, (first * B, (T - first - steps) * B)[:directions]) for first, steps in chunks]
+
+
+def zoning(step: Step, noises: Sequence[Tensor]) -> Step:
+    """The step of a layer with zoneout, outside of what is recomputed, chunk by chunk."""
+    chunks = iter(noises)
+    return lambda xs, state, window: step(xs, state, window._replace(noise=next(chunks)))
 
 
 def drop_connections(stack: Stack, params: Sequence[Tensor]) -> tuple[Stack, list[Tensor]]:

@@ -31,6 +31,7 @@ def lstm(
     clip_state: float | None = None,
     tie_directions: bool = False,
     drop_connect: float = 0.0,
+    zoneout: float = 0.0,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -45,9 +46,9 @@ def lstm(
     D is 2 if bidirectional, else 1. params: for each layer, for each direction, weight_ih (4*H, I), weight_hh
     (4*H, H) and, if bias, bias_ih and bias_hh (4*H,), as torch.nn.LSTM.parameters() yields them; with proj_size P
     weight_hr (P, H) comes behind them, weight_hh is (4*H, P), and h_0, h_n and output have P for H. One dtype (float32,
-    bfloat16, float16; any for backend "torch" and "reference") and one device, any strides. dropout is applied
-    between layers, drop_connect on weight_hh if training. backend, checkpoint_every, num_heads, with which weight_hh is
-    (4*H, H / num_heads), clip_grad_state, clip_state, drop_connect and tie_directions, with which params are those of
+    bfloat16, float16; any for backend "torch" and "reference") and one device, any strides. training says that dropout,
+    drop_connect and zoneout are at random. backend, checkpoint_every, num_heads, with which weight_hh is (4*H, H /
+    num_heads), clip_grad_state, clip_state, drop_connect, zoneout and tie_directions, with which params are those of
     one direction: see fastrnn.LSTM; lengths, cu_seqlens, reset, reset_state and return_cell_states: see its forward.
 
     Returns output (T, B, D*H), or (B, T, D*H), and (h_n, c_n), each (num_layers * D, B, H); with return_cell_states
@@ -65,7 +66,7 @@ def lstm(
     """
     stack = Stack(
         "lstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions, drop_connect,
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions, drop_connect, zoneout,
     )  # fmt: skip
     options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
     output, (h_n, c_n), *cell_states = paths.run(stack, input, hx, params, options)
@@ -91,6 +92,7 @@ def gru(
     clip_state: float | None = None,
     tie_directions: bool = False,
     drop_connect: float = 0.0,
+    zoneout: float = 0.0,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -113,7 +115,7 @@ def gru(
     """
     stack = Stack(
         "gru", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions, drop_connect,
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions, drop_connect, zoneout,
     )  # fmt: skip
     output, (h_n,) = paths.run(stack, input, hx, params, Options.of(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
@@ -139,6 +141,7 @@ def rnn(
     clip_state: float | None = None,
     tie_directions: bool = False,
     drop_connect: float = 0.0,
+    zoneout: float = 0.0,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -163,7 +166,7 @@ def rnn(
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     stack = Stack(
         f"rnn_{nonlinearity}", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions, drop_connect,
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions, drop_connect, zoneout,
     )  # fmt: skip
     output, (h_n,) = paths.run(stack, input, hx, params, Options.of(lengths, cu_seqlens, reset, reset_state))
     return output, h_n
@@ -188,6 +191,7 @@ def slstm(
     clip_state: float | None = None,
     tie_directions: bool = False,
     drop_connect: float = 0.0,
+    zoneout: float = 0.0,
     lengths: Tensor | Sequence[int] | None = None,
     cu_seqlens: Tensor | Sequence[int] | None = None,
     reset: Tensor | Sequence | None = None,
@@ -210,7 +214,7 @@ def slstm(
     """
     stack = Stack(
         "slstm", as_int(num_layers), bias, batch_first, dropout, training, bidirectional, backend,
-        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions, drop_connect,
+        as_int(checkpoint_every), as_int(num_heads), clip_grad_state, clip_state, tie_directions, drop_connect, zoneout,
     )  # fmt: skip
     options = Options.of(lengths, cu_seqlens, reset, reset_state, return_states)
     output, final, *others = paths.run(stack, input, hx, params, options)

@@ -134,7 +134,7 @@ def _step(
 
 def layer_of(stack: Stack, backend: str) -> Layer:
     """A layer of a stack, by a backend."""
-    return Layer(stack.cell, backend, stack.directions, stack.num_heads, stack.clips)
+    return Layer(stack.cell, backend, stack.directions, stack.num_heads, stack.each_step)
 
 
 def by_head(stack: Stack, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -165,7 +165,8 @@ def by_reference(of_layer: Layer, x_gates: Tensor, source: tuple, recurrent: tup
         of_layer.cell, x_gates.unflatten(-1, (R, -1, K)), joined(W_hh).view(R, -1, K),
         None if b_hh is None else joined(b_hh).view(R, -1), stacked(states),
         sequences=window.sequences, starts=stacked(window.starts), by_step=window.by_step, heads=of_layer.heads,
-        clip_gradient=of_layer.clips[0], clip_state=of_layer.clips[1],
+        clip_gradient=of_layer.each_step[0], clip_state=of_layer.each_step[1], zoneout=of_layer.each_step[2],
+        noise=window.noise,
     )  # fmt: skip
     return y.flatten(-2), finals.unbind(), tuple(steps.flatten(-2)) if window.all_steps else None
 

@@ -51,6 +51,12 @@ class LSTM(Recurrent):
     its own. Every backend takes it; of one seed masks are the same on each, in chunks or as a wavefront. Gradients
     reach what was kept. In evaluation nothing is dropped.
 
+    zoneout: in training each unit of h stays what it was with probability p, from 0 to 1, drawn anew for each step,
+    sequence and unit, in evaluation all are in between: h' = h_prev + (1 - p) (h_new - h_prev) (Krueger et al. 2016,
+    arXiv:1606.01305). c is not zoned out. A call draws one seed a layer; what it keeps depends on that and on the place
+    (t, b) in input alone, whatever backend, chunks or wavefront run it. Ragged and packed input counts places otherwise
+    than (T, B). torch has no such kernels, as for heads; with proj_size it is missing.
+
     Layers of one direction run as a wavefront over chunks of time, each on a CUDA stream, if fastrnn.explain says so.
 
     Raises torch.nn.LSTM's errors for wrong arguments, ValueError for another backend, checkpoint_every or num_heads,
@@ -83,7 +89,8 @@ class GRU(Recurrent):
         r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
 
     with x = W_ih x_t + b_ih and rec = W_hh h + b_hh. Constructor, forward, parameters and errors are torch.nn.GRU's;
-    backend, checkpoint_every, num_heads, clips, drop_connect, dtypes and shapes as in fastrnn.LSTM; hx is one tensor.
+    backend, checkpoint_every, num_heads, clips, drop_connect, zoneout, dtypes and shapes as in fastrnn.LSTM; hx is one
+    tensor.
 
     Source: torch.nn.GRU.
 
@@ -107,7 +114,8 @@ class RNN(Recurrent):
         h' = act(W_ih x_t + b_ih + W_hh h + b_hh),  act = tanh or relu
 
     Constructor (nonlinearity="tanh" or "relu", also as the fourth argument), forward, parameters and errors are
-    torch.nn.RNN's; backend, checkpoint_every, num_heads, clips, drop_connect, dtypes and shapes as in fastrnn.GRU.
+    torch.nn.RNN's; backend, checkpoint_every, num_heads, clips, drop_connect, zoneout, dtypes and shapes as in
+    fastrnn.GRU.
 
     Source: torch.nn.RNN.
 
@@ -140,9 +148,9 @@ class SLSTM(Recurrent):
     m only rescales c and n, so that exp cannot overflow: h is what it would be without, and no gradient goes through m.
 
     Arguments, shapes, dtypes and errors as in fastrnn.LSTM, without proj_size: input_size, hidden_size, num_layers,
-    bias, batch_first, dropout, bidirectional, tie_directions, num_heads, backend, checkpoint_every, clips and
-    drop_connect. Parameters too, for gates i, f, z, o in this order: weight_ih_l0 (4*H, I), weight_hh_l0 (4*H, K) with
-    K = H / num_heads, bias_ih_l0 and bias_hh_l0 (4*H,). hx and the final state are tuples (h, c, n, m), each
+    bias, batch_first, dropout, bidirectional, tie_directions, num_heads, backend, checkpoint_every, clips,
+    drop_connect and zoneout. Parameters too, for gates i, f, z, o in this order: weight_ih_l0 (4*H, I), weight_hh_l0
+    (4*H, K), K = H / num_heads, bias_ih_l0 and bias_hh_l0 (4*H,). hx and the final state are tuples (h, c, n, m), each
     (num_layers * D, B, H), zeros by default. They are float32 where input has 16 bits: m and n mean nothing when they
     are rounded so; hx may be either. torch has no such kernel: "auto" takes the reference, a loop in torch, where none
     of ours runs, on CPU tensors always.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..compat import driver
+from ..noise import draw
 from ..ops import layer
 from ..planning.tiers import TIERS
 from ..sequences import PLAIN as WHOLE
@@ -15,7 +16,7 @@ from ..stack import Stack
 from ..torch_path import segments
 from . import layers, projection, wavefront
 from .calls import Call, as_tuple, backend_of, checked
-from .dropout import drop, drop_connections, drop_mask, dropping
+from .dropout import drop, drop_connections, drop_mask, dropping, noise_of_chunks, zoning
 from .options import PLAIN, Options
 
 # Output, the final states, and c of every step where it is asked for.
@@ -28,11 +29,17 @@ def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options:
     Where the driver refuses a kernel that backend="auto" chose, the call plans and runs again: the planner leaves it
     out then. Inside torch.compile a launch is too late for that: the error passes, and the next call plans anew.
     """
-    if stack.drops_connections:
+    noise = None
+    if stack.drops_connections or stack.zones_out:
         checked(stack, input, hx, params, options, _choose)  # before a random number is drawn
-        stack, params = drop_connections(stack, params)
+        if stack.drops_connections:
+            stack, params = drop_connections(stack, params)
+        if stack.zones_out:
+            noise = draw(stack.num_layers, stack.directions, input.device)
     for attempt in range(len(TIERS) + 1):
         call = checked(stack, input, hx, params, options, _choose)
+        if noise is not None:
+            call = call._replace(noise=noise)
         backend = backend_of(call.route.chosen)
         if backend == "torch" and stops_at_torchs_kernels():
             # torch.compile breaks its graph here; of a NamedTuple torch 2.11 hands on nothing there.
@@ -101,6 +108,8 @@ def _straight(call: Call) -> Found:
         given = [state.to(route.wide) for state in as_tuple(hx, stack)]
         states = [[state[n * D : (n + 1) * D] for state in given] for n in range(L)] if L > 1 else [given]
     windows = [WHOLE] * L if options is PLAIN else layers.windows_of(stack, options, route.T, route.B, route.wide)
+    if call.noise is not None:
+        windows = [window._replace(noise=of_layer) for window, of_layer in zip(windows, call.noise, strict=True)]
     x = _readable(call, x.to(route.dtype) if route.casts else x)
     count, of_layers, steps = len(params) // L, [], None
     for n in range(L):
@@ -146,8 +155,14 @@ def _layered(call: Call) -> Found:
     steps = [layers.step_of(stack, backend, of_layer) for of_layer in weights]
     if stack.checkpoint_every:
         steps = [layers.recomputed(step) for step in steps]
+    reads = [of_layer() for of_layer in weights] if wave else []
+    for n, of_layer in enumerate(call.noise or ()):
+        noises = noise_of_chunks(of_layer, x.shape[0], K or x.shape[0], call.route.B, stack.directions)
+        steps[n] = zoning(steps[n], noises)
+        if wave:
+            reads[n] = [*reads[n], *noises]
     if wave:
-        y, finals, others = _wavefront(call, x, steps, states, [of_layer() for of_layer in weights], wave)
+        y, finals, others = _wavefront(call, x, steps, states, reads, wave)
     else:
         windows = layers.windows_of(stack, options, call.route.T, call.route.B, between)
         y, finals, others = _one_by_one(call, x, steps, states, windows, K)

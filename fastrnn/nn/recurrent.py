@@ -32,6 +32,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
     clip_state: float | None = None
     tie_directions = False
     drop_connect = 0.0
+    zoneout = 0.0
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         clip_state: float | None = None,
         tie_directions: bool = False,
         drop_connect: float = 0.0,
+        zoneout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         if backend not in BACKENDS:
@@ -52,11 +54,14 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         check_checkpoint_every(checkpoint_every)
         check_clips(clip_grad_state=clip_grad_state, clip_state=clip_state)
         check_share("drop_connect", drop_connect)
+        check_share("zoneout", zoneout)
         self.init_as(mode, *map(as_int, args), **{name: as_int(value) for name, value in kwargs.items()})
         self.backend = backend
         self.checkpoint_every = checkpoint_every
         self.clip_grad_state, self.clip_state = clip_grad_state, clip_state
-        self.drop_connect = drop_connect
+        self.drop_connect, self.zoneout = drop_connect, zoneout
+        if zoneout and self.proj_size:
+            raise NotImplementedError("zoneout with a projection (proj_size) is missing")
         num_heads = as_int(num_heads)
         check_heads(num_heads, self.hidden_size)
         if num_heads > 1:
@@ -95,7 +100,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
 
     def _stack_is_torchs(self, dropping: bool = True) -> bool:
         """Whether torch has such a layer; of one that drops connections, whether it has it where none are dropped."""
-        if dropping and self.drop_connect:
+        if self.zoneout or (dropping and self.drop_connect):
             return False
         clips = self.clip_grad_state is not None or self.clip_state is not None
         return self.num_heads == 1 and self.mode != "SLSTM" and not clips and not self.tie_directions
@@ -105,7 +110,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         return Stack(
             self.mode.lower(), self.num_layers, self.bias, self.batch_first, self.dropout, self.training,
             self.bidirectional, self.backend, self.checkpoint_every, self.num_heads, self.clip_grad_state,
-            self.clip_state, self.tie_directions, self.drop_connect,
+            self.clip_state, self.tie_directions, self.drop_connect, self.zoneout,
         )  # fmt: skip
 
     def plan(self, input: "Tensor | PackedSequence") -> Plan:
@@ -242,9 +247,8 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         added += f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every is not None else ""
         added += f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
         added += ", tie_directions=True" if self.tie_directions else ""
-        added += f", drop_connect={self.drop_connect}" if self.drop_connect else ""
-        for name in ("clip_grad_state", "clip_state"):
-            added += f", {name}={getattr(self, name)}" if getattr(self, name) is not None else ""
+        for name, unset in (("drop_connect", 0.0), ("zoneout", 0.0), ("clip_grad_state", None), ("clip_state", None)):
+            added += f", {name}={getattr(self, name)}" if getattr(self, name) != unset else ""
         return super().extra_repr() + added
 
 

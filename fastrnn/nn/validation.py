@@ -61,6 +61,7 @@ def check_params(stack: Stack, params: Sequence[Tensor]) -> None:
     if stack.tie_directions and not stack.bidirectional:
         raise ValueError("tie_directions: expected False where bidirectional is, got True")
     check_share("drop_connect", stack.drop_connect)
+    check_share("zoneout", stack.zoneout)
     own = 1 if stack.tie_directions else directions  # directions with parameters of their own
     per_direction = 4 if bias else 2
     if stack.cell == "lstm" and len(params) == num_layers * own * (per_direction + 1):
@@ -74,6 +75,8 @@ def check_params(stack: Stack, params: Sequence[Tensor]) -> None:
     projected = per_direction % 2 == 1
     if projected and stack.num_heads != 1:
         raise NotImplementedError("num_heads with a projection (proj_size) is missing")
+    if projected and stack.zoneout:
+        raise NotImplementedError("zoneout with a projection (proj_size) is missing")
     I, P = params[0].shape[-1], params[1].shape[-1]
     H = params[per_direction - 1].shape[-1] if projected else P
     if stack.num_heads != 1:

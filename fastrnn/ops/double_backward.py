@@ -62,7 +62,7 @@ def differentiate(args: BackwardArgs, second: BackwardResults) -> dict[str, Tens
             sequences = None if args.rows is None else Sequences(args.rows, args.reset)
             results = reference.run(
                 args.cell, **of_call, sequences=sequences, by_step=args.by_step, heads=args.heads,
-                clip_state=args.clip_state,
+                clip_state=args.clip_state, zoneout=args.zoneout, noise=args.noise,
             )  # fmt: skip
             y, finals, steps = results
             results = _by_recurrence(y, args.heads), finals, _by_recurrence(steps, args.heads)

@@ -46,7 +46,7 @@ def forward(args: Args) -> Results:
         prepare(args),
         Inputs(args.x_gates, args.W_hh, args.b_hh, _each(args.state_0)),
         Outputs(results.y, _each(_present(results.steps)), _present(results.saved), _each(results.finals)),
-        Sequences(args.rows, args.reset, _each(args.starts)),
+        Sequences(args.rows, args.reset, _each(args.starts), args.noise),
         args.by_step,
     )
     return results
@@ -97,7 +97,7 @@ def backward(args: BackwardArgs) -> BackwardResults:
         kept=(y, *(_each(_present(args.steps)) or ())), tiles=_present(args.saved),
     )  # fmt: skip
     into = Gradients(*allocate_gates(prepared, y, args.rows), _each(d_state_0), _each(d_starts))
-    sequences = Sequences(args.rows, args.reset, _each(starts))
+    sequences = Sequences(args.rows, args.reset, _each(starts), args.noise)
     h_0 = launch_backward(prepared, read, into, sequences, args.by_step)
     d_x_gates, d_last = into.d_x_gates, into.d_rec_last
     steps = Steps(prepared, y, h_0, sequences, args.by_step)
@@ -139,7 +139,7 @@ def launch_backward(
         kept, starts = tuple([read.kept[place] for place in places]), sequences.starts
         starts = None if starts is None else tuple([starts[place] for place in places])
         read = Saved(read.dy, read.d_steps, read.d_finals, read.W_hh, before, kept, read.tiles)
-        reads = Sequences(sequences.rows, _in_bytes(sequences.reset), starts)
+        reads = Sequences(sequences.rows, _in_bytes(sequences.reset), starts, sequences.noise)
         prepared.kernels.launch("backward", prepared.T, prepared.ragged, by_step, (read, into, reads))
     return h_0
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..compat import profiling
-from ..kernels.arguments import NO_CLIP, Gradients, Inputs, Outputs, Saved, Sequences
+from ..kernels.arguments import PLAIN_STEPS, Gradients, Inputs, Outputs, Saved, Sequences
 from ..sequences import Window
 from . import launch, library, prepared, sums
 from .prepared import Prepared
@@ -32,11 +32,13 @@ class Layer(NamedTuple):
     backend: str  # a tier
     directions: int
     heads: int = 1
-    clips: tuple[float, float] = (NO_CLIP, NO_CLIP)  # of what comes back through W_hh, and of states
+    each_step: tuple[float, float, float] = PLAIN_STEPS  # kernels/arguments.py
 
     def prepare(self, slots: tuple[int, ...], B: int, K: int, like: Tensor) -> Prepared:
         """For slots (T, B), or (total,); like has the dtype and the device."""
-        return prepared.of_sizes(self.cell, self.backend, slots, B, (self.directions, self.heads, K), like, self.clips)
+        return prepared.of_sizes(
+            self.cell, self.backend, slots, B, (self.directions, self.heads, K), like, self.each_step
+        )
 
 
 class Call(NamedTuple):
@@ -50,6 +52,7 @@ class Call(NamedTuple):
     states: int
     starts: int
     weights: int
+    noise: Tensor | None  # of zoneout in training
 
     def split(self, given: Sequence[Any]) -> tuple[Any, Any, Any, list[Any]]:
         """Of x, the first states, what they start anew from, and the weights by role, or what belongs to them."""
@@ -88,7 +91,7 @@ def run(
     if ready is None:
         B = x.shape[1] if x.dim() == 3 else rows.shape[1]  # type: ignore[union-attr]
         ready = layer.prepare(tuple(x.shape[:-1]), B, weights[layer.directions].shape[-1], x)
-    call = Call(layer, ready, window.by_step, window.all_steps, len(states), len(starts), len(weights))
+    call = Call(layer, ready, window.by_step, window.all_steps, len(states), len(starts), len(weights), window.noise)
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         outputs = _Node.apply(call, rows, reset, *tensors)
     else:
@@ -116,7 +119,8 @@ def by_op(layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states
         Args(
             x_gates.unflatten(-1, (R, -1, K)), joined(W_hh).view(R, -1, K),
             None if b_hh is None else joined(b_hh).view(R, -1), stacked(states), layer.cell, False, layer.backend,
-            x, W_ih, b_ih, rows, reset, starts, window.by_step, window.all_steps, layer.heads, *layer.clips,
+            x, W_ih, b_ih, rows, reset, starts, window.by_step, window.all_steps, layer.heads,
+            *layer.each_step, window.noise,
         )
     )  # fmt: skip
     finals = tuple(found.finals[n] for n in range(len(found.finals)))
@@ -147,7 +151,7 @@ def _forward(
         ready,
         Inputs(x_gates.contiguous(), joined(W_hh).contiguous(), b_hh, states),
         Outputs(y, steps or None, saved, finals),
-        Sequences(rows, reset, contiguous(starts)),
+        Sequences(rows, reset, contiguous(starts), call.noise),
         call.by_step,
     )
     return (y, *finals, *steps) if call.all_steps else (y, *finals), saved, steps
@@ -184,7 +188,7 @@ def _by_launch(
     rows, reset, y, saved, *steps = tensors[1 + call.states + call.starts + call.weights :]
     need_x, _, _, need_weights = call.split(needs[3:])
     need_W_ih, need_W_hh, *need_b = [True in of_role for of_role in need_weights]
-    sequences = Sequences(rows, reset, contiguous(starts))
+    sequences = Sequences(rows, reset, contiguous(starts), call.noise)
     d_finals, d_steps = complete(d_others[:P]), complete(d_others[P:])
     dy, W = None if dy is None else dy.contiguous(), joined(W_hh).contiguous()
     read = Saved(dy, d_steps, d_finals, W, contiguous(states), (y, *steps), saved)
@@ -236,7 +240,7 @@ def _by_op(
             stacked([step.view(of_step) for step in steps]) if steps else none,
             *(layer.cell, any(need_W_hh), need_b_hh, layer.backend),
             *(None if b_hh is None else b_hh.view(R, -1), x, joined(W_ih), b_ih),
-            *(rows, reset, stacked(starts), call.by_step, layer.heads, *layer.clips),
+            *(rows, reset, stacked(starts), call.by_step, layer.heads, *layer.each_step, call.noise),
         )
     )
     d_gates = found.d_x_gates.view(ready.count, ready.cell.gates * R * K)

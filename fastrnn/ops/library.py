@@ -55,7 +55,7 @@ def _backward(ctx, dy, d_finals, d_saved, d_steps):
     given = BackwardArgs(
         dy, d_finals, d_steps, args.W_hh, args.state_0, y, saved, steps, args.cell, bool(needs.W_hh), bool(needs.b_hh),
         args.backend, args.b_hh, args.x, args.W_ih, args.b_ih, args.rows, args.reset, args.starts, args.by_step,
-        args.heads, args.clip_gradient, args.clip_state,
+        args.heads, args.clip_gradient, args.clip_state, args.zoneout, args.noise,
     )  # fmt: skip
     found = run_backward(given)
     return NO_GRADIENTS._replace(

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..cells import CELLS, Cell
 from ..compat import driver, interpreter, profiling, spills
 from ..device import DeviceSpec
-from ..kernels.arguments import NO_CLIP, Exchange, Sizes
+from ..kernels.arguments import NO_CLIP, PLAIN_STEPS, Exchange, Sizes
 from ..planning import planner, tuning
 from ..planning.kernel_plan import Request
 from .schema import Args, BackwardArgs
@@ -97,7 +97,7 @@ class Kernels:
         sizes = Sizes(
             cell.gates, len(cell.states), len(cell.kept), cell.saved, request.D, request.N, request.H,
             own_lengths, by_step, ragged, self.plan.activations, self.plan.precision,
-            request.clip_gradient, request.clip_state,
+            request.clip_gradient, request.clip_state, request.zoneout,
         )  # fmt: skip
         return getattr(self._module, which), (cell.kernel(which), sizes)
 
@@ -141,8 +141,8 @@ def prepare(args: Args | BackwardArgs) -> Prepared:
     like = args.x_gates if isinstance(args, Args) else args.y
     *slots, R, K = like.select(-2, 0).shape if isinstance(args, Args) else like.shape
     B = slots[1] if args.rows is None else args.rows.shape[1]
-    clips = args.clip_gradient, args.clip_state
-    return of_sizes(args.cell, args.backend, tuple(slots), B, (R // args.heads, args.heads, K), like, clips)
+    each_step = args.clip_gradient, args.clip_state, args.zoneout
+    return of_sizes(args.cell, args.backend, tuple(slots), B, (R // args.heads, args.heads, K), like, each_step)
 
 
 def of_sizes(
@@ -152,17 +152,19 @@ def of_sizes(
     B: int,
     sizes: tuple[int, int, int],
     like: Tensor,
-    clips: tuple[float, float] = (NO_CLIP, NO_CLIP),
+    each_step: tuple[float, float, float] = PLAIN_STEPS,
 ) -> Prepared:
     """Of slots (T, B) or (total,), and D, N and K; like has the dtype and the device."""
     (D, N, K), kernels = sizes, None
     if B > 0:
-        request = Request(cell, K, B, D, N, like.dtype, planner.torch_precision(), DeviceSpec.of(like.device), *clips)
+        request = Request(
+            cell, K, B, D, N, like.dtype, planner.torch_precision(), DeviceSpec.of(like.device), *each_step
+        )
         key = request, tier, _planned_by(request)
         kernels = _kernels.get(key)
         if kernels is None:
             kernels = _kernels[key] = Kernels(request, tier)
-    of_h = clips[1] if len(CELLS[cell].states) == 1 else NO_CLIP  # of a cell with c that is clipped, and h is not
+    of_h = each_step[1] if len(CELLS[cell].states) == 1 else NO_CLIP  # of a cell with c that is clipped, and h is not
     return Prepared(CELLS[cell], kernels, slots, (B, D, N, K), like.dtype, of_h)
 
 

@@ -38,6 +38,8 @@ class Args(NamedTuple):
     heads: int = 1  # N
     clip_gradient: float = NO_CLIP  # kernels/arguments.py
     clip_state: float = NO_CLIP
+    zoneout: float = 0.0  # p
+    noise: Tensor | None = None  # (1 + D) of int64: zoneout in training
 
 
 class Results(NamedTuple):
@@ -75,6 +77,8 @@ class BackwardArgs(NamedTuple):
     heads: int = 1
     clip_gradient: float = NO_CLIP
     clip_state: float = NO_CLIP
+    zoneout: float = 0.0  # p
+    noise: Tensor | None = None  # (1 + D) of int64: zoneout in training
 
 
 class BackwardResults(NamedTuple):

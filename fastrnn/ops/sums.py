@@ -92,7 +92,7 @@ def _is_shifted(steps: Steps) -> bool:
     Not so where segments begin inside, where slots are ragged, and where sequences end, and direction 1 begins, with an
     h_0 at other times.
     """
-    rows, reset, _ = steps.sequences
+    rows, reset = steps.sequences[:2]
     return rows is None or (reset is None and not steps.prepared.ragged and steps.h_0 is None)
 
 
@@ -104,7 +104,7 @@ def _own(state: Tensor, r: int, prepared: Prepared) -> Tensor:
 
 def _h_prev(steps: Steps, r: int) -> Tensor:
     """The h before every slot, a copy (slots, K); where y is only shifted, before those that have a step before."""
-    prepared, (rows, reset, starts) = steps.prepared, steps.sequences
+    prepared, (rows, reset, starts) = steps.prepared, steps.sequences[:3]
     R, N, K, direction = prepared.recurrences, prepared.N, prepared.K, r // prepared.N
     if _is_shifted(steps):
         B, count = prepared.B, prepared.slots[0] * prepared.B

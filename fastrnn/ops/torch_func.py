@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from .schema import BATCH_DIMS
 
 SHARED = ("W_hh", "b_hh", "W_ih", "b_ih")  # tensors without a batch
+PLACES = ("rows", "noise")  # what is said of the places of one batch
 SUMS = ("needs_dW", "needs_db")  # arguments that ask for sums over the batch
 
 
@@ -67,7 +68,7 @@ def _vmap(call: Callable, described: Any, N: int, in_dims: tuple, args: tuple) -
     # Arguments that are left out have their defaults.
     given = list(zip(arguments._fields, args, in_dims, strict=False))
     own_weights = any(name in SHARED and dim is not None for name, _, dim in given)
-    own_places = any(name == "rows" and value is not None for name, value, _ in given)
+    own_places = any(name in PLACES and value is not None for name, value, _ in given)
     if own_weights or own_places or any(name in SUMS and value for name, value, _ in given):
         calls = [call(*(_of_call(n, value, dim) for _, value, dim in given)) for n in range(N)]
         return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), (0,) * len(calls[0])

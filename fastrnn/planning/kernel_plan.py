@@ -34,6 +34,7 @@ class Request(NamedTuple):
     spec: DeviceSpec
     clip_gradient: float = NO_CLIP  # kernels/arguments.py
     clip_state: float = NO_CLIP
+    zoneout: float = 0.0
 
     @property
     def of_cell(self) -> Cell:

@@ -10,7 +10,7 @@ from ..cells import CELLS
 from ..compat import driver
 from ..device import SPECS, DeviceSpec
 from . import cluster, tuning
-from .arguments import as_int, check_checkpoint_every, check_clips, check_heads, expect
+from .arguments import as_int, check_checkpoint_every, check_clips, check_heads, check_share, expect
 from .kernel_plan import GridTooLargeError, KernelPlan, Request, as_text, saved_bytes
 from .tiers import TIERS, in_order
 
@@ -91,6 +91,7 @@ def plan(
     num_heads: int = 1,
     clip_grad_state: float | None = None,
     clip_state: float | None = None,
+    zoneout: float = 0.0,
 ) -> Plan:
     """Say which kernel would run a recurrence, in which tiles, and why; no GPU is needed.
 
@@ -98,13 +99,13 @@ def plan(
     batch_size (B), seq_len (T), directions (D, 1 or 2) and num_heads (N, which divides H) are those of one layer; heads
     are recurrences of H / N units side by side, D * N of them in one launch; device is an architecture ("sm_90",
     "gfx942"), a torch device, or None for the current GPU; precision is "ieee" or "tf32" for float32 and defaults to
-    torch's own setting for RNNs; num_layers is that of the stack; checkpoint_every, clip_grad_state
-    and clip_state are those of fastrnn.LSTM. Sizes in the Plan are bytes.
+    torch's own setting for RNNs; num_layers is that of the stack; checkpoint_every, clip_grad_state,
+    clip_state and zoneout are those of fastrnn.LSTM. Sizes in the Plan are bytes.
 
     Raises ValueError for an unknown cell, backend, device or a size below 1, and if more programs would have to run at
     once than the device has room for; NotImplementedError, naming what is missing, if a named tier cannot run this.
     "auto" takes the fastest tier that can, as far as was measured, else torch's own kernel, and keeps the reasons; CPU
-    tensors take torch's. Cells that torch lacks, heads and clips take "reference" in its place.
+    tensors take torch's. Cells that torch lacks, heads, clips and zoneout take "reference" in its place.
 
     >>> import torch, fastrnn
     >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_80"))
@@ -129,6 +130,7 @@ def plan(
             raise ValueError(f"{name}: expected a positive int, got {size!r}")
     check_heads(num_heads, hidden_size)
     check_clips(clip_grad_state=clip_grad_state, clip_state=clip_state)
+    check_share("zoneout", zoneout)
     check_checkpoint_every(checkpoint_every)
     where = device.arch if isinstance(device, DeviceSpec) else str(device or "the current GPU")
     steps = min(seq_len, checkpoint_every or seq_len)  # of one launch that saves for backward
@@ -137,8 +139,10 @@ def plan(
         checkpoint_every=checkpoint_every, num_heads=num_heads,
     )  # fmt: skip
     clips = clip_grad_state is not None or clip_state is not None
-    of_torch = CELLS[cell].of_torch and num_heads == 1 and not clips
-    lacking = f"for the cell {cell!r}" if not CELLS[cell].of_torch else "with heads" if num_heads > 1 else "that clips"
+    lacks = {f"for the cell {cell!r}": not CELLS[cell].of_torch, "with heads": num_heads > 1, "that clips": clips,
+             "with zoneout": bool(zoneout)}  # fmt: skip
+    lacking = next((what for what, is_so in lacks.items() if is_so), "")
+    of_torch = not lacking
     if backend == "torch" and not of_torch:
         raise NotImplementedError(f"backend='torch': torch has no kernel {lacking}")
     if backend in ("torch", "reference"):

@@ -153,6 +153,7 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: gl.constexpr, SIZE
     K: gl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
+        SIZES.zoneout,
     )  # fmt: skip
     F: gl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS)
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
@@ -163,7 +164,7 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: gl.constexpr, SIZE
     rows, units, first_row, offs_b = place(
         K, sequences.rows, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
     )
-    resets = Resets(sequences.reset, sequences.starts)
+    resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, inputs.W_hh.dtype.element_ty)
     piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
     exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * K.H
@@ -186,6 +187,7 @@ def backward(read, grads, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: 
     K: gl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
+        SIZES.zoneout,
     )  # fmt: skip
     F: gl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS)
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
@@ -196,7 +198,7 @@ def backward(read, grads, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: 
     rows, units, first_row, offs_b = place(
         K, sequences.rows, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
     )
-    resets = Resets(sequences.reset, sequences.starts)
+    resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, read.W_hh.dtype.element_ty)
     piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
     programs = gl.num_programs(0).to(gl.int64)

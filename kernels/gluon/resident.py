@@ -231,6 +231,7 @@ def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.cons
     K: gl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
+        SIZES.zoneout,
     )  # fmt: skip
     CTAS: gl.constexpr = gl.num_ctas()
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
@@ -242,7 +243,7 @@ def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.cons
     F: gl.constexpr = layouts_of(FORM, BITS, CTAS, gl.num_warps(), 2)
     TIER: gl.constexpr = loop.Tier(receive, gates, publish, True, F)
     rows, units = place(K, sequences.rows, T, B, BLOCK_B, BLOCK_H, gl.SliceLayout(0, F.SUMMED))
-    resets = Resets(sequences.reset, sequences.starts)
+    resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     shared: gl.constexpr = layouts.operand(BITS, DEPTH, [1, 2, 0], CTAS, 2)
     W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, BLOCK_H, SHARES, shared, False)
     b_hh = load_bias(K, inputs.b_hh, rows.recurrence, units)
@@ -272,6 +273,7 @@ def backward(read, grads, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constex
     K: gl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
+        SIZES.zoneout,
     )  # fmt: skip
     CTAS: gl.constexpr = gl.num_ctas()
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
@@ -283,7 +285,7 @@ def backward(read, grads, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constex
     F: gl.constexpr = layouts_of(FORM, BITS, CTAS, gl.num_warps(), 0)
     TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, True, F)
     rows, units = place(K, sequences.rows, T, B, BLOCK_B, BLOCK_H, gl.SliceLayout(0, F.SUMMED))
-    resets = Resets(sequences.reset, sequences.starts)
+    resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     shared: gl.constexpr = layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0)
     W_hh = load_weights(K, F, read.W_hh, rows.recurrence, BLOCK_H, SUMMANDS, shared, True)
     d_state = load_state(K, read.d_finals, rows, units)

@@ -132,11 +132,12 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: tl.constexpr, SIZE
     K: tl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
+        SIZES.zoneout,
     )  # fmt: skip
     F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, False, F)
     rows, units, first_row, offs_b = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
-    resets = Resets(sequences.reset, sequences.starts)
+    resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * K.H
     buffer = rows.count * tl.cast(B, tl.int64) * K.H
     counter_ptr = counter_of(exchange.counters, rows)
@@ -154,11 +155,12 @@ def backward(read, grads, sequences, exchange, T, B, CELL: tl.constexpr, SIZES: 
     K: tl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
+        SIZES.zoneout,
     )  # fmt: skip
     F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
     rows, units, first_row, offs_b = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
-    resets = Resets(sequences.reset, sequences.starts)
+    resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     counter_ptr = counter_of(exchange.counters, rows)
     programs = tl.num_programs(0).to(tl.int64)
     group = Group(counter_ptr, programs, grads.d_x_gates, grads.d_rec_last, None, offs_b)

@@ -106,10 +106,11 @@ def forward(inputs, outputs, sequences, T, B, CELL: tl.constexpr, SIZES: tl.cons
     K: tl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
+        SIZES.zoneout,
     )  # fmt: skip
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, True, None)
     rows, units = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_H)
-    resets = Resets(sequences.reset, sequences.starts)
+    resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     W_hh = load_weights(K, inputs.W_hh, rows.recurrence, units, TRANSPOSED=True)
     held = Held(W_hh, load_bias(K, inputs.b_hh, rows.recurrence, units))
     state = first_state(K, inputs.states, rows, units, resets)
@@ -122,10 +123,11 @@ def backward(read, grads, sequences, T, B, CELL: tl.constexpr, SIZES: tl.constex
     K: tl.constexpr = Constants(
         CELL, SIZES.gates, SIZES.states, SIZES.kept, SIZES.saved, SIZES.D, SIZES.N, SIZES.H, SIZES.own_lengths,
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
+        SIZES.zoneout,
     )  # fmt: skip
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, True, None)
     rows, units = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_H)
-    resets = Resets(sequences.reset, sequences.starts)
+    resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     held = Held(load_weights(K, read.W_hh, rows.recurrence, units, TRANSPOSED=False), None)
     d_state = load_state(K, read.d_finals, rows, units)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)

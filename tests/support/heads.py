@@ -1,6 +1,7 @@
 """Problems with W_hh in heads, which the modules do not have yet: the ops and the reference, by their own arguments.
 
 python -m tests.support.heads sm_90 resident    every cell on what is compiled, its PTX executed: a JSON object a line
+python -m tests.support.heads sm_90 resident zoneout    with zoneout
 """
 
 import functools
@@ -73,22 +74,29 @@ def kernel(cell: str, backend: str, *, sequences: Any = None, by_step: bool = Fa
     return found.y.unflatten(-2, (-1, HEADS)).flatten(-2), found.finals
 
 
-def faults(cell: str, backend: str, kind: str, device: str, dtype: torch.dtype, case: Case = SMALL) -> dict[str, str]:
-    """What a kernel errs beyond the budget of the reference in the same dtype."""
+def faults(
+    cell: str, backend: str, kind: str, device: str, dtype: torch.dtype, case: Case = SMALL, **changes: Any
+) -> dict[str, str]:
+    """What a kernel errs beyond the budget of the reference in the same dtype, with zoneout and the like."""
     tensors, of_sequences = arguments(cell, kind, case, device, dtype)
     exact = {name: t.double() for name, t in tensors.items()}
-    specification = functools.partial(reference.run, cell, heads=HEADS)
+    specification = functools.partial(reference.run, cell, heads=HEADS, **changes)
     truth = results(specification, exact, of_sequences)
     allowed = errors(results(specification, tensors, of_sequences), truth)
-    found = results(functools.partial(kernel, cell, backend), tensors, of_sequences)
+    found = results(functools.partial(kernel, cell, backend, **changes), tensors, of_sequences)
     return excess(found, truth, allowed, dtype, times_allowed(dtype, torch.device(device)))
 
 
-def main(arch: str, backend: str) -> None:
+# The seed, and slots before each direction's, some of which do not fit 32 bits.
+ZONEOUT: dict[str, Any] = {"zoneout": 0.3, "noise": torch.tensor([0x1234567890ABCDEF, 7, (1 << 32) - 5])}
+
+
+def main(arch: str, backend: str, change: str = "") -> None:
+    changes = ZONEOUT if change == "zoneout" else {}
     for seed, cell in enumerate(CELLS):
         torch.manual_seed(seed)
         with launches(DeviceSpec.named(arch), run=functools.partial(execute, seed=seed)):
-            found = faults(cell, backend, "plain", "cpu", torch.bfloat16, SIZES[backend])
+            found = faults(cell, backend, "plain", "cpu", torch.bfloat16, SIZES[backend], **changes)
         print(json.dumps({"cell": cell, "faults": found}), flush=True)
 
 
