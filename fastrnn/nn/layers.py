@@ -110,6 +110,7 @@ def _step(
     stack: Stack, backend: str, weights: Weights, xs: Inputs, state: State, window: Window = PLAIN
 ) -> tuple[Tensor, State, tuple[Tensor, ...] | None]:
     W_ih, W_hh, *b = by_role(weights(), len(xs))
+    b = list(b)  # a tuple where torch 2.11 compiles
     W_hr = stacked(b.pop()) if len(b) in (1, 3) else None
     if W_hr is not None:
         xs, W_ih = projection.with_starts(xs, W_ih, W_hh, state.h_0, window)
