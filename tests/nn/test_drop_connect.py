@@ -88,7 +88,6 @@ RUNS = [run for run in ((k, b, w) for k in LAYERS for b in BACKENDS for w in WAY
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("kind", "backend", "way"), RUNS)
 def test_every_way_drops_the_same(kind, backend, way, monkeypatch, device):
     check(kind, backend, way, monkeypatch, device)

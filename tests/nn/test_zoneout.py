@@ -62,7 +62,6 @@ def check(kind: str, backend: str, way: str, training: bool, monkeypatch, device
 RUNS = [(kind, way) for kind in LAYERS for way in WAYS if way != "wavefront" or "bidirectional" not in LAYERS[kind][1]]
 
 
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("kind", "way"), RUNS)
