@@ -4,8 +4,8 @@
 `compile_all` compiles that into Triton's cache on disk, and loads it. A process with torch starts in the time of some
 three kernels: this one begins at once, and others take from what is left as soon as they are up.
 
-Uses JITFunction.run and .warmup, make_backend and its backends' add_stages, and triton.runtime.driver, read in 3.9.0
-(the same in 3.6 to 3.8).
+Uses JITFunction.run and .warmup, make_backend and its backends' add_stages, and triton.runtime.driver,
+read in 3.6 to 3.9.
 """
 
 import contextlib

@@ -17,6 +17,7 @@ from ..ops.library import observed
 from ..ops.prepared import Prepared
 from ..planning import tuning
 from ..planning.planner import Plan, plan, torch_precision
+from ..planning.tiers import TIERS
 from ..stack import Stack
 from .layers import layer_of
 from .options import PLAIN, Options, as_tensors, check_options, checked_values
@@ -104,6 +105,17 @@ def backend_of(chosen: Plan) -> str:
     return chosen.backend
 
 
+def until_launched(backend: str, run: Callable[..., Any], *args: Any) -> Any:
+    """run(*args), and again where the driver refuses the kernel of backend="auto": the planner then leaves it out."""
+    for _ in TIERS:
+        try:
+            return run(*args)
+        except driver.LaunchRefusedError:
+            if backend != "auto":
+                raise
+    return run(*args)
+
+
 _routes: dict[tuple, Route] = {}
 _MOST_ROUTES = 1024
 
@@ -119,17 +131,16 @@ def checked(
     if options is not PLAIN:
         options = as_tensors(options, input, stack)
         tensors += [t for t in (*options[:3], *(options.reset_state or ())) if t is not None]
-    if observed(tensors):  # sizes may be symbols, and there may be no values
+    if observed(tensors):  # sizes may be symbols, and there may be no values: nothing is kept, nor prepared
         route = _route(stack, input, state, params, options, choose)
     else:
         key = _key(stack, tensors, hx is not None, options)
-        found = _routes.get(key)
-        if found is None:
-            found = _route(stack, input, state, params, options, choose)
+        kept = _routes.get(key)
+        if kept is None:
             if len(_routes) >= _MOST_ROUTES:
                 _routes.clear()
-            _routes[key] = found
-        route = found
+            kept = _routes[key] = _prepared(_route(stack, input, state, params, options, choose), stack, input, options)
+        route = kept
     if options is not PLAIN:
         options = checked_values(options, input, route.T, stack.batch_first)
     if stack.tie_directions:
@@ -162,12 +173,17 @@ def _route(
     wide = stack.of_cell.state_dtype(dtype)
     casts = any(tensor.dtype != dtype for tensor in (input, *params, *state))
     chosen = planned(stack, H, T // max(B, 1) if ragged else T, B, input)
-    of_layer, ready = layer_of(stack, chosen.backend), None
-    if chosen.kernel is not None and not observed((input, *params, *state)):
-        K = H // stack.num_heads
-        ready = of_layer.prepare((T,) if ragged else (T, B), B, K, input.new_empty(0, dtype=dtype))
-    route = Route(T, B, H, P, chosen, None, dtype, wide, casts, of_layer, ready)
+    route = Route(T, B, H, P, chosen, None, dtype, wide, casts, layer_of(stack, chosen.backend), None)
     return route._replace(path=choose(Call(stack, input, None, params, options, route)))
+
+
+def _prepared(route: Route, stack: Stack, input: Tensor, options: Options) -> Route:
+    """The same, with its launches prepared where a kernel of ours runs."""
+    if route.chosen.kernel is None:
+        return route
+    slots = (route.T,) if options.cu_seqlens is not None else (route.T, route.B)
+    like = input.new_empty(0, dtype=route.dtype)
+    return route._replace(ready=route.layer.prepare(slots, route.B, route.H // stack.num_heads, like))
 
 
 def planned(stack: Stack, H: int, T: int, B: int, input: Tensor) -> Plan:

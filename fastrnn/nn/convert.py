@@ -181,7 +181,7 @@ def _to_theirs(model: Module) -> Swaps:
         if "forward" in vars(layer):
             left[name] = "its forward was replaced on the object"
         elif ours is not foreign.Foreign and not layer._stack_is_torchs():  # type: ignore[operator]
-            left[name] = "torch has no layer in heads, with tied directions, or that clips"
+            left[name] = "torch has no layer in heads, with tied directions, that clips, drops connections or zones out"
         elif theirs := _TORCHS.get(plain) or vars(plain).get("_theirs"):
             swaps[name] = layer, made(theirs)
         else:

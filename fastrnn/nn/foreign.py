@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from ..cells import CELLS, SLSTM_CAPPED
-from ..compat import driver
 from ..ops import layer
 from ..planning.planner import Plan
-from ..planning.tiers import TIERS
 from ..sequences import PLAIN, Window
 from ..stack import Stack
 from . import calls, layers
@@ -197,17 +195,15 @@ def _recurrence(
     first = layers.State(None if state is None and not every else before.unsqueeze(1).unbind())
     of_layer = layers.weights_of(weights, dtype, chunked=every is not None)
     x = x_gates.to(dtype)
-    for attempt in range(len(TIERS) + 1):
+
+    def run() -> tuple[Tensor, Tensor]:
         backend = calls.backend_of(calls.planned(stack, N * K, T, B, x))
         step: layers.Step = functools.partial(_step, stack, backend, of_layer)
-        try:
-            step = layers.recomputed(step) if every else step
-            y, after, _ = layers.in_chunks(step, x, first, every or T, 1)
-            return y, torch.cat(after.states)
-        except driver.LaunchRefusedError:  # the planner leaves this tier out then
-            if stack.backend != "auto" or attempt == len(TIERS):
-                raise
-    raise AssertionError("the last attempt returns or raises")
+        step = layers.recomputed(step) if every else step
+        y, after, _ = layers.in_chunks(step, x, first, every or T, 1)
+        return y, torch.cat(after.states)
+
+    return calls.until_launched(stack.backend, run)
 
 
 def _step(

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import driver
 from ..noise import draw
 from ..ops import layer
 from ..planning.tiers import TIERS
@@ -15,7 +14,7 @@ from ..sequences import stops_at_torchs_kernels, untraced
 from ..stack import Stack
 from ..torch_path import segments
 from . import layers, projection, wavefront
-from .calls import Call, as_tuple, backend_of, checked
+from .calls import Call, as_tuple, backend_of, checked, until_launched
 from .dropout import drop, drop_connections, drop_mask, dropping, noise_of_chunks, zoning
 from .options import PLAIN, Options
 
@@ -36,22 +35,21 @@ def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options:
             stack, params = drop_connections(stack, params)
         if stack.zones_out:
             noise = draw(stack.num_layers, stack.directions, input.device)
-    for attempt in range(len(TIERS) + 1):
-        call = checked(stack, input, hx, params, options, _choose)
-        if noise is not None:
-            call = call._replace(noise=noise)
-        backend = backend_of(call.route.chosen)
-        if backend == "torch" and stops_at_torchs_kernels():
-            # torch.compile breaks its graph here; of a NamedTuple torch 2.11 hands on nothing there.
-            return _run_untraced(tuple(stack), input, hx, params, tuple(options))
-        if torch.compiler.is_compiling():
-            return call.route.path(call)
-        try:
-            return call.route.path(call)
-        except driver.LaunchRefusedError:
-            if stack.backend != "auto" or attempt == len(TIERS):
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    if torch.compiler.is_compiling():
+        return _once(stack, input, hx, params, options, noise)
+    return until_launched(stack.backend, _once, stack, input, hx, params, options, noise)
+
+
+def _once(
+    stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options, noise: Sequence[Tensor] | None
+) -> Found:
+    call = checked(stack, input, hx, params, options, _choose)
+    if noise is not None:
+        call = call._replace(noise=noise)
+    if backend_of(call.route.chosen) == "torch" and stops_at_torchs_kernels():
+        # torch.compile breaks its graph here; of a NamedTuple torch 2.11 hands on nothing there.
+        return _run_untraced(tuple(stack), input, hx, params, tuple(options))
+    return call.route.path(call)
 
 
 def _no_step(call: Call) -> Found:

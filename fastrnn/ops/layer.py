@@ -56,11 +56,8 @@ class Call(NamedTuple):
 
     def split(self, given: Sequence[Any]) -> tuple[Any, Any, Any, list[Any]]:
         """Of x, the first states, what they start anew from, and the weights by role, or what belongs to them."""
-        if self.states + self.starts == 0:
-            first = second = 1
-        else:
-            first, second = 1 + self.states, 1 + self.states + self.starts
-        D = self.layer.directions
+        first, D = 1 + self.states, self.layer.directions
+        second = first + self.starts
         roles = [given[i : i + D] for i in range(second, second + self.weights, D)]
         return given[0], given[1:first] or None, given[first:second] or None, roles
 
@@ -76,8 +73,7 @@ def run(
     """Run a layer over x (T, B, I), or (total, I).
 
     weights: W_ih of each direction, W_hh of each and, with biases, b_ih of each and b_hh of each; in heads, theirs one
-    behind the other, each gate by gate. ready: what was
-    prepared for a call that nobody observes.
+    behind the other, each gate by gate. ready: what was prepared for a call that nobody observes.
     """
     states, starts = states or (), window.starts or ()
     tensors = (x, *states, *starts, *weights)

@@ -122,8 +122,8 @@ class Prepared:
         dtype: torch.dtype,
         clip_h: float,
     ):
-        self.cell, self.slots, (B, D, N, K) = cell, slots, sizes
-        self.B, self.D, self.N, self.K = sizes
+        self.cell, self.slots = cell, slots
+        self.B, self.D, self.N, self.K = B, D, N, K = sizes
         self.clip_h = clip_h  # how far a step sees h
         self.kernels = kernels  # None where B is 0
         self.count = math.prod(slots)  # of (T, B), or (total,)

@@ -182,3 +182,18 @@ def test_a_large_layer_gives_back_what_it_saved_before_the_gradient_of_x(device,
     assert type(module(x)[0].grad_fn).__name__ != "_NodeBackward"
     monkeypatch.setattr(layer, "LARGE", 5 * 2 * 16 * 4)
     assert type(module(x)[0].grad_fn).__name__ == "_NodeBackward"
+
+
+class Own(torch.Tensor):
+    """A subclass of somebody's, who may look at operators."""
+
+
+def test_a_subclass_among_the_options_is_given_to_the_op(device, monkeypatch):
+    module, x = made("GRU", device)
+    reset, start = torch.zeros(5, 2, dtype=torch.bool, device=device), torch.zeros(1, 2, 4, device=device)
+    called, run = [], library.run
+    monkeypatch.setattr(library, "run", lambda args: called.append(args.cell) or run(args))
+    module(x, reset=reset, reset_state=start)
+    assert not called
+    module(x, reset=reset, reset_state=start.as_subclass(Own))
+    assert called == ["gru"]
