@@ -49,7 +49,6 @@ def test_kernels_zone_out_as_the_reference(cell, backend, mode, kind, device):
 
 
 @pytest.mark.parametrize("backend", TIERS)
-@pytest.mark.one_in(3)
 def test_compiled_kernels_match_the_reference(backend):
     """PTX of both passes for sm_90, executed."""
     done = children.run(["-m", "tests.support.heads", "sm_90", backend, "zoneout"])
