@@ -97,7 +97,7 @@ def run(
     *slots, R, _, K = x_gates.shape
     D, P = R // heads, len(CELLS[cell].states)
     if state_0 is None:
-        B = slots[1] if sequences is None or len(slots) == 2 else sequences.rows.shape[1]
+        B = slots[1] if len(slots) == 2 else sequences.rows.shape[1]  # type: ignore[union-attr]
         state_0 = x_gates.new_zeros(P, D, B, heads * K, dtype=CELLS[cell].state_dtype(x_gates.dtype))
     walk = _padded(x_gates, sequences, starts if by_step else None)
     if zoneout and noise is not None:
@@ -182,12 +182,12 @@ class _Walk(NamedTuple):
 
 
 def _padded(x_gates: Tensor, sequences: Sequences | None, starts: Tensor | None) -> _Walk:
-    if sequences is None:
-        return _Walk(x_gates, None, None, None, starts, None)
+    if sequences is None or sequences.rows is None:
+        return _Walk(x_gates, None if sequences is None else sequences.reset, None, None, starts, None)
     slots, places, reset = None, None, sequences.reset
     _, first, length = sequences.rows[:, sequences.rows[0].argsort()]
     if x_gates.dim() == 4:  # ragged: made a padded batch, whose padding is some other slot and is not used
-        slots = Slots.of(sequences.rows, x_gates.shape[:1])
+        slots = Slots.of(sequences.rows, x_gates.shape[:1], x_gates.device)
         try:
             longest = int(length.max())
         except RuntimeError:  # vmap and export know no values: none is longer than all together
@@ -226,8 +226,8 @@ def _walk(
     kept: list[State] = [state] * T
     for t in range(T) if d == 0 else reversed(range(T)):
         edge = t + d  # the first step of the later segment, if one ended before this step
-        if reset is not None and length is not None and edge < T:
-            restart = (reset[edge] & (edge < length))[:, None, None]
+        if reset is not None and edge < T:
+            restart = (reset[edge] if length is None else reset[edge] & (edge < length))[:, None, None]
             start = map(torch.zeros_like, state) if anew is None else anew[:, edge] if by_step else anew
             state = tuple(torch.where(restart, s, old) for s, old in zip(start, state, strict=True))
         state = clips.of(state)

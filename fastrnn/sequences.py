@@ -30,9 +30,12 @@ def stops_at_torchs_kernels() -> bool:
 
 
 class Sequences(NamedTuple):
-    """rows (3, B) int64: sequences, their first slots and lengths, longest first. reset: bool by slot, or None."""
+    """rows (3, B) int64: sequences, their first slots and lengths, longest first; None where all have T steps.
 
-    rows: Tensor
+    reset: bool by slot, or None.
+    """
+
+    rows: Tensor | None
     reset: Tensor | None
 
     @staticmethod
@@ -48,26 +51,22 @@ class Sequences(NamedTuple):
         >>> Sequences.of(0, 2, cu_seqlens=torch.tensor([0, 3, 8])).rows.tolist()
         [[1, 0], [3, 0], [5, 3]]
         """
-        given = next((tensor for tensor in (lengths, cu_seqlens, reset) if tensor is not None), None)
-        if given is None:
-            return None
+        if lengths is None and cu_seqlens is None:
+            return None if reset is None else Sequences(None, reset)
         if lengths is not None:
             length, start = lengths.long().clamp(0, T).sort(descending=True, stable=True)
             sequence = start
-        elif cu_seqlens is not None:
-            length, sequence = cu_seqlens.diff().long().sort(descending=True, stable=True)
-            start = cu_seqlens[:-1].long()[sequence]
         else:
-            sequence = start = torch.arange(B, device=given.device)
-            length = torch.full_like(sequence, T)
+            length, sequence = cu_seqlens.diff().long().sort(descending=True, stable=True)  # type: ignore[union-attr]
+            start = cu_seqlens[:-1].long()[sequence]  # type: ignore[index]
         return Sequences(torch.stack((sequence, start, length)), reset)
 
     def window(self, first: int, T: int) -> "Sequences":
         """Of times first to first + T of dense sequences in direction 0."""
-        length = (self.rows[2] - first).clamp(0, T)
-        return Sequences(
-            torch.stack((*self.rows[:2], length)), None if self.reset is None else self.reset[first : first + T]
-        )
+        rows, reset = self
+        if rows is not None:
+            rows = torch.stack((*rows[:2], (rows[2] - first).clamp(0, T)))
+        return Sequences(rows, None if reset is None else reset[first : first + T])
 
 
 class Window(NamedTuple):
@@ -104,8 +103,11 @@ class Slots(NamedTuple):
     count: int  # B
 
     @staticmethod
-    def of(rows: Tensor, shape: torch.Size) -> "Slots":
+    def of(rows: Tensor | None, shape: torch.Size, device: torch.device) -> "Slots":
         """shape: (T, B), or (total,)."""
+        if rows is None:
+            T, B = shape
+            return Slots(torch.arange(T, device=device)[:, None], torch.full((B,), T, device=device), None, B)
         B = rows.shape[1]
         _, start, length = rows[:, rows[0].argsort()]
         if len(shape) == 2:
@@ -156,10 +158,10 @@ def states_before(
     state_0 (B, H); start, what states start anew from at resets: (B, H), or by_step like states, or None for zeros. In
     frozen slots the result is zero, since gradients that are zero there are multiplied by it, and 0 * NaN is NaN.
     """
-    slots = Slots.of(sequences.rows, states.shape[:-1])
+    slots = Slots.of(sequences.rows, states.shape[:-1], states.device)
     before = states.roll(1 if direction == 0 else -1, 0)
     before = torch.where(slots.carried(direction)[..., None], before, slots.spread(state_0))
-    if slots.sequence is None:  # ragged slots are none of them frozen
+    if sequences.rows is not None and slots.sequence is None:  # ragged slots are none of them frozen
         before = before.masked_fill(~slots.live[..., None], 0)
     if sequences.reset is None:
         return before

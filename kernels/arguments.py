@@ -42,7 +42,7 @@ class Saved(NamedTuple):
     d_steps: Any  # of every state of all steps beside h, a pointer each; or None
     d_finals: Any
     W_hh: Any
-    before: Any  # the kept states before the first step
+    before: Any  # the kept states before the first step; None for zeros
     kept: Any  # the kept states of all steps
     tiles: Any  # what the cell saved
 
@@ -59,7 +59,7 @@ class Gradients(NamedTuple):
 class Sequences(NamedTuple):
     """Where sequences end and start anew; None where all are plain."""
 
-    rows: Any  # a table [3, B]
+    rows: Any  # a table [3, B], where sequences have ends of their own
     reset: Any  # a mask [slots]
     starts: Any  # what states start anew from, a pointer each (in backward, each kept state); None for zeros
     noise: Any = None  # of zoneout in training [1 + D]: the seed, and the slots that stand before each direction's

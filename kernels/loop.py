@@ -177,16 +177,25 @@ def load_saved(K: tl.constexpr, read, rows, units, resets, step):
         inside = slot(rows, tl.maximum(step - 1, 0))
         stride = tl.where(step == 0, K.N, rows.count) * K.H
         for n in tl.static_range(K.kept):
-            ptr = tl.where(step == 0, read.before[n] + rows.first_state * K.H, read.kept[n] + inside * K.H)
+            ptr, mask = read.kept[n] + inside * K.H, units.mask
+            if read.before is None:
+                mask = tl.where(step > 0, mask, False)
+            else:
+                ptr = tl.where(step == 0, read.before[n] + rows.first_state * K.H, ptr)
             at = ptr + rows.slots[:, None] * stride + units.offs[None, :]
-            before = before + (tl.load(at, mask=units.mask, other=0.0),)
+            before = before + (tl.load(at, mask=mask, other=0.0),)
     else:
         t = time_index(rows, step - 1)
+        exists = (t >= 0) & (t < rows.lengths)
         inside = (t * rows.stride + rows.first + rows.slots) * rows.count + rows.recurrence
         outside = rows.first_state + rows.states * K.N
         for n in tl.static_range(K.kept):
-            ptr = tl.where((t >= 0) & (t < rows.lengths), read.kept[n] + inside * K.H, read.before[n] + outside * K.H)
-            before = before + (tl.load(ptr[:, None] + units.offs[None, :], mask=units.mask, other=0.0),)
+            ptr, mask = read.kept[n] + inside * K.H, units.mask
+            if read.before is None:
+                mask = tl.where(exists[:, None], mask, False)
+            else:
+                ptr = tl.where(exists, ptr, read.before[n] + outside * K.H)
+            before = before + (tl.load(ptr[:, None] + units.offs[None, :], mask=mask, other=0.0),)
     if read.dy is None:
         dy = zeros_like(units.mask)
     else:

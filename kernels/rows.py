@@ -57,7 +57,8 @@ def find_rows(K: tl.constexpr, table_ptr, recurrence, T, B, first_row, offs_b):
     count: tl.constexpr = K.D * K.N
     if not K.own_lengths:
         first_state = (direction * rows + first_row) * K.N + head
-        return Rows(direction, recurrence, count, T, rows, first_row, offs_b, offs_b, first_state, offs_b)
+        lengths = tl.where(first_row + offs_b < B, T, 0)
+        return Rows(direction, recurrence, count, T, rows, first_row, offs_b, lengths, first_state, offs_b)
     else:
         exists = first_row + offs_b < B
         sequence = tl.load(table_ptr + first_row + offs_b, mask=exists, other=0)

@@ -51,7 +51,7 @@ def with_starts(
 def h_start(d: int, x: Tensor, h_0: Tensor | None, P: int, window: Window) -> Tensor:
     """What segments start from in direction d, at their first steps of x (T, B, I) or (total, I); zeros elsewhere."""
     segments = window.sequences
-    B = x.shape[1] if segments is None else segments.rows.shape[1]
+    B = x.shape[1] if x.dim() == 3 else segments.rows.shape[1]  # type: ignore[union-attr]
     h = x.new_zeros(B, P) if h_0 is None else h_0[d].to(x.dtype)
     if segments is None:
         rest = x.shape[0] - 1
@@ -66,8 +66,9 @@ def projected(y: Tensor, W_hr: Tensor, window: Window) -> Tensor:
     """h (T, B, D*P) of m (T, B, D*H)."""
     D = len(W_hr)
     h = torch.cat([linear(m, W) for m, W in zip(y.chunk(D, -1), W_hr, strict=True)], -1)
-    if window.sequences is not None and y.dim() == 3:  # no gradient of the padding, even NaN, reaches W_hr
-        h = h.masked_fill(~Slots.of(window.sequences.rows, y.shape[:2]).live[..., None], 0)
+    rows = None if window.sequences is None else window.sequences.rows
+    if rows is not None and y.dim() == 3:  # no gradient of the padding, even NaN, reaches W_hr
+        h = h.masked_fill(~Slots.of(rows, y.shape[:2], y.device).live[..., None], 0)
     return h
 
 

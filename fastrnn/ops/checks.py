@@ -26,6 +26,8 @@ def check_recurrence(
         raise ValueError(f"x_gates: expected {shape} with D 1 or 2, got {tuple(x_gates.shape)}")
     R, _, K = x_gates.shape[-3:]
     D, H = R // heads, heads * K
+    if ragged and sequences.rows is None:  # type: ignore[union-attr]
+        raise ValueError(f"sequences: expected rows beside ragged x_gates {tuple(x_gates.shape)}, got None")
     B = sequences.rows.shape[1] if ragged else slots[1]  # type: ignore[union-attr]
     if slots[0] == 0 or H == 0:
         raise ValueError(f"x_gates: expected at least one time step and hidden unit, got {tuple(x_gates.shape)}")

@@ -59,7 +59,7 @@ def differentiate(args: BackwardArgs, second: BackwardResults) -> dict[str, Tens
 
         def forward(*chosen: Tensor) -> list[Tensor]:
             of_call: dict[str, Any] = inputs | dict(zip(wanted, chosen, strict=True))
-            sequences = None if args.rows is None else Sequences(args.rows, args.reset)
+            sequences = None if args.rows is None and args.reset is None else Sequences(args.rows, args.reset)
             results = reference.run(
                 args.cell, **of_call, sequences=sequences, by_step=args.by_step, heads=args.heads,
                 clip_state=args.clip_state, zoneout=args.zoneout, noise=args.noise,

@@ -128,9 +128,8 @@ def launch_backward(
     read.before and read.kept are all states, and the kernel gets those that its cell keeps; so it is with starts.
     """
     y, places, h_0 = read.kept[0], prepared.places, None
-    if read.before is None:
-        before = (y.new_zeros(*prepared.of_state, **prepared.wide),) * len(places)
-    else:
+    before = None
+    if read.before is not None:
         # States inside a sequence were rounded when they were kept; those before it must be, to be what they are there.
         h_0 = read.before[0].to(y.dtype)
         wide = prepared.cell.state_dtype(y.dtype)
@@ -149,7 +148,7 @@ def of_starts(prepared: Prepared, rows: Tensor | None, d_start: Tensor) -> Tenso
     if d_start.numel() == 0:
         return d_start.new_zeros(prepared.of_state)
     whole = d_start.view(*prepared.slots, prepared.D, prepared.N * prepared.K)
-    summed = Slots.of(rows, torch.Size(prepared.slots)).summed(whole)  # type: ignore[arg-type]
+    summed = Slots.of(rows, torch.Size(prepared.slots), d_start.device).summed(whole)
     return summed.to(d_start.dtype).transpose(0, 1)
 
 

@@ -81,19 +81,21 @@ def _sum(steps: Steps, r: int, d_rec: Tensor, first: int, h_prev: Tensor, out: T
     if steps.h_0 is None:
         torch.mm(d_later, h_prev, out=out)
         return
-    h_0 = _own(steps.h_0, r, prepared)
+    h_0, reset = _own(steps.h_0, r, prepared), steps.sequences.reset
+    if reset is not None and direction == 0:
+        h_0 = h_0.masked_fill(reset[0, :, None], 0)
     d_first = d_rec.as_strided((rows, B), (1, columns), (count - B) * columns * direction + at)
     torch.addmm(d_first @ h_0, d_later, h_prev, out=out)
 
 
 def _is_shifted(steps: Steps) -> bool:
-    """Whether h_prev is y one step before, a view: frozen slots have zeros in y, and in d_rec.
+    """Whether h_prev is y one step before, or zeros where a segment begins: frozen slots have zeros in y, and in d_rec.
 
-    Not so where segments begin inside, where slots are ragged, and where sequences end, and direction 1 begins, with an
-    h_0 at other times.
+    Not so where segments begin with a state, where slots are ragged, and where sequences end, and direction 1 begins,
+    with an h_0 at other times.
     """
-    rows, reset = steps.sequences[:2]
-    return rows is None or (reset is None and not steps.prepared.ragged and steps.h_0 is None)
+    rows, _, starts = steps.sequences[:3]
+    return starts is None and (rows is None or (not steps.prepared.ragged and steps.h_0 is None))
 
 
 def _own(state: Tensor, r: int, prepared: Prepared) -> Tensor:
@@ -103,13 +105,14 @@ def _own(state: Tensor, r: int, prepared: Prepared) -> Tensor:
 
 
 def _h_prev(steps: Steps, r: int) -> Tensor:
-    """The h before every slot, a copy (slots, K); where y is only shifted, before those that have a step before."""
+    """The h before every slot (slots, K), a view or a copy; where y is shifted, before those with a step before."""
     prepared, (rows, reset, starts) = steps.prepared, steps.sequences[:3]
     R, N, K, direction = prepared.recurrences, prepared.N, prepared.K, r // prepared.N
     if _is_shifted(steps):
         B, count = prepared.B, prepared.slots[0] * prepared.B
         first = steps.y.storage_offset() + (B * R * direction + r) * K
-        return steps.y.as_strided((count - B, K), (R * K, 1), first)
+        shifted = steps.y.as_strided((count - B, K), (R * K, 1), first)
+        return shifted if reset is None else shifted.masked_fill(reset[1:].reshape(-1, 1), 0)
     y = steps.y.view(*prepared.slots, R, K).select(-2, r)
     h_0 = y.new_zeros(prepared.B, K) if steps.h_0 is None else _own(steps.h_0, r, prepared)
     start = None

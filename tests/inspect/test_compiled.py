@@ -52,6 +52,14 @@ def test_compiled_kernels_run_sequences_of_their_own(backend):
         assert record["faults"] == {} and record["spills"] == [], record
 
 
+@pytest.mark.parametrize("backend", TIERS)
+def test_compiled_kernels_take_absent_states_for_zeros(backend):
+    records = child("absent", "sm_90", backend)
+    assert len(records) == 3
+    for record in records:
+        assert record["faults"] == {} and record["differ"] == [], record
+
+
 @pytest.mark.parametrize("H", (64, 192, 1024, *(wide(H) for H in (96, 128, 256, 384, 512))))
 def test_plans_agree_with_tile_triton_under_the_interpreter(H, tmp_path):
     """Both passes of every cell, from one problem: "auto"'s plans for sm_90 executed, tile Triton interpreted."""

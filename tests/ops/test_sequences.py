@@ -36,12 +36,14 @@ def test_matches_reference(cell, kind, backend, device):
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_reference_runs_every_segment_on_its_own(cell, kind):
     """Cut by hand, and run one by one: outputs of each segment, and the states at each sequence's end."""
-    _, B, _, D = case = Case(T=6, B=4, H=3, D=2)
+    T, B, _, D = case = Case(T=6, B=4, H=3, D=2)
     problem = make_sequences(cell, case, torch.float64, "cpu", kind)
     x_gates, W_hh, b_hh, h_0, c_0 = problem.inputs
     found = dict(zip(("reset_h", "reset_c"), problem.starts))  # noqa: B905 - only the LSTM has a c
     y, h_n, c_n, *c = reference.recurrence(cell, *problem.inputs, **found, **problem.options)
     rows, reset = problem.options["sequences"]
+    if rows is None:
+        rows = torch.stack((torch.arange(B), torch.arange(B), torch.full((B,), T)))
     by_step, ragged = problem.options["by_step"], x_gates.dim() == 4
     segments = 0
 
@@ -135,6 +137,11 @@ MUTATIONS = {
         "fastrnn.ops.sums._h_prev", "y, h_0, Segments", "y, 0 * h_0, Segments", "gru", "lengths"),
     "resets dropped from dW_hh": (
         "fastrnn.ops.sums._h_prev", "reset), start,", "reset), None,", "lstm", "resets to a state"),
+    "y shifted past resets": (
+        "fastrnn.ops.sums._h_prev", "return shifted if reset is None else", "return shifted if True else", "gru",
+        "resets"),
+    "h_0 goes past a reset into dW_hh": (
+        "fastrnn.ops.sums._sum", "reset is not None and direction == 0", "False", "lstm", "resets"),
     "y shifted though direction 1 begins with h_0": (
         "fastrnn.ops.sums._is_shifted", " and steps.h_0 is None", "", "gru", "lengths"),
     "gradients of starts not summed": (

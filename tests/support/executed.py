@@ -4,6 +4,7 @@ A JSON object a line:
 
 python -m tests.support.executed kernels sm_90 resident     every cell, pass and dtype, under a schedule of its own
 python -m tests.support.executed sequences sm_90 resident ragged   kinds of SEQUENCES with this word, with cell states
+python -m tests.support.executed absent sm_90 resident      first states left out, plain and with sequences
 python -m tests.support.executed tile sm_90 resident        the same in tile Triton, where Gluon takes its place
 python -m tests.support.executed plans 512 FOLDER           what "auto" plans at H=512, every cell: results in a file
 python -m tests.support.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
@@ -29,7 +30,10 @@ from fastrnn.inspect import cluster
 from fastrnn.inspect.compile import Launch, launches
 from fastrnn.inspect.execute import ExecutionError, execute
 from fastrnn.inspect.resources import resources
+from fastrnn.ops import library
+from fastrnn.ops.schema import Args
 from fastrnn.planning import cooperative
+from fastrnn.reference import stacked
 
 from .cases import CELLS, SEQUENCES, TIMES, TIMES_FLOAT32, Case, Problem, make_problem, make_sequences, over_budget
 from .cluster_race import residual
@@ -70,6 +74,27 @@ def sequences(arch: str, backend: str, word: str = "") -> Iterator[dict]:
 
             faults = faults_of(problem, arch, backend, "ieee", run, "bfloat16")
             yield {"cell": cell, "kind": kind, "faults": faults, "spills": spills}
+
+
+def absent(arch: str, backend: str) -> Iterator[dict]:
+    """First states that are not given have the bits of zeros that are, and these are right."""
+    for seed, (cell, kind) in enumerate((("gru", "resets"), ("lstm", "lengths"), ("lstm", "resets"))):
+        problem = make_sequences(cell, CASES[backend], torch.bfloat16, "cpu", kind)
+        *weights, h_0, c_0 = problem.inputs
+        states = [None if state is None else torch.zeros_like(state) for state in (h_0, c_0)]
+        problem = problem._replace(inputs=(*weights, *states))
+        run, found = functools.partial(execute, seed=seed), []
+        faults = faults_of(problem, arch, backend, "ieee", run, "bfloat16")
+        rows, reset = problem.options["sequences"]
+        for state_0 in (stacked(*states), None):
+            given = [weight.clone().requires_grad_() for weight in weights]
+            args = Args(*given, state_0, cell=cell, save=False, backend=backend, rows=rows, reset=reset)
+            with launches(DeviceSpec.named(arch), run=run):
+                results = library.run(args)
+                total = results.y.sin().sum() + results.finals.sin().sum()
+                found.append((results.y, results.finals, *torch.autograd.grad(total, given)))
+        differ = [n for n, pair in enumerate(zip(*found, strict=True)) if not torch.equal(*pair)]
+        yield {"cell": cell, "kind": kind, "faults": faults, "differ": differ}
 
 
 def tile(arch: str, backend: str) -> Iterator[dict]:
@@ -259,6 +284,6 @@ def counted() -> Iterator[dict]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
-    commands = (kernels, sequences, tile, plans, schedules, windows, mutations, clusters, counted)
+    commands = (kernels, sequences, absent, tile, plans, schedules, windows, mutations, clusters, counted)
     for record in {each.__name__: each for each in commands}[command](*arguments):
         print(json.dumps(record), flush=True)
