@@ -59,7 +59,7 @@ def row(problem: Problem) -> str:
     return f"| {name} | {what} | {target} | {cycles} | {forward.limit}, {backward.limit} |"
 
 
-SEQUENCES_HEAD = "| cell, H | kernel | plain | lengths | lengths, resets | lengths, resets to a state |"
+SEQUENCES_HEAD = "| cell, H | kernel | plain | resets | lengths | lengths, resets | lengths, resets to a state |"
 
 
 def sequences_rows(cells: list[str], sizes: list[int], arch: str) -> Iterator[str]:
@@ -78,8 +78,8 @@ def sequences_row(problem: Problem, backend: str) -> str:
     upstream = {name: tensors[name] for name in ("dy", "d_finals", "W_hh", "state_0")}
     T, B = tensors["x_gates"].shape[:2]
     rows, reset = Sequences.of(T, B, lengths=torch.full((B,), T), reset=torch.zeros(T, B, dtype=torch.bool))
-    forms = ({}, {"rows": rows}, {"rows": rows, "reset": reset})
-    forms += ({**forms[2], "starts": tensors["state_0"]},)
+    both = {"rows": rows, "reset": reset}
+    forms = ({}, {"reset": reset}, {"rows": rows}, both, both | {"starts": tensors["state_0"]})
     cells = []
     for form in forms:
         with launches(problem.spec) as found:

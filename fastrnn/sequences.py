@@ -8,6 +8,7 @@ either direction the state starts anew at the *edge* before the later one's firs
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -60,6 +61,25 @@ class Sequences(NamedTuple):
             length, sequence = cu_seqlens.diff().long().sort(descending=True, stable=True)  # type: ignore[union-attr]
             start = cu_seqlens[:-1].long()[sequence]  # type: ignore[index]
         return Sequences(torch.stack((sequence, start, length)), reset)
+
+    @staticmethod
+    def rows_on_host(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> Tensor | None:
+        """The same table, of a tensor on the CPU; None if its values are wrong.
+
+        It costs the host a fourth of what torch's operators do, and a GPU nothing but the copy.
+        """
+        if cu_seqlens is not None:
+            first = cu_seqlens.numpy()
+            if first[0] != 0 or first[-1] != T:
+                return None
+            length = first[1:] - first[:-1]
+        else:
+            first, length = None, lengths.numpy()  # type: ignore[union-attr]
+        order = (~length).argsort(kind="stable")  # ~n is -n - 1, which cannot overflow
+        sorted_ = length[order]
+        if len(order) and not 0 <= sorted_[-1] <= sorted_[0] <= T:
+            return None
+        return torch.from_numpy(np.array((order, order if first is None else first[order], sorted_), np.int64))
 
     def window(self, first: int, T: int) -> "Sequences":
         """Of times first to first + T of dense sequences in direction 0."""

@@ -55,6 +55,7 @@ class Call(NamedTuple):
     params: Sequence[Tensor]
     options: Options  # checked
     route: Route
+    rows: Tensor | None = None  # the table of sequences (sequences.py), where the host knows it
     noise: Sequence[Tensor] | None = None  # of each layer: zoneout in training (noise.py)
 
     @property
@@ -131,7 +132,8 @@ def checked(
     if options is not PLAIN:
         options = as_tensors(options, input, stack)
         tensors += [t for t in (*options[:3], *(options.reset_state or ())) if t is not None]
-    if observed(tensors):  # sizes may be symbols, and there may be no values: nothing is kept, nor prepared
+    rows, seen = None, observed(tensors)
+    if seen:  # sizes may be symbols, and there may be no values: nothing is kept, nor prepared
         route = _route(stack, input, state, params, options, choose)
     else:
         key = _key(stack, tensors, hx is not None, options)
@@ -142,10 +144,10 @@ def checked(
             kept = _routes[key] = _prepared(_route(stack, input, state, params, options, choose), stack, input, options)
         route = kept
     if options is not PLAIN:
-        options = checked_values(options, input, route.T, stack.batch_first)
+        options, rows = checked_values(options, input, route.T, stack.batch_first, seen)
     if stack.tie_directions:
         params = stack.of_each_direction(params)
-    return Call(stack, input, hx, params, options, route)
+    return Call(stack, input, hx, params, options, route, rows)
 
 
 def _key(stack: Stack, tensors: Sequence[Tensor], with_state: bool, options: Options) -> tuple:

@@ -27,7 +27,6 @@ from ..sequences import PLAIN, Sequences, Window
 from ..stack import Stack
 from ..torch_path import packed
 from . import projection
-from .options import Options
 
 
 class State(NamedTuple):
@@ -70,27 +69,38 @@ class _Rounded(torch.autograd.Function):
         return grad.float(), None
 
 
-def windows_of(stack: Stack, options: Options, T: int, B: int, dtype: torch.dtype) -> list[Window]:
-    """What checked options say to each layer."""
-    lengths, cu_seqlens, reset, reset_state, cell_states = options
-    D, ragged = stack.directions, cu_seqlens is not None
-    sequences = Sequences.of(T, B, lengths=lengths, cu_seqlens=cu_seqlens, reset=reset)
-    by_step = reset_state is not None and reset_state[0].dim() == 4
-    windows = []
-    for n in range(stack.num_layers):
-        starts = []
-        for state in reset_state or ():
-            of_layer = state.narrow(-3, n * D, D).to(dtype)
-            of_layer = of_layer.expand(*of_layer.shape[:-2], 1 if by_step and ragged else B, -1)
-            if by_step:  # (T, D, B, H) as (T, B, D, H), or (total, D, 1, H) as (total, D, H)
-                of_layer = of_layer.squeeze(-2) if ragged else of_layer.transpose(1, 2)
-            starts.append(of_layer)
-        projected = None
-        if len(starts) == 2 and starts[0].shape[-1] != starts[1].shape[-1]:
-            projected, starts[0] = starts[0], torch.zeros_like(starts[1])
-        all_steps = cell_states and n == stack.num_layers - 1
-        windows.append(Window(sequences, tuple(starts) or None, by_step, projected, all_steps))
+def windows_of(call: Any, dtype: torch.dtype) -> list[Window]:
+    """What a checked call's options say to each layer."""
+    stack, (lengths, cu_seqlens, reset, reset_state, cell_states) = call.stack, call.options
+    T, B, D, ragged = call.route.T, call.route.B, stack.directions, cu_seqlens is not None
+    if call.rows is not None:
+        sequences: Sequences | None = Sequences(call.rows, reset)
+    else:
+        sequences = Sequences.of(T, B, lengths=lengths, cu_seqlens=cu_seqlens, reset=reset)
+    if reset_state is None:
+        windows = [Window(sequences)] * stack.num_layers
+    else:
+        by_step, windows = reset_state[0].dim() == 4, []
+        for n in range(stack.num_layers):
+            starts = [_of_layer(state, n, (D, B), dtype, by_step, ragged) for state in reset_state]
+            projected = None
+            if len(starts) == 2 and starts[0].shape[-1] != starts[1].shape[-1]:
+                projected, starts[0] = starts[0], torch.zeros_like(starts[1])
+            windows.append(Window(sequences, tuple(starts), by_step, projected))
+    if cell_states:
+        windows[-1] = windows[-1]._replace(all_steps=True)
     return windows
+
+
+def _of_layer(state: Tensor, n: int, sizes: tuple[int, int], dtype: torch.dtype, by_step: bool, ragged: bool) -> Tensor:
+    """Of a reset_state, what layer n starts anew from, as Window.starts."""
+    D, B = sizes
+    own = state.narrow(-3, n * D, D).to(dtype)
+    own = own.expand(*own.shape[:-2], 1 if by_step and ragged else B, -1)
+    if not by_step:
+        return own
+    # (T, D, B, H) as (T, B, D, H), or (total, D, 1, H) as (total, D, H)
+    return own.squeeze(-2) if ragged else own.transpose(1, 2)
 
 
 def step_of(stack: Stack, backend: str, weights: Weights) -> Step:

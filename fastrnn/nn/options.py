@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops.torch_func import transforming
+from ..sequences import Sequences
 from ..stack import Stack
 from .validation import tensors_of
 
@@ -102,24 +103,41 @@ def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[in
     return T, B
 
 
-def checked_values(options: Options, input: Tensor, T: int, batch_first: bool) -> Options:
-    """The same on the input's device, with time first.
+def checked_values(
+    options: Options, input: Tensor, T: int, batch_first: bool, observed: bool
+) -> tuple[Options, Tensor | None]:
+    """The same on the input's device, with time first; and the table of sequences, if the host knows it.
 
     Values are checked on the CPU; on a GPU, where that would have to wait, by an assertion on the device.
     """
     lengths, cu_seqlens, reset, *others = options
-    if lengths is not None:
-        least, most = lengths.aminmax() if lengths.shape[0] else (lengths.new_zeros(()),) * 2
-        right = (least >= 0) & (most <= T)
-        _check_values(right, "lengths: expected 0 to T", T, lengths)
-        lengths = _moved("lengths", lengths, input.device)
-    if cu_seqlens is not None:
-        right = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
-        _check_values(right, "cu_seqlens: expected not to decrease, from 0 to total", T, cu_seqlens)
-        cu_seqlens = _moved("cu_seqlens", cu_seqlens, input.device)
+    rows, given = None, lengths if cu_seqlens is None else cu_seqlens
+    if given is not None:
+        name, expected = ("lengths", _LENGTHS) if cu_seqlens is None else ("cu_seqlens", _CU_SEQLENS)
+        if _on_host(given) and not observed:
+            rows = Sequences.rows_on_host(lengths, cu_seqlens, T)
+            if rows is None:
+                raise ValueError(f"{expected}={T}; got {given.tolist()}")
+        elif cu_seqlens is None:
+            least, most = lengths.aminmax() if lengths.shape[0] else (lengths.new_zeros(()),) * 2
+            _check_values((least >= 0) & (most <= T), expected, T, lengths)
+        else:
+            right = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == T)
+            _check_values(right, expected, T, cu_seqlens)
+        if given.device != input.device:
+            rows = None if rows is None else _moved(name, rows, input.device)
+            given = _moved(name, given, input.device)
+            lengths, cu_seqlens = (given, None) if cu_seqlens is None else (None, given)
     if reset is not None and batch_first and cu_seqlens is None:
         reset = reset.T
-    return Options(lengths, cu_seqlens, reset, *others)
+    return Options(lengths, cu_seqlens, reset, *others), rows
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+_LENGTHS, _CU_SEQLENS = "lengths: expected 0 to T", "cu_seqlens: expected not to decrease, from 0 to total"
 
 
 def _as_tensor(name: str, given: Any, dtype: torch.dtype) -> Tensor:
@@ -148,7 +166,9 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _integers(name: str, given: Any, input: Tensor) -> Tensor:
-    tensor = _as_tensor(name, given, torch.int64)
+    tensor = given if isinstance(given, Tensor) else _as_tensor(name, given, torch.int64)
+    if tensor.dtype == torch.int64 and tensor.device == input.device:
+        return tensor
     if tensor.dtype not in (torch.int32, torch.int64) or tensor.device.type not in ("cpu", input.device.type):
         raise ValueError(
             f"{name}: expected torch.int64 or torch.int32 on {input.device} or the CPU; "

@@ -105,7 +105,7 @@ def _straight(call: Call) -> Found:
     if hx is not None:
         given = [state.to(route.wide) for state in as_tuple(hx, stack)]
         states = [[state[n * D : (n + 1) * D] for state in given] for n in range(L)] if L > 1 else [given]
-    windows = [WHOLE] * L if options is PLAIN else layers.windows_of(stack, options, route.T, route.B, route.wide)
+    windows = [WHOLE] * L if options is PLAIN else layers.windows_of(call, route.wide)
     if call.noise is not None:
         windows = [window._replace(noise=of_layer) for window, of_layer in zip(windows, call.noise, strict=True)]
     x = _readable(call, x.to(route.dtype) if route.casts else x)
@@ -129,13 +129,13 @@ def _readable(call: Call, x: Tensor) -> Tensor:
     lengths = call.options.lengths
     if lengths is None or not torch.is_grad_enabled():
         return x
-    live = torch.arange(call.route.T, device=x.device)[:, None] < lengths
-    return x.masked_fill(~live[..., None], 0)
+    padding = torch.arange(call.route.T, device=x.device)[:, None] >= lengths
+    return x.masked_fill(padding[..., None], 0)
 
 
 def _layered(call: Call) -> Found:
     """Layer by layer in chunks, or as a wavefront of chunks; projected layers, and the reference, in one piece too."""
-    stack, options, backend = call.stack, call.options, call.backend
+    stack, backend = call.stack, call.backend
     x = call.x
     if backend != "torch":  # which narrows by itself where autocast wants it
         x = x.to(call.route.dtype)
@@ -162,7 +162,7 @@ def _layered(call: Call) -> Found:
     if wave:
         y, finals, others = _wavefront(call, x, steps, states, reads, wave)
     else:
-        windows = layers.windows_of(stack, options, call.route.T, call.route.B, between)
+        windows = layers.windows_of(call, between)
         y, finals, others = _one_by_one(call, x, steps, states, windows, K)
     if backend != "torch":
         finals = [_as_asked(call, n, of_layer.states, weights[n]) for n, of_layer in enumerate(finals)]

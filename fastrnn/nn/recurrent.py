@@ -169,14 +169,14 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         # CPU tensors take torch's path with next to nothing before it, so that "auto" costs there what torch.nn costs.
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
         backend, packed = self.backend, isinstance(input, PackedSequence)
-        whole = plain and not return_cell_states and self.checkpoint_every is None and backend in ("auto", "torch")
+        whole = backend in ("auto", "torch") and plain and not return_cell_states and self.checkpoint_every is None
         whole = whole and self._stack_is_torchs(dropping=self.training)
         if whole and (backend == "torch" or not input.is_cuda):
             return self._run_torchs(input, hx)
         options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         if packed and not plain:
             raise ValueError("lengths, cu_seqlens, reset: expected None beside a PackedSequence")
-        if not packed and cu_seqlens is None:
+        if not packed and cu_seqlens is None and (hx is not None or input.dim() != 3):
             check_rank(self._name, input, hx)
         if whole and calls.backend_of(self.plan(input)) == "torch":
             return self._run_torchs(input, hx)
@@ -188,10 +188,16 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
 
     def _run(self, input: Tensor, hx: Any, options: Options) -> tuple:
         """Batched or ragged input."""
-        own = self._parameters  # where a parametrization took one away, an attribute is in its place
-        params: Any = [own[name] if name in own else getattr(self, name) for name in self._flat_weights_names]
-        output, finals, *cell_states = paths.run(self._stack(), input, hx, params, options)
+        output, finals, *cell_states = paths.run(self._stack(), input, hx, self._params(), options)
         return output, finals[0] if len(finals) == 1 else finals, *cell_states
+
+    def _params(self) -> Any:
+        """torch.nn's flat weights, which must be what the parameters are now."""
+        own = self._parameters
+        try:
+            return [own[name] for name in self._flat_weights_names]
+        except KeyError:  # a parametrization took one away: an attribute is in its place
+            return [getattr(self, name) for name in self._flat_weights_names]
 
     def _run_unbatched(self, input: Tensor, hx: Any, options: Options) -> tuple:
         batch_dim = 0 if self.batch_first else 1

@@ -41,17 +41,19 @@ def _by_cells(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     else:
         states = tuple(hx) if pair else (hx,)
         states = states if batched else tuple(s.unsqueeze(1) for s in states)
-    of_layers = module.all_weights
-    if not _fit(module, x, of_layers[0][0].dtype, states):
+    params = module._params()
+    if not _fit(module, x, params[0].dtype, states):
         _check(module, input, hx, x, states)
 
     cell, after = _CELLS[module.mode], []
-    if len(of_layers) == 1:
-        (weights,), before = of_layers, tuple([s.squeeze(0) for s in states])
-        found = cell(x, before if pair else before[0], *weights)
+    if module.num_layers == 1:
+        before = tuple([s.squeeze(0) for s in states])
+        found = cell(x, before if pair else before[0], *params)
         x, stacked = (found[0] if pair else found), [s.unsqueeze(0) for s in (found if pair else (found,))]
     else:
-        for layer, (before, weights) in enumerate(zip(zip(*states, strict=True), of_layers, strict=True)):
+        count = len(params) // module.num_layers
+        for layer, before in enumerate(zip(*states, strict=True)):
+            weights = params[layer * count : (layer + 1) * count]
             if layer and module.dropout and module.training:
                 x = dropout(x, module.dropout)
             found = cell(x, before if pair else before[0], *weights)

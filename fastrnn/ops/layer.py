@@ -77,16 +77,16 @@ def run(
     """
     states, starts = states or (), window.starts or ()
     tensors = (x, *states, *starts, *weights)
-    if (ready is None and library.observed(tensors)) or _is_large(x, weights):
+    rows, reset = window.sequences if window.sequences is not None else (None, None)
+    if ready is None and not library.observed(tensors):
+        B = x.shape[1] if x.dim() == 3 else rows.shape[1]  # type: ignore[union-attr]
+        ready = layer.prepare(tuple(x.shape[:-1]), B, weights[layer.directions].shape[-1], x)
+    if ready is None or (ready.bytes > LARGE and torch.is_grad_enabled()):
         D = layer.directions
         W_ih, W_hh, b_ih, b_hh = (*(weights[i : i + D] for i in range(0, len(weights), D)), None, None)[:4]
         source = x, joined(W_ih), joined(b_ih)
         return by_op(layer, linear(*source), source, (W_hh, b_hh), states or None, window)
-    rows, reset = window.sequences if window.sequences is not None else (None, None)
     reset = None if reset is None else reset.contiguous()
-    if ready is None:
-        B = x.shape[1] if x.dim() == 3 else rows.shape[1]  # type: ignore[union-attr]
-        ready = layer.prepare(tuple(x.shape[:-1]), B, weights[layer.directions].shape[-1], x)
     call = Call(layer, ready, window.by_step, window.all_steps, len(states), len(starts), len(weights), window.noise)
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         outputs = _Node.apply(call, rows, reset, *tensors)
@@ -99,11 +99,6 @@ def run(
 # Bytes of x_gates from which a layer is two nodes in training. One node gives back what forward saved only when it has
 # all gradients, that of x too: the peak is higher by that. Kernels of such sizes run for long, and hide the host.
 LARGE = 64 << 20
-
-
-def _is_large(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    count = x.numel() // x.shape[-1] * weights[0].shape[0] if x.shape[-1] else 0
-    return torch.is_grad_enabled() and count * x.element_size() > LARGE
 
 
 def by_op(layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states: Any, window: Window) -> Found:
@@ -129,20 +124,19 @@ def _forward(
     """The outputs; and what else backward needs: the saved tiles, and the other states of all steps."""
     ready, cell = call.prepared, call.prepared.cell
     x, states, starts, (W_ih, W_hh, *b) = call.split(tensors)
-    b_ih, b_hh = [joined(of_both).contiguous() for of_both in b] if b else (None, None)
+    b_ih, b_hh = (joined(b[0]), joined(b[1]).contiguous()) if b else (None, None)
     x_gates = _product(x, joined(W_ih), b_ih)
-    new = x_gates.new_empty
+    new, of_y = x_gates.new_empty, ready.of_y
     allocate = new if rows is None else x_gates.new_zeros  # kernels write no frozen slot
-    slots, units = ready.slots, ready.recurrences * ready.K
     states = contiguous(states)
     if states is None:
-        finals = tuple([new(*ready.of_state, **ready.wide) for _ in cell.states])
+        finals = tuple([new(ready.of_state, **ready.wide) for _ in cell.states])
     else:
         finals = tuple([torch.empty_like(state) for state in states])
-    y = allocate(*slots, units)
-    saved = new(*slots, cell.saved * units) if save and cell.saved else None
+    y = allocate(of_y)
+    saved = new((cell.saved, *of_y)) if save and cell.saved else None
     others = ready.others if call.all_steps else ready.kept if save else 0
-    steps = tuple([allocate(*slots, units, **ready.wide) for _ in range(others)])
+    steps = tuple([allocate(of_y, **ready.wide) for _ in range(others)]) if others else ()
     launch.launch_forward(
         ready,
         Inputs(x_gates.contiguous(), joined(W_hh).contiguous(), b_hh, states),

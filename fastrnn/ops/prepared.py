@@ -31,22 +31,27 @@ class Kernels:
     @profiling.inside("recurrence", traced=False)
     def launch(self, which: str, T: int, ragged: bool, by_step: bool, groups: tuple) -> None:
         """Launch the kernel of a pass over T steps, with groups of pointers as in kernels/arguments.py."""
-        plan, B = self.plan, self.request.B
         if self.tier == "cooperative":
             groups = (*groups, self._exchange(which, groups[0].W_hh))
         if interpreter.ENABLED:
             function, constants = self._function(which, groups, ragged, by_step)
-            form = self._form(which, plan.choices[which][0])
-            _interpret(function, plan.grid, (*groups, T, B, *constants, form))
+            form = self._form(which, self.plan.choices[which][0])
+            _interpret(function, self.plan.grid, (*groups, T, self.request.B, *constants, form))
             return
+        W_hh = groups[0].W_hh
+        if W_hh.is_cuda and torch.cuda.device_count() > 1:  # Triton launches on the current GPU, not the tensors'
+            with torch.cuda.device_of(W_hh):
+                self._launch(which, T, ragged, by_step, groups)
+        else:
+            self._launch(which, T, ragged, by_step, groups)
+
+    def _launch(self, which: str, T: int, ragged: bool, by_step: bool, groups: tuple) -> None:
         key = which, ragged, by_step, _pointers(groups)
-        # Triton launches on the tensors' GPU; nothing is done for CPU tensors.
-        with torch.cuda.device_of(groups[0].W_hh):
-            ready, constants = self.launched.get(key, NOT_READY)
-            if ready is not None and ready.usable():
-                ready.launch(self.grid, (*groups, T, B, *constants))
-            else:
-                self.launched[key] = self._first_launch(which, groups, T, ragged, by_step)
+        ready, constants = self.launched.get(key, NOT_READY)
+        if ready is not None and ready.usable():
+            ready.launch(self.grid, (*groups, T, self.request.B, *constants))
+        else:
+            self.launched[key] = self._first_launch(which, groups, T, ragged, by_step)
 
     def _first_launch(self, which: str, groups: tuple, T: int, ragged: bool, by_step: bool) -> tuple[Any, tuple]:
         """Launch through Triton's binder; what launches like this one may go by from now on."""
@@ -127,7 +132,9 @@ class Prepared:
         self.clip_h = clip_h  # how far a step sees h
         self.kernels = kernels  # None where B is 0
         self.count = math.prod(slots)  # of (T, B), or (total,)
-        self.recurrences, self.of_state, self.places = D * N, (D, B, N * K), cell.kept_places
+        self.bytes = self.count * D * N * K * cell.gates * dtype.itemsize  # of x_gates
+        self.recurrences, self.of_y, self.of_state = D * N, (*slots, D * N * K), (D, B, N * K)
+        self.places = cell.kept_places
         # States beside h that are kept of all steps: as many as backward reads, or all; and another dtype of theirs.
         self.kept, self.others = max(self.places), len(cell.states) - 1
         self.wide: dict[str, Any] = {"dtype": cell.state_dtype(dtype)} if cell.wide else {}

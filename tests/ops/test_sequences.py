@@ -81,6 +81,27 @@ def test_the_reference_runs_every_segment_on_its_own(cell, kind):
     assert segments > 2 * B or "reset" not in kind
 
 
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("B", (0, 1, 5, 64))
+def test_the_host_makes_the_table_that_operators_make(B, dtype):
+    lengths = torch.randint(0, 4, (B,), dtype=dtype)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(dtype)
+    total = int(cu_seqlens[-1])
+    assert torch.equal(Sequences.rows_on_host(lengths, None, 3), Sequences.of(3, B, lengths=lengths).rows)
+    rows = Sequences.rows_on_host(None, cu_seqlens, total)
+    assert torch.equal(rows, Sequences.of(0, B, cu_seqlens=cu_seqlens).rows) and rows.dtype == torch.int64
+
+
+@pytest.mark.parametrize("wrong", ([2, -1], [4, 1], [torch.iinfo(torch.int64).min, 1], [torch.iinfo(torch.int64).max]))
+def test_the_host_makes_no_table_of_wrong_lengths(wrong):
+    assert Sequences.rows_on_host(torch.tensor(wrong), None, 3) is None
+
+
+@pytest.mark.parametrize("wrong", ([1, 3], [0, 2], [0, 2, 1, 3], [0, 4, 3]))
+def test_the_host_makes_no_table_of_wrong_cu_seqlens(wrong):
+    assert Sequences.rows_on_host(None, torch.tensor(wrong), 3) is None
+
+
 @pytest.mark.skipif(not interpreter.ENABLED, reason="counts what the interpreter does: set TRITON_INTERPRET=1")
 @pytest.mark.parametrize("broken", (False, True))
 @pytest.mark.parametrize("backend", BACKENDS)
