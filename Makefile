@@ -28,7 +28,7 @@ HERE := .venv
 MODELS := .venv/models
 endif
 
-EXAMPLES := classify forecast memory rollout
+EXAMPLES := classify forecast memory rollout xlstm_lm
 
 .PHONY: demo $(EXAMPLES) test quick test-all matrix lint inspect snapshots bench bench-gpu clean .venv
 
@@ -36,7 +36,7 @@ demo: $(HERE)
 	$(READY)
 	$(RUN) examples/char_lm.py --out runs/char_lm
 
-# The other examples, each in two minutes or less on a CPU core: metrics and a figure in runs/NAME.
+# The other examples, each in three minutes or less on a CPU core: metrics and a figure in runs/NAME.
 $(EXAMPLES): $(HERE)
 	$(READY)
 	$(RUN) examples/$@.py --out runs/$@

@@ -44,6 +44,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "forecast": ((*EXAMPLE, "statsmodels"), ()),
     "memory": (EXAMPLE, ()),
     "rollout": (EXAMPLE, ()),
+    "xlstm_lm": (EXAMPLE, ()),
     "test": (("torch", "triton", "pytest"), (*TESTED, "sklearn", "statsmodels", "tqdm", "xdist")),
     "quick": (("torch", "triton", "pytest"), ("xdist",)),
     "test-all": (("torch", "triton", "pytest"), (*TESTED, "sklearn", "statsmodels", "tqdm", "xdist")),
@@ -58,6 +59,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 TESTS = (
     ("tests/bench/test_bench.py::test_report", ("matplotlib",)),
     ("tests/project/test_char_lm.py::*", EXAMPLE),
+    ("tests/project/test_xlstm_lm.py::*", EXAMPLE),
     ("tests/project/test_examples.py::*", EXAMPLE),
     ("tests/project/test_examples.py::*classify*", ("sklearn",)),
     ("tests/project/test_examples.py::*forecast*", ("statsmodels",)),

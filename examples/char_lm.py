@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import LAYERS, descend, fraction, parse, parser, positive, rate, save_figure, save_json, whole
@@ -46,10 +47,11 @@ CONFIG = (
 
 
 class CharLM(nn.Module):
-    def __init__(self, cell: str, embedding: int, hidden: int, layers: int, dropout: float, backend: str) -> None:
+    def __init__(self, rnn: nn.Module, embedding: int, hidden: int) -> None:
+        """rnn: of (T, B, embedding) and a state, or None, to (T, B, hidden) and the next state."""
         super().__init__()
         self.embed = nn.Embedding(256, embedding)
-        self.rnn = LAYERS[cell](embedding, hidden, num_layers=layers, dropout=dropout, backend=backend)
+        self.rnn: Any = rnn
         self.head = nn.Linear(hidden, 256)
 
     def forward(self, bytes_in: Tensor, state):
@@ -91,13 +93,19 @@ def window_at(streams: Tensor, index: int, window: int) -> tuple[Tensor, Tensor,
 class Trainer:
     """Everything that a checkpoint holds: model, optimizer, carried state, step and history."""
 
+    config = CONFIG
+
     def __init__(self, args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)
         self.args, self.step, self.state, self.history = args, 0, None, []
-        self.model = CharLM(args.cell, args.embedding, args.hidden, args.layers, args.dropout, args.backend)
-        self.model.to(args.device)
+        self.model = CharLM(self.network(), args.embedding, args.hidden).to(args.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr)
         self.train, self.valid = (s.to(args.device) for s in load_streams(args.batch, args.window))
+
+    def network(self) -> nn.Module:
+        args = self.args
+        options = {"num_layers": args.layers, "dropout": args.dropout, "backend": args.backend}
+        return LAYERS[args.cell](args.embedding, args.hidden, **options)
 
     def loss(self, inputs: Tensor, targets: Tensor, state):
         """Mean cross entropy in bits per byte, and the state after the window."""
@@ -127,7 +135,7 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         checkpoint = {
-            "config": {key: getattr(self.args, key) for key in CONFIG},
+            "config": {key: getattr(self.args, key) for key in self.config},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "state": self.state,
@@ -238,29 +246,37 @@ def check_kernels(args: argparse.Namespace) -> None:
     print("  they agree")
 
 
+def add_training(made: argparse.ArgumentParser, steps: int, eval_every: int) -> None:
+    """The arguments of a Trainer beside those of the network; the numbers are defaults."""
+    made.add_argument("--hidden", type=positive, default=128)
+    made.add_argument("--batch", type=positive, default=32, help="parallel streams of text")
+    made.add_argument("--window", type=positive, default=64, help="bytes between gradient cuts")
+    made.add_argument("--steps", type=positive, default=steps)
+    made.add_argument("--lr", type=rate, default=4e-3)
+    made.add_argument("--clip", type=rate, default=1.0, help="largest norm of the gradient")
+    made.add_argument("--eval-every", type=positive, default=eval_every)
+    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the products; bfloat16 on a GPU")
+    made.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+
+
+def with_dtype(args: argparse.Namespace) -> argparse.Namespace:
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    return args
+
+
 def arguments() -> argparse.Namespace:
     made = parser(__doc__, "runs/char_lm")
     made.set_defaults(threads=torch.get_num_threads())  # torch's choice: the times above are of it
     made.add_argument("--cell", choices=list(LAYERS), default="lstm")
-    made.add_argument("--hidden", type=positive, default=128)
     made.add_argument("--embedding", type=positive, default=64)
     made.add_argument("--layers", type=positive, default=1)
     made.add_argument("--dropout", type=fraction, default=0.0, help="between layers")
-    made.add_argument("--batch", type=positive, default=32, help="parallel streams of text")
-    made.add_argument("--window", type=positive, default=64, help="bytes between gradient cuts")
-    made.add_argument("--steps", type=positive, default=3000)
-    made.add_argument("--lr", type=rate, default=4e-3)
-    made.add_argument("--clip", type=rate, default=1.0, help="largest norm of the gradient")
-    made.add_argument("--eval-every", type=positive, default=500)
-    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the products; bfloat16 on a GPU")
-    made.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
+    add_training(made, steps=3000, eval_every=500)
     made.add_argument("--sample", type=int, default=400, help="characters to write at the end")
     made.add_argument(
         "--check-kernels", action="store_true", help="only compare the kernels on the checkpoint in --out"
     )
-    args = parse(made)
-    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    return args
+    return with_dtype(parse(made))
 
 
 def main() -> None:
