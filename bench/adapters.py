@@ -4,6 +4,7 @@ fastrnn's backends, torch.nn, the step loop that people write around torch.nn's 
 FlashRNN, haste and TorchRL's modules. `Missing` says why one does not run a workload here.
 """
 
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-import fastrnn
+from fastrnn.cells import CELLS
 from fastrnn.planning.kernel_plan import GridTooLargeError
 from fastrnn.planning.tiers import TIERS
 
@@ -29,7 +31,7 @@ class Missing(Exception):  # noqa: N818 - not an error
 class Built:
     """One implementation on one workload's parameters."""
 
-    call: Callable[[Tensor], Tensor]  # y (T, B, heads * D * H) of the input (T, B, heads * I)
+    call: Callable[[Tensor], Tensor]  # y (T, B, D * heads * H) of the input (T, B, I)
     leaves: list[Tensor]
     in_order: Callable[[list[Tensor]], list[Tensor]] = list  # gradients of the leaves as those of torch.nn's parameters
     runs: str = ""  # of ours: the backend that the plan says
@@ -42,28 +44,36 @@ def per_head(build: Builder) -> Builder:
     """One network a head, as one has to where heads are unknown; on a GPU each on a stream of its own."""
 
     def of_all(data: Data) -> Built:
-        if data.workload.heads == 1:
+        workload = data.workload
+        if workload.heads == 1:
             return build(data)
-        heads = [build(data.head(number)) for number in range(data.workload.heads)]
+        if workload.layers > 1:
+            raise Missing("a head is no network of its own where there are layers: all heads meet between them")
+        heads = [build(data.head(number)) for number in range(workload.heads)]
         streams = [torch.cuda.Stream() for _ in heads] if data.device != "cpu" else []
 
+        def joined(ys: list[Tensor]) -> Tensor:  # (T, B, D * H) of each
+            return torch.stack([y.unflatten(-1, (workload.shape.D, -1)) for y in ys], -2).flatten(-3)
+
         def call(input: Tensor) -> Tensor:
-            parts = input.chunk(len(heads), -1)
             if not streams:
-                return torch.cat([head.call(part) for head, part in zip(heads, parts, strict=True)], -1)
+                return joined([head.call(input) for head in heads])
             here, ys = torch.cuda.current_stream(), []
-            for head, part, stream in zip(heads, parts, streams, strict=True):
+            for head, stream in zip(heads, streams, strict=True):
                 stream.wait_stream(here)
-                part.record_stream(stream)
+                input.record_stream(stream)
                 with torch.cuda.stream(stream):
-                    ys.append(head.call(part))
+                    ys.append(head.call(input))
                 here.wait_stream(stream)
                 ys[-1].record_stream(here)
-            return torch.cat(ys, -1)
+            return joined(ys)
 
         def in_order(gradients: list[Tensor]) -> list[Tensor]:
             given = iter(gradients)
-            return [g for head in heads for g in head.in_order([next(given) for _ in head.leaves])]
+            of_heads = [head.in_order([next(given) for _ in head.leaves]) for head in heads]
+            gates = (-1, workload.shape.H)  # of the rows of a head's parameter
+            of_params = zip(*of_heads, strict=True)
+            return [torch.stack([g.unflatten(0, gates) for g in of_one], 1).flatten(0, 2) for of_one in of_params]
 
         return Built(call, [leaf for head in heads for leaf in head.leaves], in_order, heads[0].runs)
 
@@ -71,18 +81,20 @@ def per_head(build: Builder) -> Builder:
 
 
 def loaded(module: Any, data: Data) -> Any:
-    """A module with torch.nn's parameters of the (only) head of data."""
-    (params,) = data.params
-    module = module.to(data.device, params[0].dtype)
+    """A module with the parameters of data."""
+    module = module.to(data.device, data.params[0].dtype)
     with torch.no_grad():
-        for own, given in zip(module.parameters(), params, strict=True):
+        for own, given in zip(module.parameters(), data.params, strict=True):
             own.copy_(given)
     return module
 
 
 def torch_nn(data: Data) -> Built:
     """torch.nn: cuDNN on a GPU, ATen on a CPU; ragged by packing, resets by cutting episodes into rows and packing."""
-    module = loaded(data.workload.module(), data)
+    name, options = data.workload.nn()
+    if not CELLS[data.workload.cell].of_torch:
+        raise Missing(f"torch.nn has no {name}")
+    module = loaded(getattr(torch.nn, name)(**options), data)
     call = {"plain": _plain, "ragged": _packed, "reset": _cut}[data.workload.kind](module, data)
     return Built(call, list(module.parameters()))
 
@@ -118,15 +130,28 @@ def _cut(module: Any, data: Data) -> Callable[[Tensor], Tensor]:
     return call
 
 
+class SLSTMCell(torch.nn.LSTMCell):
+    """A step of the sLSTM by its specification; torch.nn has none. c, n and m are float32 at least."""
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
+        h, *wide = state
+        W_x, W_h = linear(x, self.weight_ih, self.bias_ih), linear(h, self.weight_hh, self.bias_hh)
+        gates = [share.unflatten(-1, (4, -1)).to(wide[0].dtype) for share in (W_x, W_h)]
+        h_new, *wide = CELLS["slstm"].step(*gates, state)
+        return h_new.to(h.dtype), *wide
+
+
 def step_loop(data: Data) -> Built:
     """The loop that people write where torch.nn has no feature: its cell a step, the state masked between steps."""
-    workload, (params,) = data.workload, data.params
+    workload, params = data.workload, data.params
     _, _, H, D = workload.shape
-    name = {"lstm": "LSTMCell", "gru": "GRUCell"}.get(workload.cell, "RNNCell")
-    extra = {} if name != "RNNCell" else {"nonlinearity": workload.cell.removeprefix("rnn_")}
+    one: Any = {"lstm": torch.nn.LSTMCell, "gru": torch.nn.GRUCell, "slstm": SLSTMCell}.get(workload.cell)
+    if one is None:
+        one = functools.partial(torch.nn.RNNCell, nonlinearity=workload.cell.removeprefix("rnn_"))
+    of_cell = CELLS[workload.cell]
     cells = []
     for place in range(workload.layers * D):
-        cell: Any = getattr(torch.nn, name)(workload.I if place < D else D * H, H, **extra)
+        cell: Any = one(workload.I if place < D else D * H, H)
         cell.to(data.device, params[0].dtype)
         with torch.no_grad():
             for own, given in zip(cell.parameters(), params[4 * place : 4 * place + 4], strict=True):
@@ -135,14 +160,15 @@ def step_loop(data: Data) -> Built:
 
     def walk(cell: Any, x: Tensor, direction: int) -> Tensor:
         T, B, _ = x.shape
-        state = (x.new_zeros(B, H),) * (2 if name == "LSTMCell" else 1)
+        wide = (x.new_zeros(B, H, dtype=of_cell.state_dtype(x.dtype)),) * (len(of_cell.states) - 1)
+        state = x.new_zeros(B, H), *wide
         y: list[Any] = [None] * T
         for t in reversed(range(T)) if direction else range(T):
             boundary = t + direction  # a segment begins at it, or, backwards, ends before it
             if data.reset is not None and boundary < T:
                 keep = ~data.reset[boundary, :, None]
                 state = tuple(s * keep for s in state)
-            new = cell(x[t], state) if len(state) == 2 else (cell(x[t], state[0]),)
+            new = cell(x[t], state) if len(state) > 1 else (cell(x[t], state[0]),)
             if data.valid is None:
                 state, y[t] = new, new[0]
             else:
@@ -162,9 +188,7 @@ def step_loop(data: Data) -> Built:
 
 def ours(backend: str) -> Builder:
     def build(data: Data) -> Built:
-        workload = data.workload
-        name, options = workload.nn()
-        module = loaded(getattr(fastrnn, name)(**options, backend=backend), data)
+        module = loaded(data.workload.module(backend=backend), data)
         segments: dict[str, Any] = {"lengths": data.lengths, "reset": data.reset}
         segments = {key: value.to(data.device) for key, value in segments.items() if value is not None}
         try:
@@ -173,7 +197,7 @@ def ours(backend: str) -> Builder:
             raise Missing(str(reason)) from None
         return Built(lambda input: module(input, **segments)[0], list(module.parameters()), runs=plan.backend)
 
-    return per_head(build)
+    return build
 
 
 def peer(build: Callable[[Data], tuple]) -> Builder:

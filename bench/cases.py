@@ -38,6 +38,10 @@ def _table() -> Iterator[Workload]:
         for cell in NETWORKS:
             yield Workload("stacked", cell, Case(T, 16, 128, 1), dtype, layers=4)
             yield Workload("bidirectional", cell, Case(T, 16, 128, 2), dtype)
+    for cell in ("lstm", "slstm"):
+        yield Workload("heads", cell, Case(SIZES[0][1], 16, 32, 1), SIZES[0][0], heads=4)
+    for H in (64, 128, 256, 768):  # the LSTM of these sizes is among the published cases
+        yield Workload("heads", "slstm", Case(1024, 16, H, 1), "bfloat16", heads=768 // H)
     yield from PUBLISHED
 
 
@@ -46,7 +50,7 @@ TABLE = tuple(_table())
 
 def runs_on_cpu(workload: Workload) -> bool:
     """Whether a row is in the part of the table that a CPU is given."""
-    return workload.dtype == "float32" and workload.flops <= MOST_FLOPS_ON_CPU and workload.heads == 1
+    return workload.dtype == "float32" and workload.flops <= MOST_FLOPS_ON_CPU
 
 
 def table(device: str) -> tuple[Workload, ...]:

@@ -25,7 +25,7 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().requires_grad_()
 
 
-_OF_FLASHRNN = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "elman"}
+_OF_FLASHRNN = {"lstm": "lstm", "gru": "gru", "rnn_tanh": "elman", "slstm": "slstm"}
 
 
 def flashrnn(data: Data, backend: str = "") -> tuple:
@@ -38,18 +38,13 @@ def flashrnn(data: Data, backend: str = "") -> tuple:
         raise NotImplementedError(f"FlashRNN has no {workload.cell}")
     if data.device == "cpu" and not backend:
         raise NotImplementedError("FlashRNN's kernels are for CUDA")
-    if backend == "triton_fused" and workload.cell != "lstm":
+    if backend == "triton_fused" and workload.cell not in ("lstm", "slstm"):
         raise NotImplementedError(f"FlashRNN has no {workload.cell.upper()} in Triton")
     H = workload.shape.H
     N = workload.heads
     backend = backend or ("cuda" if workload.cell == "gru" else "cuda_fused")
-    W_ih = [_leaf(W) for W, _, _, _ in data.params]
-
-    def heads_last(tensors: list[Tensor], *tail: int) -> Tensor:  # N of (G*H, ...) as (G, N, H, ...)
-        return torch.stack([t.view(-1, H, *tail) for t in tensors], 1)
-
-    R = heads_last([W for _, W, _, _ in data.params], H)
-    b_ih, b_hh = (heads_last([p[role] for p in data.params]) for role in (2, 3))
+    heads = (-1, N, H)  # of the rows of every parameter
+    W_ih, (R, b_ih, b_hh) = _leaf(data.params[0]), (p.unflatten(0, heads) for p in data.params[1:])
     if workload.cell == "gru":  # gates n, r, z of the state, and four biases: the state's share of n is apart
         R, b = R[[2, 0, 1]], torch.stack([b_hh[2], b_ih[0] + b_hh[0], b_ih[1] + b_hh[1], b_ih[2]])
     else:
@@ -58,23 +53,19 @@ def flashrnn(data: Data, backend: str = "") -> tuple:
     dtype = str(data.input.dtype).removeprefix("torch.")
 
     def call(input: Tensor) -> Tensor:
-        x = input.transpose(0, 1).chunk(N, -1)
-        Wx = torch.stack([linear(part, W).unflatten(-1, (-1, H)) for part, W in zip(x, W_ih, strict=True)], 3)
+        Wx = linear(input.transpose(0, 1), W_ih).unflatten(-1, heads)
         states, _ = run(Wx, R, b, function=_OF_FLASHRNN[workload.cell], backend=backend, dtype=dtype)
         return states[0].transpose(0, 1).flatten(2)  # (B, T, N, H) of h
 
     def in_order(gradients: list[Tensor]) -> list[Tensor]:
-        *dW_ih, dR, db = gradients
+        dW_ih, dR, db = gradients
         if workload.cell == "gru":
             dR, db_ih, db_hh = dR[[1, 2, 0]], db[[1, 2, 3]], db[[1, 2, 0]]
         else:
             db_ih = db_hh = db
-        found = []
-        for n in range(N):
-            found += [dW_ih[n], dR[:, n].flatten(0, 1), db_ih[:, n].flatten(), db_hh[:, n].flatten()]
-        return found
+        return [dW_ih, dR.flatten(0, 2), db_ih.flatten(), db_hh.flatten()]
 
-    return call, [*W_ih, R, b], in_order
+    return call, [W_ih, R, b], in_order
 
 
 def haste(data: Data) -> tuple:
@@ -91,7 +82,7 @@ def haste(data: Data) -> tuple:
     def reordered(tensor: Tensor) -> Tensor:  # (G*H, ...)
         return torch.cat([tensor.chunk(len(order))[gate] for gate in order])
 
-    (W_ih, W_hh, b_ih, b_hh), lstm = data.params[0], workload.cell == "lstm"
+    (W_ih, W_hh, b_ih, b_hh), lstm = data.params, workload.cell == "lstm"
     biases = [b_ih + b_hh] if lstm else [b_ih, b_hh]
     module: Any = (haste_pytorch.LSTM if lstm else haste_pytorch.GRU)(workload.I, workload.shape.H).to(data.device)
     names = ["kernel", "recurrent_kernel", "bias", *["recurrent_bias"] * (not lstm)]
@@ -125,7 +116,7 @@ def torchrl(backend: str, anywhere: bool = False) -> Callable[[Data], tuple]:
         name, options = workload.nn()
         inner = getattr(torch.nn, name)(**options, batch_first=True).to(data.device, data.input.dtype)
         with torch.no_grad():
-            for own, given in zip(inner.parameters(), data.params[0], strict=True):
+            for own, given in zip(inner.parameters(), data.params, strict=True):
                 own.copy_(given)
         states = ["h", "c"] if workload.cell == "lstm" else ["h"]
         keys = {"in_keys": ["x", *states], "out_keys": ["y", *(("next", s) for s in states)]}
@@ -155,7 +146,7 @@ def torchrl_function(data: Data) -> tuple:
         raise NotImplementedError("TorchRL has LSTM and GRU")
     T, B, H, _ = workload.shape
     run = getattr(_rnn_triton, f"{workload.cell}_triton")
-    params, zeros = [_leaf(p) for p in data.params[0]], data.input.new_zeros(B, T, H)
+    params, zeros = [_leaf(p) for p in data.params], data.input.new_zeros(B, T, H)
     states = (zeros, zeros) if workload.cell == "lstm" else (zeros,)
     starts = torch.zeros(B, T, dtype=torch.bool, device=data.device)
 

@@ -22,7 +22,7 @@ class Published(NamedTuple):
 
 
 FLASHRNN = "https://github.com/NX-AI/flashrnn"
-FLASHRNN_NOTE = "without the input's product, which ours include; heads side by side, ours on a stream each"
+FLASHRNN_NOTE = "without the input's product, which ours include; ours run all heads in one launch"
 DEEPBENCH = "https://github.com/baidu-research/DeepBench/blob/master/README.md"
 DEEPBENCH_SIZES = "https://github.com/baidu-research/DeepBench/blob/master/code/kernels/rnn_problems.h"
 PACKED = "https://github.com/pytorch/pytorch/issues/149194"

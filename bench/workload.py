@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastrnn
 from fastrnn.cells import CELLS
 from tests.support.cases import Case
 
@@ -22,14 +23,14 @@ class Workload:
     """A recurrent network on a batch: sizes as in the tests' cases, and what the tests vary elsewhere.
 
     kind "ragged": row b has 1 + (T - 1) b / (B - 1) steps; "reset": each step begins a new segment with probability p.
-    heads: networks of H units side by side, each with its own weights and its own part of the input.
+    heads: blocks of W_hh, H units each; all of them see the whole input.
     """
 
     group: str
     cell: str
-    shape: Case  # T, B, H, D
+    shape: Case  # T, B, H of a head, D
     dtype: str = "float32"
-    input_size: int | None = None  # of one head; None is H
+    input_size: int | None = None  # None is as many as units
     layers: int = 1
     heads: int = 1
     kind: str = "plain"
@@ -37,38 +38,44 @@ class Workload:
 
     def __str__(self) -> str:
         T, B, H, D = self.shape
+        wider = self.units != self.I
         parts = [self.group.replace(" ", "_"), self.cell, f"T{T}-B{B}-H{H}"]
-        parts += [f"I{self.I}"] * (self.I != H) + [f"{self.layers}layers"] * (self.layers > 1)
+        parts += [f"I{self.I}"] * wider + [f"{self.layers}layers"] * (self.layers > 1)
         parts += ["bidirectional"] * (D == 2) + [f"{self.heads}heads"] * (self.heads > 1)
         return "-".join([*parts, *[self.kind] * (self.kind != "plain"), self.dtype])
 
     @property
     def I(self) -> int:  # noqa: E743, N802
-        return self.input_size or self.shape.H
+        return self.input_size or self.units
+
+    @property
+    def units(self) -> int:
+        """Of all heads."""
+        return self.heads * self.shape.H
 
     @property
     def flops(self) -> int:
         """Of the products of a forward pass; backward has twice as many."""
         T, B, H, D = self.shape
-        inputs = self.I + (self.layers - 1) * D * H  # of all layers
-        return 2 * T * B * D * CELLS[self.cell].gates * H * (inputs + self.layers * H) * self.heads
+        inputs = self.I + (self.layers - 1) * D * self.units  # of all layers
+        return 2 * T * B * D * CELLS[self.cell].gates * self.units * (inputs + self.layers * H)
 
     def shortened(self) -> "Workload":
         """The same for no more steps than are compared with the reference."""
         return replace(self, shape=self.shape._replace(T=min(self.shape.T, CHECKED_STEPS)))
 
     def one_head(self) -> "Workload":
-        return replace(self, heads=1)
+        return replace(self, heads=1, input_size=self.I)
 
-    def module(self) -> torch.nn.RNNBase:
-        """torch.nn's module of one head."""
+    def module(self, **more: Any) -> torch.nn.RNNBase:
+        """Ours, of all heads; more: keywords of its own."""
         name, options = self.nn()
-        return getattr(torch.nn, name)(**options)
+        return getattr(fastrnn, name)(**options, num_heads=self.heads, **more)
 
     def nn(self) -> tuple[str, dict[str, Any]]:
-        """The name of torch.nn's class and its arguments, of one head."""
-        _, _, H, D = self.shape
-        options = {"input_size": self.I, "hidden_size": H, "num_layers": self.layers, "bidirectional": D == 2}
+        """The name of torch.nn's class, or of ours where it has none, and their arguments."""
+        D = self.shape.D
+        options = {"input_size": self.I, "hidden_size": self.units, "num_layers": self.layers, "bidirectional": D == 2}
         if self.cell.startswith("rnn"):
             return "RNN", options | {"nonlinearity": self.cell.removeprefix("rnn_")}
         return self.cell.upper(), options
@@ -78,7 +85,7 @@ class Data:
     """A workload's tensors, the same at every call: seeded, on a device, in its dtype or in another."""
 
     def __init__(self, workload: Workload, device: str, dtype: torch.dtype | None = None) -> None:
-        T, B, H, D = workload.shape
+        T, B, _, D = workload.shape
         self.workload, self.device, own = workload, device, DTYPES[workload.dtype]
         generator = torch.Generator().manual_seed(0)
 
@@ -87,13 +94,12 @@ class Data:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            modules = [workload.module() for _ in range(workload.heads)]
-        self.params = [[place(p.detach()) for p in module.parameters()] for module in modules]
+            self.params = [place(p.detach()) for p in workload.module().parameters()]
         if workload.cell == "rnn_relu":  # as the tests: away from the kink, where any rounding flips the derivative
-            for p in (p for of_head in self.params for p in of_head if p.dim() == 2):
+            for p in (p for p in self.params if p.dim() == 2):
                 p *= 0.2
-        self.input = place(torch.randn(T, B, workload.heads * workload.I, generator=generator))
-        self.dy = place(torch.randn(T, B, workload.heads * D * H, generator=generator))
+        self.input = place(torch.randn(T, B, workload.I, generator=generator))
+        self.dy = place(torch.randn(T, B, D * workload.units, generator=generator))
         self.lengths = torch.linspace(1, T, B).round().long() if workload.kind == "ragged" else None
         self.reset = None
         if workload.kind == "reset":
@@ -107,10 +113,10 @@ class Data:
         return (torch.arange(self.input.shape[0])[:, None] < self.lengths)[..., None].to(self.device)
 
     def head(self, number: int) -> "Data":
-        """Of one head, sharing memory."""
+        """Of one head, sharing memory where that can be."""
         one = object.__new__(Data)
         one.__dict__ = dict(self.__dict__)
-        I = self.workload.I
-        one.workload, one.params = self.workload.one_head(), [self.params[number]]
-        one.input = self.input[..., number * I : (number + 1) * I]
+        shape = (-1, self.workload.heads, self.workload.shape.H)  # rows g*N*H + n*H + h
+        one.workload = self.workload.one_head()
+        one.params = [p.unflatten(0, shape)[:, number].flatten(0, 1) for p in self.params]
         return one

@@ -44,13 +44,16 @@ from fastrnn.compat import spills
 from fastrnn.device import DeviceSpec
 from fastrnn.planning.kernel_plan import KernelPlan
 from fastrnn.planning.tiers import TIERS
-from tests.support.cases import CASES, OF_TORCH, SEQUENCES, Case
+from tests.support.cases import CASES, CELLS, SEQUENCES, Case
 
 from ..support.versions import NEEDS_CLUSTERS
 
 SMALL = (
     Workload("t", "lstm", Case(5, 3, 4, 2), layers=2, input_size=3),
     Workload("t", "gru", Case(5, 3, 4, 1), heads=2),
+    Workload("t", "lstm", Case(5, 3, 4, 2), heads=3, input_size=5),
+    Workload("t", "slstm", Case(5, 3, 4, 1), heads=2),
+    Workload("t", "slstm", Case(6, 3, 4, 2), layers=2, kind="reset", p=0.3),
     Workload("t", "rnn_relu", Case(5, 3, 4, 1)),
     Workload("t", "gru", Case(6, 3, 4, 2), kind="ragged"),
     Workload("t", "lstm", Case(6, 3, 4, 2), kind="reset", p=0.3),
@@ -67,11 +70,12 @@ def test_implementations_agree_with_the_reference(device, name, workload):
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("cell", OF_TORCH)
-def test_the_reference_of_the_benchmarks_is_the_specification(device, cell):
-    """The loop over torch.nn's cells in fp64, and fastrnn's reference backend."""
+@pytest.mark.parametrize("heads", (1, 2))
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_reference_of_the_benchmarks_is_the_specification(device, cell, heads):
+    """The loop over cells, a network a head, in fp64, and fastrnn's reference backend, one layer in heads."""
     for case in CASES:
-        data = Data(Workload("t", cell, case), device, torch.float64)
+        data = Data(Workload("t", cell, case, heads=heads), device, torch.float64)
         loop, own = (agreement.results(IMPLEMENTATIONS[n](data), data) for n in ("step loop", "fastrnn reference"))
         for name in loop:
             torch.testing.assert_close(own[name], loop[name], rtol=1e-9, atol=1e-11)
@@ -90,6 +94,19 @@ def test_what_computes_something_else_is_seen(device, monkeypatch, wrong):
     assert found.keys() == ({"y"} if wrong == "y" else {"d_params[0]"})
 
 
+def test_heads_in_another_order_are_seen(device, monkeypatch):
+    plain, head = IMPLEMENTATIONS["torch.nn"], Data.head
+
+    def build(data):
+        with monkeypatch.context() as patched:
+            patched.setattr(Data, "head", lambda data, number: head(data, 1 - number))
+            return plain(data)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "torch.nn", build)
+    found = agreement.disagreement("torch.nn", Workload("t", "gru", Case(5, 3, 4, 1), heads=2), device)
+    assert {"y", "d_params[0]", "d_params[3]"} <= found.keys()
+
+
 def test_masks_of_ragged_and_reset_workloads():
     ragged = Data(Workload("t", "gru", Case(9, 3, 4, 1), kind="ragged"), "cpu")
     assert ragged.lengths.tolist() == [1, 5, 9] and ragged.valid.sum() == 15
@@ -104,13 +121,13 @@ def test_the_table():
     assert {w.shape for w in cases.TABLE if w.group == "tests"} == set(CASES)
     assert {w for w in published.PUBLISHED} <= set(cases.TABLE)
     small = cases.table("cpu")
-    assert {"tests", "over H", "over B", "over T", "ragged", "reset", "stacked"} <= {w.group for w in small}
+    assert {"tests", "over H", "over B", "over T", "ragged", "reset", "stacked", "heads"} <= {w.group for w in small}
     assert all(w.flops <= cases.MOST_FLOPS_ON_CPU for w in small) and len(cases.table("cuda")) == len(cases.TABLE)
 
 
 def test_flops_are_those_of_the_weights():
     workload = Workload("t", "lstm", Case(7, 3, 5, 2), layers=2, input_size=4, heads=2)
-    weights = 2 * sum(p.numel() for p in workload.module().parameters() if p.dim() == 2)
+    weights = sum(p.numel() for p in workload.module().parameters() if p.dim() == 2)
     assert workload.flops == 2 * 7 * 3 * weights
 
 
