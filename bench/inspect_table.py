@@ -102,7 +102,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.full:
         archs = [arch for arch in SPECS if arch != "interpreter"]
-        tasks = [(cell, arch, FULL.format(cell=cell)) for arch in archs for cell in ("lstm", "gru", "rnn_tanh")]
+        tasks = [
+            (cell, arch, FULL.format(cell=cell)) for arch in archs for cell in ("lstm", "gru", "rnn_tanh", "slstm")
+        ]
     else:
         tasks = [(group, arch, flags) for arch in ARCHS for group, flags in GROUPS.items()]
     with ThreadPoolExecutor(args.jobs) as pool:

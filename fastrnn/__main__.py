@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--hidden", nargs="+", type=int, required=True, metavar="H")
         command.add_argument("--batch", type=int, default=16, metavar="B")
         command.add_argument("--directions", type=int, choices=(1, 2), default=1)
-        command.add_argument("--heads", type=int, default=1, metavar="N", help="blocks of W_hh")
+        _add_heads(command)
         command.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
         archs = [arch for arch in SPECS if arch != "interpreter"]
         command.add_argument("--arch", nargs="+", choices=archs, default=["sm_90"])
@@ -82,6 +82,7 @@ def _add_profile_options(profile: argparse.ArgumentParser) -> None:
     profile.add_argument("--input", type=int, metavar="I", help="features of the input (default: H)")
     profile.add_argument("--layers", type=int, default=1, metavar="L")
     profile.add_argument("--directions", type=int, choices=(1, 2), default=1)
+    _add_heads(profile)
     profile.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     profile.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     profile.add_argument("--backend", choices=BACKENDS, default="auto")
@@ -91,6 +92,10 @@ def _add_profile_options(profile: argparse.ArgumentParser) -> None:
     profile.add_argument("--trace", type=Path, metavar="FILE", help="write a trace of the shortest, for Perfetto")
     profile.add_argument("--plot", type=Path, metavar="FILE", help="write time and memory over T")
     profile.add_argument("--nvtx", action="store_true", help="run the shortest once with NVTX ranges, for Nsight")
+
+
+def _add_heads(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--heads", "--num-heads", type=int, default=1, metavar="N", help="blocks of W_hh")
 
 
 def _asked(args: argparse.Namespace) -> Iterator[dict]:
@@ -149,7 +154,7 @@ def _profile(args: argparse.Namespace, arguments: list[str]) -> int:
         raise ValueError(f"seq: expected positive numbers of steps, as 1024,4096; got {args.seq!r}")
     request = profile.Request(
         args.cell, args.hidden, args.batch, min(lengths), args.hidden if args.input is None else args.input,
-        args.layers, args.directions, args.dtype, args.backend, args.checkpoint_every, args.device,
+        args.layers, args.directions, args.dtype, args.backend, args.checkpoint_every, args.device, args.heads,
     )  # fmt: skip
     if args.nvtx:
         profile.Run(request).nvtx()

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..cells import CELLS
 from ..compat import profiling
 from ..nn import modules
-from ..planning.arguments import check_checkpoint_every, expect
+from ..planning.arguments import check_checkpoint_every, check_heads, expect
 from ..planning.planner import BACKENDS
 from .measure import WARM_UPS
 from .memory import memory_of
@@ -48,6 +48,7 @@ class Request:
     backend: str = "auto"
     checkpoint_every: int | None = None
     device: str = "cpu"
+    num_heads: int = 1
 
     def __post_init__(self) -> None:
         expect("cell", self.cell, tuple(CELLS))
@@ -58,6 +59,7 @@ class Request:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected a positive int; got {getattr(self, name)}")
         check_checkpoint_every(self.checkpoint_every)
+        check_heads(self.num_heads, self.hidden_size)
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device: expected cpu, since torch finds no GPU here; got 'cuda'")
 
@@ -71,16 +73,23 @@ class Request:
             bidirectional=self.directions == 2,
             backend=self.backend,
             checkpoint_every=self.checkpoint_every,
+            num_heads=self.num_heads,
             device=self.device,
             dtype=getattr(torch, self.dtype),
             **options,
         )
 
+    def runs_on(self) -> str:
+        """The backend, after the plan of "auto"; NotImplementedError, saying why, where one cannot run."""
+        shape = self.seq_len, self.batch_size, self.input_size
+        like = torch.empty((), device=self.device, dtype=getattr(torch, self.dtype))
+        return self.layer().plan(like.expand(shape)).backend
+
     @property
     def flops(self) -> int:
         """Of the products of forward and backward, which has twice as many; without what is computed again."""
         H, D, L = self.hidden_size, self.directions, self.num_layers
-        columns = self.input_size + (L - 1) * D * H + L * H
+        columns = self.input_size + (L - 1) * D * H + L * H // self.num_heads
         return 3 * 2 * self.seq_len * self.batch_size * D * CELLS[self.cell].gates * H * columns
 
     def bytes_moved(self, parameters: int) -> int:
@@ -132,10 +141,6 @@ class Run:
     def backward(self, y: Tensor) -> tuple[Tensor, ...]:
         with profiling.named("backward"):
             return torch.autograd.grad(y, self.leaves, self.upstream)
-
-    def backend(self) -> str:
-        """Which backend this is, after the plan of "auto"."""
-        return self.layer.plan(self.input).backend
 
     def seconds(self) -> tuple[float, float]:
         """Of forward and of backward: medians of several runs."""
@@ -239,7 +244,7 @@ def profile(request: Request, light: Light | None = None) -> Profile:
         parameters = sum(p.numel() for p in run.layer.parameters())
         fraction = light.least_seconds(request.flops, request.bytes_moved(parameters)) / (forward + backward)
     return Profile(
-        backend=run.backend(),
+        backend=request.runs_on(),
         asked=request.backend,
         checkpoint_every=request.checkpoint_every,
         seq_len=T,
@@ -259,8 +264,11 @@ def profiles(request: Request, lengths: Sequence[int], compare: Sequence[str] = 
     for T in lengths:
         one = replace(request, seq_len=T)
         wanted += [one, *(replace(one, backend=backend, checkpoint_every=None) for backend in compare)]
+    wanted = list(dict.fromkeys(wanted))
+    for one in wanted:  # before the first takes its time
+        one.runs_on()
     light = Light.of(request.device, request.dtype)
-    return [profile(one, light) for one in dict.fromkeys(wanted)]
+    return [profile(one, light) for one in wanted]
 
 
 def table(found: Sequence[Profile]) -> str:

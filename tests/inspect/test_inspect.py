@@ -256,6 +256,11 @@ def test_nothing_planned_is_said():
         ("inspect --cell elman --hidden 8", "argument --cell: invalid choice: 'elman'"),
         ("inspect --cell lstm --hidden 8 --arch sm_70", "argument --arch: invalid choice: 'sm_70'"),
         ("plan --cell lstm --hidden 8 --backend resident --batch 0", "batch_size: expected a positive int, got 0"),
+        (
+            "plan --cell slstm --hidden 64 --heads 3",
+            "ValueError: num_heads: expected a divisor of hidden_size, which is 64",
+        ),
+        ("inspect --cell gru --hidden 64 --num-heads 0", "ValueError: num_heads: expected a divisor of hidden_size"),
         ("plan --cell lstm --hidden 4096 --backend resident", "NotImplementedError: backend='resident': W_hh does not"),
         ("", "required: command"),
     ],
@@ -285,6 +290,19 @@ def test_plan_prints_each_problem(capsys):
     assert main(["plan", *cells, "--hidden", "64", *kinds, "--steps", "9"]) == 0
     heads = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     assert len(heads) == 6 and heads[0] == "lstm, T=9, B=16, H=64, bfloat16, on sm_90: backend resident"
+    assert main(["plan", "--cell", "slstm", "--hidden", "768", "--num-heads", "12"]) == 0
+    printed = capsys.readouterr().out
+    assert "slstm, T=3, B=16, H=768 in 12 heads, bfloat16, on sm_90: backend resident" in printed
+    assert "12 = 1 batch tile(s) of 16 rows x 1 direction(s) x 12 heads" in printed
+
+
+def test_inspect_knows_heads():
+    """A program a head, of the size of one; what the table's title says is in the record."""
+    done = cli("inspect", "--cell", "slstm", "--hidden", "48", "--num-heads", "3", "--pass", "forward", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert (record["hidden"], record["heads"], record["programs"]) == (48, 3, 3)
+    assert record["weight_bytes_on_chip"] == 2 * 4 * 16 * 16
 
 
 def test_doctor(capsys):

@@ -104,8 +104,9 @@ def test_the_speed_of_light_is_the_slower_of_two():
     assert light.least_seconds(200, 50) == 5.0
 
 
-def test_flops_are_those_of_three_passes():
-    one = Request("gru", 5, 2, 7, 3, num_layers=2, directions=2)
+@pytest.mark.parametrize(("cell", "heads"), (("gru", 1), ("slstm", 3)))
+def test_flops_are_those_of_three_passes(cell, heads):
+    one = Request(cell, 6, 2, 7, 3, num_layers=2, directions=2, num_heads=heads)
     layer = one.layer()
     weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
     assert one.flops == 3 * 2 * 7 * 2 * weights
@@ -139,6 +140,10 @@ def test_command_line(capsys, tmp_path, monkeypatch):
     assert main(asked) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert "tokens/s" in head and [line.split()[0] for line in lines] == ["4", "8"]
+    heads = ["profile", "--cell", "slstm", "--hidden", "8", "--num-heads", "2", "--seq", "4", "--compare", "reference"]
+    assert main([*heads, "--checkpoint-every", "2", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["asked"], row["checkpoint_every"]) for row in rows] == [("auto", 2), ("reference", None)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU auto is a kernel of ours where there is one")
@@ -206,9 +211,14 @@ def test_torchs_counter_of_flops_counts_as_in_a_loop(name, backend, options, dev
         (["--dtype", "int8"], "dtype: expected one of"),
         (["--checkpoint-every", "0"], "checkpoint_every: expected a positive int"),
         (["--nvtx", "--device", "cpu"], "nvtx: expected a CUDA device"),
+        (["--heads", "3"], "num_heads: expected a divisor of hidden_size, which is 8; got 3"),
+        (["--heads", "-2"], "num_heads: expected a divisor of hidden_size, which is 8; got -2"),
+        (["--heads", "2", "--compare", "torch"], "backend='torch': torch has no kernel with heads"),
+        (["--cell", "slstm", "--backend", "torch"], "backend='torch': torch has no kernel for the cell 'slstm'"),
     ],
 )
-def test_wrong_arguments(capsys, wrong, message):
+def test_wrong_arguments(capsys, monkeypatch, wrong, message):
+    monkeypatch.setattr(profile, "profile", None)  # nothing is timed before all is checked
     given = {"--cell": "gru", "--hidden": "8", "--seq": "4"}
     arguments = [part for pair in given.items() if pair[0] not in wrong for part in pair]
     assert main(["profile", *arguments, *wrong]) == 2

@@ -219,6 +219,9 @@ def test_explain_prints_the_plan_and_the_reason(device, capsys):
     printed = capsys.readouterr().out
     assert plan.kernel is not None and plan.kernel.programs == 4
     assert "backend resident" in printed and "4 = 2 batch tile(s) of 16 rows x 2 direction(s)" in printed
+    plan = fastrnn.explain(fastrnn.SLSTM(3, 24, num_heads=3, backend="resident", device=device), x)
+    assert plan.kernel is not None and plan.kernel.programs == 6
+    assert "H=24 in 3 heads" in capsys.readouterr().out
     fastrnn.explain(fastrnn.LSTM(3, 24, proj_size=5), x.cpu())
     assert "backend torch\n  why       CPU tensors" in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected a fastrnn.RNN, GRU, LSTM or SLSTM; got Linear"):
