@@ -146,6 +146,8 @@ class SLSTM(Recurrent):
         c' = exp(l - m') c + exp(i - m') tanh(z);    n' = exp(l - m') n + exp(i - m');    h' = sigmoid(o) c' / n'
 
     m only rescales c and n, so that exp cannot overflow: h is what it would be without, and no gradient goes through m.
+    From zeros n is 1 at least, since one of the two exp is: FlashRNN's n' = max(n', 1) is the same cell, and no option.
+    It would differ only where hx or reset_state has an n between 0 and 1.
 
     Arguments, shapes, dtypes and errors as in fastrnn.LSTM, without proj_size: input_size, hidden_size, num_layers,
     bias, batch_first, dropout, bidirectional, tie_directions, num_heads, backend, checkpoint_every, clips,

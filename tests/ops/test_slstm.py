@@ -139,6 +139,34 @@ def test_extreme_gates_saturate(dtype, run, gates, device):
     assert others.isfinite().all() and gradient.isfinite().all()
 
 
+def least_n(run: str, dtype: torch.dtype, device: str) -> float:
+    """Of all steps, from states of zeros, by gates of any size."""
+    x_gates, W_hh, b_hh, *_ = make_problem("slstm", Case(T=30, B=3, H=16, D=1), dtype, device).inputs
+    x_gates *= torch.tensor((1.0, 10.0, 1000.0), dtype=dtype, device=device)[:, None, None, None]
+    zeros = torch.zeros(3, 1, 3, 16, device=device)
+    *_, steps = RUNS[run]("slstm", x_gates, W_hh, b_hh, zeros[0].to(dtype), zeros, cell_states=True)
+    return steps[1].min().item()
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_n_is_never_below_1(dtype, run, device):
+    """So that FlashRNN's n' = max(f' n + i', 1) is this very cell: one of i' and f' is 1 at every step."""
+    assert least_n(run, dtype, device) >= 1.0
+
+
+def test_an_n_below_1_is_caught(mutate, device):
+    mutate(
+        {
+            "kernels.cells.slstm_forward": (
+                "tl.where(difference < 0, 1.0, smaller)",
+                "tl.where(difference < 0, 0.5, smaller)",
+            )
+        }
+    )
+    assert least_n("resident", torch.float32, device) < 1.0
+
+
 @pytest.mark.parametrize("gate", range(4))
 @pytest.mark.parametrize("run", RUNS)
 def test_nan_of_a_gate_goes_on(run, gate, device):
