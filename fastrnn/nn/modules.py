@@ -171,7 +171,7 @@ class SLSTM(Recurrent):
     _torch = torch.nn.LSTM  # for what asks by class; its kernel is another cell's
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
+        if "proj_size" in kwargs or len(args) > 7:  # the eighth, where torch.nn has it
             raise ValueError("proj_size argument is only supported for LSTM, not SLSTM")
         super().__init__("SLSTM", *args, **kwargs)
 

@@ -1,6 +1,7 @@
 """Which kernel runs a recurrence, in which tiles, and why: a pure function from shapes and a device to a Plan."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
@@ -170,25 +171,26 @@ def plan(
                         raise NotImplementedError(why_not)
             except (NotImplementedError, GridTooLargeError) as reason:
                 if backend != "auto":
-                    raise
+                    hint = _more_heads(hidden_size, request, (backend,))
+                    raise type(reason)("; ".join([reason.args[0], *hint])) from None
                 reasons.append(f"{tier}: {reason.args[0]}")  # torch.compile joins no text of an exception itself
             else:
                 kernel = replace(kernel, saved_bytes=saved_bytes(request, steps))
                 found = problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)
                 chunk, order = _wavefront(found, spec)
                 return replace(found, wavefront=chunk, order=order)
-        return problem(where, fallback, "; ".join([*reasons, *_more_heads(hidden_size, request)]))
+        return problem(where, fallback, "; ".join([*reasons, *_more_heads(hidden_size, request, TIERS)]))
     except (NotImplementedError, GridTooLargeError) as reason:
         if backend == "auto":
             return problem(where, fallback, str(reason))
         raise type(reason)(f"backend={backend!r}: {reason}") from None
 
 
-def _more_heads(H: int, request: Request) -> list[str]:
+def _more_heads(H: int, request: Request, tiers: Iterable[str]) -> list[str]:
     """The fewest heads, more than those that no tier holds, of which one does: as a hint, where W_hh is in heads."""
     for N in range(request.N + 1, H + 1 if request.N > 1 else 0):
         if H % N == 0:
-            for tier in TIERS:
+            for tier in tiers:
                 try:
                     kernel_for(request._replace(H=H // N, N=N), tier)
                 except (NotImplementedError, GridTooLargeError):

@@ -214,8 +214,9 @@ def test_what_is_no_division_into_heads_is_refused(device):
         fastrnn.LSTM(3, 10, num_heads=2, proj_size=5)
     with pytest.raises(NotImplementedError, match="backend='torch': torch has no kernel with heads"):
         fastrnn.GRU(3, 10, num_heads=2, backend="torch").to(device)(torch.randn(2, 1, 3, device=device))
-    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM, not SLSTM"):
-        fastrnn.SLSTM(3, 10, proj_size=5)
+    for wrong, named in (((), {"proj_size": 4}), ((1, True, False, 0.0, False, 4), {})):
+        with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM, not SLSTM"):
+            fastrnn.SLSTM(5, 6, *wrong, **named)
     params = list(fastrnn.GRU(3, 10, num_heads=2).parameters())
     x = torch.randn(2, 1, 3)
     with pytest.raises(ValueError, match=r"\(weight_hh_l0\): expected \(30, 2\), got \(30, 5\)"):
@@ -245,8 +246,9 @@ def test_a_loop_on_a_gpu_is_warned_of():
 
 
 def test_a_head_that_no_tier_holds():
-    with pytest.raises((NotImplementedError, GridTooLargeError), match="backend='resident': W_hh does not fit"):
+    with pytest.raises((NotImplementedError, GridTooLargeError), match="backend='resident': W_hh does not fit") as one:
         fastrnn.plan("lstm", hidden_size=2048, batch_size=16, num_heads=2, device="sm_90", backend="resident")
+    assert str(one.value).endswith("heads of 64 units would fit: num_heads=32")  # of float32, in this tier
     plan = fastrnn.plan("lstm", hidden_size=40960, batch_size=16, num_heads=2, dtype=torch.bfloat16, device="sm_90")
     assert plan.backend == "reference" and plan.why.endswith("heads of 512 units would fit: num_heads=80")
 
