@@ -17,6 +17,7 @@ from fastrnn.ops import library, recurrence
 from fastrnn.ops.schema import Args, BackwardArgs
 from fastrnn.planning.planner import plan
 
+from ..support import heads
 from ..support.cases import CELLS, Case, make_problem, over_budget
 from ..support.race import Race, RaceDetector
 from ..support.width import wide
@@ -68,15 +69,23 @@ def small(cell: str):
 
 def passes(cell: str):
     """Run forward alone, and backward alone on what a forward kept: (name, run) with run() giving its outputs."""
-    problem = small(cell)
-    x_gates, W_hh, b_hh, *states = problem.inputs
-    state_0 = reference.stacked(*states)
-    forward = functools.partial(library._recurrence, *Args(x_gates, W_hh, b_hh, state_0, cell, True, "cooperative"))
+    x_gates, W_hh, b_hh, *states = small(cell).inputs
+    return of_both(Args(x_gates, W_hh, b_hh, reference.stacked(*states), cell, True, "cooperative"))
+
+
+def of_both(args: Args):
+    forward = functools.partial(library._recurrence, *args)
     y, finals, saved, steps = forward()
     upstream = torch.randn_like(y), torch.randn_like(finals), None
-    args = BackwardArgs(*upstream, W_hh, state_0, y, saved, steps, cell, False, False, "cooperative")
-    backward = functools.partial(library._recurrence_backward, *args)
+    same = args.W_hh, args.state_0, y, saved, steps, args.cell, False, False, "cooperative"
+    backward = functools.partial(library._recurrence_backward, *BackwardArgs(*upstream, *same, heads=args.heads))
     return {"forward": forward, "backward": backward}
+
+
+def passes_in_heads(cell: str):
+    """Two programs for each of three heads, a group each."""
+    tensors, _ = heads.arguments(cell, "plain", Case(T=2, B=1, H=34 * heads.HEADS, D=1), "cpu", torch.float32)
+    return of_both(Args(**tensors, cell=cell, save=True, backend="cooperative", heads=heads.HEADS))
 
 
 @pytest.mark.parametrize("seeds", (range(20), wide(range(20, 200))), ids=("20", "200"))
@@ -88,6 +97,17 @@ def test_every_schedule_gives_the_same_bits(cell, which, seeds, scheduled, reque
     for seed in seeds:
         if seed >= request.config.getoption("--schedules"):
             break
+        scheduled(seed)
+        for a, b in zip(run(), expected, strict=True):
+            assert torch.equal(a, b), f"schedule {seed}"
+
+
+@pytest.mark.parametrize("which", ("forward", "backward"))
+@pytest.mark.parametrize("cell", CELLS)
+def test_heads_wait_for_none_but_their_own(cell, which, scheduled):
+    run = passes_in_heads(cell)[which]
+    expected = run()
+    for seed in range(5):
         scheduled(seed)
         for a, b in zip(run(), expected, strict=True):
             assert torch.equal(a, b), f"schedule {seed}"
@@ -131,8 +151,16 @@ MUTATIONS = {
 @pytest.mark.parametrize("cell", ("lstm", "gru"))
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_every_broken_protocol_is_caught(name, cell, scheduled, mutate):
+    catch(name, passes(cell), scheduled, mutate)
+
+
+@pytest.mark.parametrize("name", ("groups share a counter", "wait removed"))
+def test_a_protocol_that_is_broken_in_heads_is_caught(name, scheduled, mutate):
+    catch(name, passes_in_heads("slstm"), scheduled, mutate)
+
+
+def catch(name: str, runs: dict, scheduled, mutate) -> None:
     changes, where, kind = MUTATIONS[name]
-    runs = passes(cell)
     mutate(changes)
     for which in ("forward", "backward") if where == "both" else (where,):
         caught = None

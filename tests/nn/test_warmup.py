@@ -20,6 +20,8 @@ KERNELS = {
     "bfloat16": 2,
     "lengths": 2,
     "resets": 2,
+    "heads": 2,
+    "tied": 2,
     "inference": 1,
     "cooperative": 2,
     "model": 2,

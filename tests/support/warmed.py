@@ -49,6 +49,12 @@ CASES = {
         (X,),
         {"reset": torch.zeros(4, 2, dtype=torch.bool), "reset_state": torch.zeros(1, 2, 40)},
     ),
+    "heads": lambda: (
+        layer("SLSTM", 60, num_heads=3, zoneout=0.2, clip_grad_state=1.0, dtype=torch.bfloat16),
+        (X,),
+        {},
+    ),
+    "tied": lambda: (layer("SLSTM", 60, num_heads=2, bidirectional=True, tie_directions=True), (X,), {}),
     "inference": lambda: (layer("RNN", 24), (X,), {"training": False}),
     "cluster": lambda: (layer("LSTM", 128, dtype=torch.bfloat16, backend="cluster"), (X,), {}),
     "cooperative": lambda: (layer("RNN", 264, backend="cooperative"), (X,), {}),
