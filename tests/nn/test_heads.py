@@ -115,6 +115,21 @@ def test_one_head_is_todays_layer_bit_for_bit(device):
     assert one.state_dict().keys() == torch.nn.LSTM(4, 12).state_dict().keys()
 
 
+@pytest.mark.parametrize("backend", ("reference", *KERNELS))
+def test_heads_of_one_unit_are_an_independently_recurrent_network(backend, device):
+    """IndRNN (Li et al. 2018), which haste has: h' = tanh(W x + u h + b), unit by unit."""
+    layer = fastrnn.RNN(4, 6, num_heads=6, backend=backend).to(device)
+    x, h, ys = torch.randn(5, 3, 4, device=device), torch.zeros(3, 6, device=device), []
+    for x_t in x:
+        h = torch.tanh(x_t @ layer.weight_ih_l0.T + layer.bias_ih_l0 + layer.weight_hh_l0[:, 0] * h + layer.bias_hh_l0)
+        ys.append(h)
+    found, expected = layer(x)[0], torch.stack(ys)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), list(layer.parameters())) for y in (found, expected))
+    for of_layer, of_loop in zip(*gradients, strict=True):
+        torch.testing.assert_close(of_layer, of_loop, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_parameters_have_torchs_names(name):
     layer = MODULES[name](4, 12, 2, num_heads=N)
