@@ -18,7 +18,7 @@ TEST_LIMIT = 180  # seconds of one test
 ELSEWHERE = {
     "bench", "char_lm", "cluster", "codegen", "compiled", "docs", "examples", "execute", "foreign", "inspect",
     "interpreter", "matrix", "measured", "mutations", "packaging", "planner", "readme", "real_models",
-    "segment_mutations", "tuning",
+    "segment_mutations", "tuning", "xlstm_lm",
 }  # fmt: skip
 KERNELS = ("recurrence", "sequences", "cells", "checkpoint", "proj_size", "options")
 LAYERS = (
