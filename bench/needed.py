@@ -12,6 +12,7 @@ from importlib.util import find_spec
 PACKAGES = {
     "build": ("build", "the wheel's tests"),
     "deepecho": ("deepecho", "the test on its model"),
+    "editables": ("editables", "the wheel's tests"),
     "expecttest": ("expecttest", "torch's own sample inputs"),
     "gluonts": ("gluonts", "the test on its model"),
     "hatchling": ("hatchling", "the wheel's tests"),
@@ -33,8 +34,8 @@ PACKAGES = {
     "xlstm": ("xlstm", "the tests on its cells"),
 }
 TESTED = (
-    "build", "deepecho", "expecttest", "gluonts", "hatchling", "hypothesis", "matplotlib", "rich", "sb3_contrib",
-    "tirex", "xlstm",
+    "build", "deepecho", "editables", "expecttest", "gluonts", "hatchling", "hypothesis", "matplotlib",
+    "pytest_benchmark", "rich", "sb3_contrib", "tirex", "xlstm",
 )  # fmt: skip
 EXAMPLE = ("torch", "matplotlib", "tqdm")
 # Of each target: what it cannot run without, and what it leaves a part out without.
@@ -58,6 +59,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # What each test needs: patterns of its id. Modules that fail to import say so themselves, by pytest.importorskip.
 TESTS = (
     ("tests/bench/test_bench.py::test_report", ("matplotlib",)),
+    ("tests/bench/test_bench.py::test_a_group_of_the_suite", ("pytest_benchmark",)),
     ("tests/project/test_char_lm.py::*", EXAMPLE),
     ("tests/project/test_xlstm_lm.py::*", EXAMPLE),
     ("tests/project/test_examples.py::*", EXAMPLE),

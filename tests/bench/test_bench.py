@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -327,7 +328,9 @@ def test_every_item_runs_what_there_is(tmp_path, monkeypatch):
 
     for module in (processes, visit):
         monkeypatch.setattr(module, "run", run)
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(shutil, "which", lambda program: program)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: find_spec(name, *of) or name)  # all is there
     real = stages.Setup(tmp_path, "sm_90", dry=False, seconds=520, started=time.monotonic())
     for _, items in visit.STAGES.values():
         for item in items(real):

@@ -25,6 +25,13 @@ def test_every_target_of_the_makefile_says_what_it_needs():
         assert commands(target, "VENV=no").splitlines()[0] == f"python3 -m bench.needed {target}"
 
 
+def test_what_a_test_needs_is_among_what_make_test_needs():
+    named = {module for _, modules in needed.TESTS for module in modules}
+    for target in ("test", "test-all"):
+        assert named <= {module for modules in needed.TARGETS[target] for module in modules}
+    assert named <= needed.PACKAGES.keys()
+
+
 def test_a_line_says_what_is_missing_and_what_that_leaves_out():
     everything = needed.said("test", lambda module: False)
     assert everything == ("", True)
@@ -46,6 +53,7 @@ def test_a_line_says_what_is_missing_and_what_that_leaves_out():
             ["torch", "matplotlib", "tqdm", "scikit-learn"],
         ),
         ("tests/project/test_packaging.py::test_editable_install_sees_new_files", ["hatchling", "editables"]),
+        ("tests/bench/test_bench.py::test_a_group_of_the_suite", ["pytest-benchmark"]),
         ("tests/ops/test_recurrence.py::test_matches_reference[gru]", []),
     ],
 )
@@ -79,6 +87,7 @@ def test_tests_are_collected_and_skipped_where_packages_are_missing(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "test_matches_reference" in done.stdout
     some = [
+        "tests/bench/test_bench.py::test_a_group_of_the_suite",
         "tests/nn/test_torch_inputs.py",
         "tests/nn/test_any_shape.py",
         "tests/nn/test_real_models.py",
@@ -88,5 +97,5 @@ def test_tests_are_collected_and_skipped_where_packages_are_missing(tmp_path):
     done = subprocess.run([*pytest_here, "-x", "-rs", *some], **options)
     assert "failed" not in done.stdout and "passed" not in done.stdout, done.stdout
     models = ("gluonts", "sb3-contrib", "deepecho", "xlstm", "tirex-ts")
-    for name in ("expecttest", "hypothesis", *models, "matplotlib, tqdm"):
+    for name in ("expecttest", "hypothesis", *models, "matplotlib, tqdm", "pytest-benchmark"):
         assert re.search(rf"SKIPPED.*{name}", done.stdout), name
