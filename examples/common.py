@@ -13,6 +13,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+sys.path.append(str(Path(__file__).parents[1]))  # of a bare checkout, where nothing is installed
+
 import fastrnn
 from fastrnn.planning.planner import BACKENDS
 

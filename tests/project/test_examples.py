@@ -110,6 +110,25 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+# Run an example where fastrnn is not installed: without paths that have it.
+BARE = """
+import runpy, sys
+from pathlib import Path
+folder = str(Path(sys.argv[1]).parent)
+sys.path[:] = [folder] + [p for p in sys.path if not (Path(p) / "fastrnn").exists()]
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ("char_lm", "rollout"))
+def test_from_a_bare_checkout(name, tmp_path):
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", BARE, str(ROOT / f"examples/{name}.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert done.returncode == 0 and "--out" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_ctrl_c_leaves_what_was_there(name, tmp_path):
     before = tmp_path / "metrics.json"
