@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
@@ -45,6 +46,10 @@ QUICK = {  # both dialects
 # Arguments of tests.support.executed. The shorter one has lengths and resets, of two cells.
 EXECUTED, QUICK_EXECUTED = ("kernels sm_90 {tier}",), ("sequences sm_90 {tier} lengths,",)
 INTERPRETED, QUICK_INTERPRETED = "bfloat16 or float32", "T5-B3 and (lstm or gru) and bfloat16"
+
+
+class NoPipError(RuntimeError):
+    """Nothing installs a version that is not at hand."""
 
 
 class Row(NamedTuple):
@@ -87,6 +92,8 @@ def installed(wanted: str) -> Triton:
     folder = FOLDER / wanted
     stamp = folder / "installed"
     if not stamp.exists():
+        if find_spec("pip") is None:
+            raise NoPipError("pip is missing")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--upgrade", "--target", str(folder), f"triton=={wanted}"]
         # A constraint that pins another version is for the environment.
@@ -185,6 +192,8 @@ def matrix(versions: list[str], quick: bool, jobs: int) -> Iterator[Row]:
         try:
             for row in checks(installed(wanted), quick):
                 found.put(row)
+        except NoPipError as error:
+            found.put(Row(wanted, "everything", f"skipped: {error}"))
         except Exception as error:
             found.put(Row(wanted, "everything else", f"failed: {type(error).__name__}: {error}"))
         finally:

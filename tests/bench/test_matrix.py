@@ -93,6 +93,15 @@ def test_what_cannot_be_installed_fails_and_the_others_go_on(monkeypatch):
     assert rows == {failed, matrix.Row(HERE.version, "import", "passed")}
 
 
+def test_without_pip_what_is_at_hand_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(matrix, "FOLDER", tmp_path)
+    monkeypatch.setattr(matrix, "find_spec", lambda name: None)
+    monkeypatch.setattr(matrix, "checks", lambda triton, quick: [matrix.Row(triton.version, "import", "passed")])
+    rows = set(matrix.matrix(["0.0.1", HERE.version], quick=True, jobs=2))
+    skipped = matrix.Row("0.0.1", "everything", "skipped: pip is missing")
+    assert rows == {skipped, matrix.Row(HERE.version, "import", "passed")}
+
+
 @pytest.mark.parametrize(("result", "status"), (("passed", 0), ("skipped: no", 0), ("failed: no", 1)))
 def test_the_exit_status(monkeypatch, capsys, result, status):
     monkeypatch.setattr(matrix, "matrix", lambda *_: [matrix.Row("3.9.0", "import", result)])
