@@ -5,8 +5,9 @@
     python -m bench.matrix --triton 3.6.0     one version
 
 Of each version: kernels interpreted, every tier compiled (spills, W_hh in the time loop, unguarded shared memory of
-other programs), and some executed from their PTX. pip installs each version into runs/triton/<version>, never into
-the environment, and the next run finds it there. Each check runs in processes of its own.
+other programs), some executed from their PTX, and launched by the version's own launcher on a driver of ours. pip
+installs each version into runs/triton/<version>, never into the environment, and the next run finds it there. Each
+check runs in processes of its own.
 """
 
 import argparse
@@ -156,6 +157,16 @@ def executed(triton: Triton, tier: str, commands: tuple[str, ...]) -> str:
     return f"failed: {wrong[0]}" if wrong else f"passed: {len(records)} problems"
 
 
+def launched(triton: Triton, tier: str) -> str:
+    """What tests.support.launcher finds in a tier's launches, as they reach the driver."""
+    done = triton.run("-W", "error", "-m", "tests.support.launcher.run", "launches", tier)
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not records:
+        return f"failed: {reason_of(done)}"
+    wrong = [record for record in records if record["faults"]]
+    return f"failed: {wrong[0]}" if wrong else f"passed: {len(records)} launches"
+
+
 def reason_of(done: subprocess.CompletedProcess[str]) -> str:
     """The line of a process's output that says most: a compiler's cause, pytest's failure, the exception."""
     lines = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
@@ -182,6 +193,7 @@ def checks(triton: Triton, quick: bool) -> Iterator[Row]:
         if found.startswith("passed"):
             commands = QUICK_EXECUTED if quick else EXECUTED
             yield Row(triton.version, f"{tier}, executed", executed(triton, tier, commands))
+            yield Row(triton.version, f"{tier}, launched", launched(triton, tier))
 
 
 def matrix(versions: list[str], quick: bool, jobs: int) -> Iterator[Row]:

@@ -54,6 +54,23 @@ def test_kernels_that_compute_something_else_fail(tmp_path):
     assert found.startswith("failed: {'cell': 'gru'") and "d_W_hh" in found
 
 
+@pytest.mark.parametrize(
+    ("status", "output", "result"),
+    (
+        (0, '{"faults": []}\n{"faults": []}', "passed: 2 launches"),
+        (0, '{"faults": []}\n{"faults": ["grid"]}', "failed: {'faults': ['grid']}"),
+        (0, "", "failed: exit status 0"),
+        (1, '{"faults": []}\nRuntimeError: no launcher', "failed: RuntimeError: no launcher"),
+    ),
+)
+def test_a_launch_that_reaches_the_driver_otherwise_fails(monkeypatch, status, output, result):
+    def run(self, *arguments, interpret=False):
+        return subprocess.CompletedProcess(arguments, status, output, "")
+
+    monkeypatch.setattr(matrix.Triton, "run", run)
+    assert matrix.launched(HERE, "resident") == result
+
+
 def test_another_triton_is_not_taken_for_the_one_asked_for():
     assert matrix.imported(HERE) == "passed"
     assert matrix.imported(HERE._replace(version="1.0.0")) == f"failed: {HERE.version}"
