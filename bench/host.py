@@ -103,7 +103,7 @@ def by_operator() -> Record:
 
     module, x = fastrnn.LSTM(64, 64).to("cuda"), torch.randn(16, 4, 64, device="cuda")
     for _ in range(2):  # the first warms up
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiled:
             for _ in range(STEPS):
                 y, _ = module(x)
                 y.sum().backward()

@@ -39,7 +39,7 @@ def memory_of(call: Callable[[], Any], device: torch.device) -> tuple[Any, Memor
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
         return result, Memory(peak, torch.cuda.memory_allocated(device) - before, _count(device) - count)
-    # acc_events: without it torch up to 2.11 warns of cycles, of which there is one.
+    # acc_events: without it torch up to 2.12 warns of cycles, of which there is one.
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profiler:

@@ -1,11 +1,13 @@
 """`python -m fastrnn profile`: memory grows as promised with T, traces have the named ranges, arguments are checked."""
 
+import ast
 import contextlib
 import importlib
 import inspect
 import itertools
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from fastrnn.inspect import profile
 from fastrnn.inspect.memory import memory_of
 from fastrnn.inspect.profile import Light, Request, Run
 
+ROOT = Path(__file__).parents[2]
 B, H, K = 2, 16, 4
 
 
@@ -251,3 +254,17 @@ def test_metadata_of_a_launch(dialect, which):
     given = {name: {**groups, "T": T, "B": B}.get(name) for name in names}
     found = of_launch((1, 1, 1), SimpleNamespace(name=which), given)
     assert found == {"name": f"{which} H=16 T=5 B=2", "flops16": 2 * T * B * weights.numel(), "bytes": 2 * (640 + 1024)}
+
+
+def warns_of_cycles(source: str) -> list[str]:
+    """Calls of torch's profiler without acc_events, of which torch up to 2.12 warns; a newer one shows nothing."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    given = [{keyword.arg for keyword in call.keywords} for call in calls]
+    return [ast.unparse(c) for c, k in zip(calls, given, strict=True) if "activities" in k and "acc_events" not in k]
+
+
+def test_no_profiler_warns_of_cycles():
+    files = [file for room in ("bench", "examples", "fastrnn", "tests") for file in (ROOT / room).rglob("*.py")]
+    found = {file: calls for file in files if (calls := warns_of_cycles(file.read_text()))}
+    assert len(files) > 150 and found == {}
+    assert warns_of_cycles("profile(activities=[1])") == ["profile(activities=[1])"]

@@ -89,7 +89,8 @@ def ran(case: str) -> dict:
             call(module, x, options)  # compiles
         found = []
         for _ in range(2):
-            with launches() as own, profile(activities=[ProfilerActivity.CPU]) as profiled:
+            # acc_events: see fastrnn/inspect/memory.py
+            with launches() as own, profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
                 call(module, x, options)
             operators = sorted((e.key, e.count) for e in profiled.key_averages() if e.key.startswith("aten::"))
             found.append((own, operators))
