@@ -32,9 +32,10 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .. import loop
 from ..exchange import Group, announce, counter_of, meet, publish, receive
-from ..loop import Constants, first_state, load_bias, load_state, store_state
+from ..loop import Constants
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows, live, slot
+from ..tiles import first_state, load_bias, load_state, store_state
 from .layouts import block_barrier
 from .operands import load_layout, load_piece, load_weights, product_layout, weight
 

@@ -32,9 +32,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .. import loop
-from ..loop import Constants, first_state, load_bias, load_state, store_state
+from ..loop import Constants
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows
+from ..tiles import first_state, load_bias, load_state, store_state
 from . import layouts
 from .layouts import block_barrier
 

@@ -32,9 +32,10 @@ import triton.language as tl
 
 from .. import loop
 from ..exchange import Group, announce, counter_of, load_exchanged, meet, publish, receive
-from ..loop import Constants, first_state, load_bias, load_state, store_state
+from ..loop import Constants
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows, live, slot
+from ..tiles import first_state, load_bias, load_state, store_state
 
 
 class Form(NamedTuple):

@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 
 from .. import loop
-from ..loop import Constants, first_state, load_bias, load_state, store_state
+from ..loop import Constants
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows
+from ..tiles import first_state, load_bias, load_state, store_state
 
 
 class Form(NamedTuple):

@@ -135,7 +135,7 @@ MUTATIONS = {
     "gradients of frozen rows": (
         "kernels.loop.differentiate", "keep(alive, where", "keep(alive | True, where", "gru", "state", "lengths"),
     "the first state not clipped": (
-        "kernels.loop.first_state", "return clipped(K, state)", "return state", "gru", "state", "plain"),
+        "kernels.tiles.first_state", "return clipped(K, state)", "return state", "gru", "state", "plain"),
     "gradient of the first state": (
         "kernels.loop.backward", "where_not_clipped(K, d_state, kept)", "d_state", "rnn_tanh", "state", "plain"),
     "the state before not as it was seen": (

@@ -23,9 +23,9 @@ MUTATIONS = {
     "state before the first taken from y": (
         "loop.load_saved", "step == 0, read.before", "step < 0, read.before", "gru"),
     "both directions forward": ("rows.time_index", "== 0, step, rows.T - 1 - step", "< 9, step, rows.T", "rnn_tanh"),
-    "another gate's bias": ("loop.load_bias", "(recurrence * K.gates + g)", "recurrence * K.gates", "gru"),
+    "another gate's bias": ("tiles.load_bias", "(recurrence * K.gates + g)", "recurrence * K.gates", "gru"),
     "prefetched a step too far": ("loop.forward", "minimum(step + 1", "minimum(step + 2", "rnn_tanh"),
-    "another state": ("loop.load_state", "ptrs[n]", "ptrs[0]", "lstm"),
+    "another state": ("tiles.load_state", "ptrs[n]", "ptrs[0]", "lstm"),
     "W_hh transposed": (
         "tile.resident.load_weights", "offs[None, :] * K.H + offs[:, None]", "offs[:, None] * K.H + offs[None]", "gru"),
     "gradient of h_n dropped": ("tile.resident.backward", "read.d_finals", "None", "rnn_tanh"),

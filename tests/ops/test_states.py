@@ -107,7 +107,7 @@ def test_three_states_match_the_reference(backend, kind, device):
     (
         ("kernels.loop.load_saved", "read.before[n]", "read.before[0]"),
         ("kernels.loop.load_saved", "read.kept[n]", "read.kept[0]"),
-        ("kernels.loop.store_state", "state[n]", "state[1]"),
+        ("kernels.tiles.store_state", "state[n]", "state[1]"),
         ("kernels.loop.differentiate", "tiles.d_steps[n - 1]", "tiles.d_steps[0]"),
     ),
 )
