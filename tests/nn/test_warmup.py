@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastrnn
-from fastrnn.compat import ahead
+from fastrnn.compat import ahead, spills
 from fastrnn.nn.warmup import cpus
 
 from ..support import children
@@ -57,7 +57,10 @@ def test_the_first_call_compiles_nothing(tmp_path):
     assert {record["case"]: record for record in records if not right(record, KERNELS[record["case"]])} == {}
     assert len(records) == len(KERNELS)
     loaded = warmed(tmp_path, "bfloat16", "model")  # another process finds them on disk
-    assert [(record["returned"], record["first"]["compiled"]) for record in loaded] == [(0, 0)] * 2
+    assert [record["first"]["compiled"] for record in loaded] == [0, 0]
+    # Before 3.8, Triton's name of a kernel on disk depends on what the process compiled before it.
+    in_any_order = spills.triton_version() >= (3, 8)
+    assert sum(record["returned"] for record in loaded) <= (0 if in_any_order else 1)
 
 
 @NEEDS_CLUSTERS
@@ -77,7 +80,7 @@ from collections import deque
 from unittest import mock
 import torch, triton, fastrnn
 from bench.host_cost import launching_nothing
-from fastrnn.compat import ahead
+from fastrnn.compat import ahead, spills
 
 @triton.jit
 def step(x):
