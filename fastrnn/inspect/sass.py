@@ -1,7 +1,8 @@
 """NVIDIA machine code: registers and stack of a cubin, its instructions with their control codes, and the step loop.
 
-The upper word of each 16-byte instruction (compute capability 7 and up) holds stall cycles in 4 bits from bit 41, and
-from bit 52 six bits for the scoreboards that it waits on. Source: Jia et al. 2018 (arXiv:1804.06826), section 2.1.
+The upper word of each 16-byte instruction (compute capability 7 and up) holds, from bit 41 on, stall cycles in 4 bits,
+a bit for yielding, in 3 bits each the scoreboard that its result and that its operands' reads release (7: none), and
+six bits for the scoreboards that it waits on. Source: Jia et al. 2018 (arXiv:1804.06826), section 2.1.
 """
 
 import functools
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from . import programs
 from .flow import Statement, longest_loop
 
+SCOREBOARDS = 6
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -20,7 +23,22 @@ class Instruction:
     text: str
     opcode: str  # with its modifiers, without its guard
     stall: int  # cycles before the warp's next instruction can issue
-    waits: bool  # on a scoreboard: the result of an instruction of variable latency
+    awaits: tuple[int, ...]  # scoreboards: results of instructions of variable latency
+    releases: int | None  # the scoreboard that its own result releases
+    releases_read: int | None  # and that the reading of its operands does
+    target: int | None  # the instruction that it may jump to, by its place in the code
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.awaits)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel's instructions in the order of the text, and which of them are the step loop: the longest."""
+
+    instructions: list[Instruction]
+    loop: list[int]
 
 
 @functools.lru_cache(maxsize=16)
@@ -47,22 +65,44 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 def parse(sass: str) -> tuple[list[Instruction], list[Instruction]]:
     """All instructions, and those of the step loop, which is the longest."""
-    instructions: list[Instruction] = []
-    statements: list[Statement] = []
+    code = read(sass)
+    return code.instructions, [code.instructions[i] for i in code.loop]
+
+
+def read(sass: str) -> Code:
+    """The only kernel in a text of `disassemble`."""
+    found: list[tuple[str, int]] = []  # text and control bits
     labels: dict[str, int] = {}
     text = ""
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = len(instructions)
+            labels[label[1]] = len(found)
         elif lower := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;\s+/\* 0x[0-9a-f]{16} \*/", line):
             text = lower[1]
         elif text and (upper := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/", line)):
-            control = int(upper[1], 16) >> 41
-            guard, opcode = re.match(r"(@\S+\s+)?(\S+)", text).groups()  # type: ignore[union-attr]
-            instructions.append(Instruction(text, opcode, control & 15, bool(control >> 11 & 63)))
-            target = re.search(r"`\((\.L_x_\d+)\)", text) if opcode.startswith("BRA") else None
-            always = guard is None and (opcode in ("EXIT", "RET") or re.fullmatch(r"BRA\s+`\(.*\)", text) is not None)
-            targets = (target[1],) if target else ()
-            statements.append(Statement(opcode, text, targets=targets, falls_through=not always))
+            found.append((text, int(upper[1], 16) >> 41))
             text = ""
-    return instructions, [instructions[i] for i in longest_loop(statements, labels)]
+    instructions: list[Instruction] = []
+    statements: list[Statement] = []
+    for text, control in found:
+        guard, opcode = re.match(r"(@\S+\s+)?(\S+)", text).groups()  # type: ignore[union-attr]
+        target = re.search(r"`\((\.L_x_\d+)\)", text) if opcode.startswith("BRA") else None
+        instructions.append(
+            Instruction(
+                text,
+                opcode,
+                stall=control & 15,
+                awaits=tuple(board for board in range(SCOREBOARDS) if control >> 11 + board & 1),
+                releases=_scoreboard(control >> 5),
+                releases_read=_scoreboard(control >> 8),
+                target=labels[target[1]] if target else None,
+            )
+        )
+        always = guard is None and (opcode in ("EXIT", "RET") or re.fullmatch(r"BRA\s+`\(.*\)", text) is not None)
+        targets = (target[1],) if target else ()
+        statements.append(Statement(opcode, text, targets=targets, falls_through=not always))
+    return Code(instructions, longest_loop(statements, labels))
+
+
+def _scoreboard(field: int) -> int | None:
+    return field & 7 if field & 7 < SCOREBOARDS else None

@@ -1,4 +1,4 @@
-"""A model of the time that a step takes, from the machine code of its loop (NVIDIA). Nothing here is measured.
+"""A quick look at the time of a step: six bounds, from the machine code of its loop (NVIDIA). Nothing is measured.
 
 A step takes at least the longest of
 
@@ -115,7 +115,7 @@ def bounds(loop: Sequence[Instruction], warps: int, multiply_adds: int) -> dict[
         "chain": chain(sum(i.stall for i in loop), sum(i.waits for i in loop)),
         "issue": round(len(loop) * warps / SCHEDULERS),
         "special": round(sum(i.opcode.startswith("MUFU") for i in loop) * lanes / SPECIAL_A_CYCLE),
-        "tensor cores": round(sum(_multiply_adds(i.opcode) for i in loop) * warps / multiply_adds),
+        "tensor cores": round(sum(multiply_adds_of(i.opcode) for i in loop) * warps / multiply_adds),
         "shared memory": round(sum(_bytes(i.opcode, _SHARED) for i in loop) * lanes / SHARED_BYTES_A_CYCLE),
         "L2": round(sum(_bytes(i.opcode, _GLOBAL) for i in loop) * lanes / L2_BYTES_A_CYCLE),
     }
@@ -140,8 +140,12 @@ def _bytes(opcode: str, memory: re.Pattern[str]) -> int:
     return int(width[1]) // 8 if width[1].isdigit() else narrow[width[1]] if memory is _GLOBAL else 4
 
 
-def _multiply_adds(opcode: str) -> int:
-    """Of a warp's tensor-core instruction, in 16-bit ones: tf32 runs at half their rate."""
+def multiply_adds_of(opcode: str) -> int:
+    """Multiply-adds of a warp's tensor-core instruction, in 16-bit ones: tf32 runs at half their rate.
+
+    >>> multiply_adds_of("HMMA.16816.F32.BF16"), multiply_adds_of("HMMA.1688.F32.TF32")
+    (2048, 2048)
+    """
     shape = re.match(r"HMMA\.(16)(8)(16|8|4)\b|HGMMA\.(\d+)x(\d+)x(\d+)", opcode)
     if shape is None:
         return 0
