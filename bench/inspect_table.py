@@ -62,7 +62,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 def compile_group(group: str, arch: str, flags: str, run: Callable = run) -> list[Record]:
     """Compile what the flags of `fastrnn inspect` ask for, on an architecture; the keys that the table keeps."""
     flags = flags if "--precision" in flags else f"{flags} --precision ieee tf32"
-    command = ["-m", "fastrnn", "inspect", "--json", "--arch", arch, *flags.split()]
+    command = ["-m", "fastrnn", "inspect", "--json", "--bounds", "--arch", arch, *flags.split()]
     done = run(command)
     if done.returncode not in (0, 1) or not done.stdout:  # 1: nothing is planned, which a record says
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

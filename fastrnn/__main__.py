@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--pass", dest="which", choices=("forward", "backward", "both"), default="both")
     inspect.add_argument("--execute", action="store_true", help="run the compiled PTX on the CPU, and compare")
     inspect.add_argument("--measure", action="store_true", help="time it on the GPU at hand as well")
+    help = "of a step's time the six bounds alone, and no simulation: a quick look"
+    inspect.add_argument("--bounds", action="store_true", help=help)
+    help = "show a simulated step: warps, what they wait for, how busy each pipe is; FILE gets a picture (matplotlib)"
+    inspect.add_argument("--timeline", nargs="?", const="", metavar="FILE", help=help)
+    help = "simulate the step again with one resource free at a time, and print the cycles of each"
+    inspect.add_argument("--what-if", action="store_true", help=help)
     inspect.add_argument("--seed", type=int, default=0, help="of the tensors and of the schedule (--execute)")
     inspect.add_argument("--json", action="store_true", help="one JSON object a pass and line")
     inspect.add_argument("--dump", type=Path, metavar="DIR", help="write ttgir, llir, ptx, cubin, sass (amdgcn, hsaco)")
@@ -129,12 +135,19 @@ def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         return subprocess.run([sys.executable, "-m", "fastrnn", *arguments], env=environment).returncode
     from .inspect.compile import PASSES, Problem
-    from .inspect.report import as_json, print_table, records
+    from .inspect.report import Simulation, as_json, print_table, records, show_steps
 
+    is_shown = args.timeline is not None
+    if args.bounds and (is_shown or args.what_if):
+        raise ValueError("bounds: expected no --timeline and no --what-if beside it, which simulate")
+    if args.json and is_shown and not args.timeline:
+        raise ValueError("timeline: expected a FILE for a picture beside --json; got none, and text is no JSON")
     passes = PASSES if args.which == "both" else (args.which,)
-    options = {"execute": args.execute, "measure": args.measure, "dump": args.dump}
     planned = False
-    for asked in _asked(args):
+    every = list(_asked(args))
+    for asked in every:
+        simulation = None if args.bounds else Simulation(args.what_if, is_shown)
+        options = {"execute": args.execute, "measure": args.measure, "dump": args.dump, "simulation": simulation}
         rows = list(records(Problem(**asked, seed=args.seed), passes, **options))
         planned |= "missing" not in rows[0]
         if args.json:
@@ -142,6 +155,10 @@ def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
                 print(as_json(row), flush=True)
         else:
             print_table(rows)
+        if simulation is not None and is_shown:
+            show_steps(
+                rows, simulation, None if args.json else print, args.timeline, is_alone=len(every) * len(passes) == 1
+            )
     return 0 if planned else 1
 
 

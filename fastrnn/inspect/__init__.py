@@ -6,7 +6,8 @@ Modules:
     flow        the time loop, and which global loads read W_hh, from PTX or LLVM IR
     cluster     accesses between thread blocks that no cluster barrier orders; addresses tells tiles apart
     resources   registers, spills, memories, tensor cores, loads of W_hh in the time loop
-    timing      modelled cycles a step
+    timing      six bounds of a step's cycles: a quick look
+    simulator   a step's cycles by simulation, and what they are spent on
     measure     measured time a step, on the GPU at hand
     memory      what a call allocates
     profile     time and memory of a layer over the length of the sequence, and traces

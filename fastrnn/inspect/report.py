@@ -5,7 +5,7 @@ reason under "missing".
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ import torch
 
 from ..planning.kernel_plan import GridTooLargeError
 from . import sass
-from .compile import Compiled, Problem, compile_problem
+from .compile import Compiled, Launch, Problem, compile_problem
 from .resources import resources
-from .timing import modelled
+from .simulator import ERROR, timeline
+from .simulator.simulate import Kernel, Simulated, of_launch
+from .simulator.what_if import what_if
+from .timing import RATES, modelled
 
 Record = dict[str, Any]
 # Of what the compiler leaves, what --dump writes: text as it is, binaries as bytes.
@@ -26,6 +29,39 @@ ONLY_JSON = ("executed_instructions_by_block",)
 MUST_BE_ZERO = ("spill_bytes", "weight_global_loads_in_loop", "unguarded_remote_accesses")
 
 
+class Simulation:
+    """How records are to be simulated: what_if adds each resource made free; is_shown keeps what a picture shows."""
+
+    def __init__(self, what_if: bool = False, is_shown: bool = False) -> None:
+        self.what_if, self.is_shown = what_if, is_shown
+        self.shown: list[Simulated] = []  # of each record with a simulation, in order
+
+    def record(self, launch: Launch) -> Record:
+        """The keys of a compiled launch."""
+        try:
+            found = of_launch(launch)
+        except NotImplementedError as reason:
+            if self.what_if or self.is_shown:
+                raise
+            return {"simulated_cycles_per_step": None, "simulated_missing": str(reason)}
+        if self.is_shown:
+            self.shown.append(found)
+        record: Record = {
+            "simulated_cycles_per_step": round(found.cycles),
+            "simulated_us_per_step": round(found.cycles / RATES[launch.spec.arch].ghz / 1000, 2),
+            "simulated_waits": _rounded(found.waits),
+            "simulated_uses": _rounded(found.uses),
+            "simulated_unknown": list(found.unknown),
+        }
+        if self.what_if:
+            record["simulated_what_if"] = _rounded(what_if(Kernel.of(launch), launch.spec.arch))
+        return record
+
+
+def _rounded(cycles: dict[str, float]) -> dict[str, int]:
+    return {name: round(number) for name, number in cycles.items() if number >= 0.5}
+
+
 def records(
     problem: Problem,
     passes: tuple[str, ...],
@@ -33,11 +69,13 @@ def records(
     execute: bool = False,
     measure: bool = False,
     dump: Path | None = None,
+    simulation: Simulation | None = None,
 ) -> Iterator[Record]:
     """A record for each pass; execute adds the error of the compiled PTX, run on the CPU, measure the time on a GPU.
 
-    Raises ValueError as `fastrnn.plan` does, NotImplementedError if a pass cannot be executed, RuntimeError if there is
-    no GPU to measure on.
+    simulation adds the time of a step by the simulator. Raises ValueError as `fastrnn.plan` does, NotImplementedError
+    if a pass cannot be executed, or not simulated where more than its time is asked for, RuntimeError if there is no
+    GPU to measure on.
     """
     try:
         compiled = compile_problem(problem, passes)
@@ -64,6 +102,8 @@ def records(
             "executed_instructions_per_step": round(sum(found["instructions_by_block"].values())) if found else None,
             "executed_instructions_by_block": found.get("instructions_by_block"),
         }
+        if simulation is not None:
+            record |= simulation.record(compiled.launches[which])
         yield record | ({"measured_us_per_step": times[which]} if measure else {})
 
 
@@ -170,10 +210,33 @@ def print_table(rows: list[Record]) -> None:
             bad = key in MUST_BE_ZERO and any(row[key] for row in rows)
             table.add_row(key, *(_text(row[key]) for row in rows), style="bold red" if bad else None)
     console.print(table)
-    print("modelled: from the compiled code, not measured (fastrnn/inspect/timing.py)\n")
+    print("modelled: the largest of six bounds, from the compiled code, not measured (fastrnn/inspect/timing.py)")
+    if "simulated_cycles_per_step" in first:
+        print(ERROR)
+    print()
+
+
+def show_steps(
+    rows: list[Record], simulation: Simulation, say: Callable[[str], None] | None, file: str, *, is_alone: bool
+) -> None:
+    """Simulated steps of records, as text to say and as a picture each: in the file, or if there are more beside it.
+
+    Raises RuntimeError for a picture without matplotlib.
+    """
+    for row, simulated in zip(rows, simulation.shown, strict=False):
+        names = [str(row[key]) for key in ("cell", "hidden", "dtype", "arch", "pass")]
+        if say is not None:
+            for line in (f"{', '.join(names)}:", *timeline.text(simulated), ERROR, ""):
+                say(line)
+        if file:
+            path = Path(file)
+            path = path if is_alone else path.with_stem(f"{path.stem}-{'-'.join(names)}")
+            timeline.picture(simulated, ", ".join(names), path)
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list):
+        return "\n".join(value) or "none"
     if isinstance(value, dict):
         return "\n".join(f"{name} {count:,}" for name, count in value.items()) or "none"
     if isinstance(value, int):

@@ -1,5 +1,6 @@
 """fastrnn.inspect and the command line, on small kernels compiled in processes of their own."""
 
+import importlib.util
 import json
 import os
 import re
@@ -65,8 +66,14 @@ def test_json_has_the_stable_keys(dumped):
         assert record["modelled_bounds"]["chain"] == chain(record["loop_stalls"], record["loop_waits"])
         assert record["modelled_barrier_cycles"] == 0
         assert all(kind.startswith("HMMA") for kind in record["tensor_core_instructions"])
+        assert record["simulated_cycles_per_step"] > record["modelled_bounds"]["issue"]
+        assert sum(record["simulated_waits"].values()) == pytest.approx(record["simulated_cycles_per_step"], rel=0.05)
+        assert record["simulated_uses"]["tensor cores"] > 0 and record["simulated_unknown"] == []
     for record in records[2:]:
-        assert record["modelled_cycles_per_step"] is record["loop_stalls"] is None
+        assert (
+            record["modelled_cycles_per_step"] is record["loop_stalls"] is record["simulated_cycles_per_step"] is None
+        )
+        assert record["simulated_missing"].startswith("simulation of gfx942 is missing")
         assert all(kind.startswith("v_mfma") for kind in record["tensor_core_instructions"])
 
 
@@ -231,7 +238,27 @@ def test_table_for_people():
     assert done.returncode == 0, done.stderr
     assert "rnn_tanh, H=16, B=16, bfloat16, sm_90: resident" in done.stdout
     assert re.search(r"weight_global_loads_in_loop\W+0\b", done.stdout)
-    assert "modelled: from the compiled code, not measured" in done.stdout
+    assert "modelled: the largest of six bounds, from the compiled code, not measured" in done.stdout
+    assert "simulated, not measured: a simulation of this kind gave two published times" in done.stdout
+    assert re.search(r"simulated_cycles_per_step\W+\d", done.stdout)
+
+
+def test_bounds_alone_are_not_simulated():
+    done = cli("inspect", "--cell", "rnn_tanh", "--hidden", "16", "--pass", "forward", "--bounds", "--json")
+    record = json.loads(done.stdout)
+    assert record["modelled_bounds"] and not any(key.startswith("simulated") for key in record)
+
+
+def test_a_step_is_shown_and_resources_made_free(tmp_path):
+    pytest.importorskip("rich")
+    file = tmp_path / "step.png"
+    flags = ["--timeline", *([str(file)] if importlib.util.find_spec("matplotlib") else []), "--what-if"]
+    done = cli("inspect", "--cell", "rnn_tanh", "--hidden", "16", "--pass", "forward", *flags)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"simulated_what_if\W+.* [\d,]+", done.stdout) and "special functions" in done.stdout
+    assert "warps, " in done.stdout and "barriers and fences:" in done.stdout
+    assert done.stdout.count("simulated, not measured") == 2
+    assert not flags[1].endswith(".png") or file.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_table_without_rich_names_the_extra(monkeypatch):
@@ -262,6 +289,18 @@ def test_nothing_planned_is_said():
         ),
         ("inspect --cell gru --hidden 64 --num-heads 0", "ValueError: num_heads: expected a divisor of hidden_size"),
         ("plan --cell lstm --hidden 4096 --backend resident", "NotImplementedError: backend='resident': W_hh does not"),
+        (
+            "inspect --cell gru --hidden 8 --bounds --what-if",
+            "ValueError: bounds: expected no --timeline and no --what-if",
+        ),
+        (
+            "inspect --cell gru --hidden 8 --json --timeline",
+            "ValueError: timeline: expected a FILE for a picture beside",
+        ),
+        (
+            "inspect --cell gru --hidden 8 --arch sm_89 --what-if",
+            "NotImplementedError: simulation of sm_89 is missing: ",
+        ),
         ("", "required: command"),
     ],
 )
