@@ -1,11 +1,14 @@
-"""Sums in the Gluon kernels' shared memory meet no bank twice, in any form that the planner may take: else an error.
+"""Sums and operands in the Gluon kernels' shared memory meet no bank twice: else an error.
 
-    python -m bench.bank_conflicts        prints how many forms were compiled, and that the check notices another layout
+    python -m bench.bank_conflicts              sums, in any form that the planner may take
+    python -m bench.bank_conflicts operands     operands, which ldmatrix loads, in the kernels that are planned
 
-By Triton's own count (gl.bank_conflicts, 3.9), from the layouts that the kernels use. Operands of products come by
-ldmatrix, which it does not count.
+Sums are counted by Triton (gl.bank_conflicts, 3.9), from the layouts that the kernels use, operands by the addresses of
+the machine code (fastrnn/inspect/simulator). Each prints how many it saw; sums, that another layout is noticed, and
+operands, which other accesses meet banks twice.
 """
 
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +18,8 @@ from triton.experimental.gluon import language as gl
 
 from fastrnn import plan
 from fastrnn.device import DeviceSpec
-from fastrnn.inspect.compile import launches
+from fastrnn.inspect.compile import Problem, compile_problem, launches
+from fastrnn.inspect.simulator.simulate import Kernel, conflicts, prepared
 from fastrnn.kernels.gluon import cooperative, layouts, operands
 from tests.support.cases import CELLS
 
@@ -75,7 +79,29 @@ def forms() -> Iterator[Form]:
                         yield "summands", (kernel.units * kernel.ctas, shares, count, dim, False), options
 
 
-def main() -> None:
+# Each tier, and in each the sizes at which an operand's rows have other lengths.
+OPERANDS = {"lstm": (64, 128, 256, 512, 1024), "gru": (32, 64, 128, 256), "rnn_tanh": (64, 128, 256)}
+
+
+def operands_of_products() -> None:
+    """Every ldmatrix in the time loop of planned kernels."""
+    seen, others = 0, []
+    for cell, sizes in OPERANDS.items():
+        for H in sizes:
+            for which, launch in compile_problem(Problem(cell, H)).launches.items():
+                kernel = Kernel.of(launch)
+                ran = prepared(kernel, 2).traces.ran
+                seen += len({one.op.index for warp in ran for one in warp if one.op.name == "LDSM"})
+                for conflict in conflicts(kernel):
+                    said = f"{cell}, H={H}, {which}: {conflict.text}: {conflict.wavefronts} passes for {conflict.least}"
+                    if conflict.is_ldmatrix:
+                        raise SystemExit(said)
+                    others.append(said)
+    print(f"{seen} ldmatrix without conflicts")
+    print(*others, sep="\n")
+
+
+def sums() -> None:
     done: list[Form] = []
     for form in forms():
         if form not in done:
@@ -92,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    operands_of_products() if sys.argv[1:] == ["operands"] else sums()

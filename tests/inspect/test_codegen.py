@@ -14,7 +14,7 @@ from bench import inspect_table
 from bench.inspect_table import ARCHS, GROUPS
 from fastrnn.device import DeviceSpec
 
-from ..support import children
+from ..support import children, versions
 
 
 @pytest.mark.skipif(
@@ -56,6 +56,15 @@ def test_sums_in_shared_memory_meet_no_bank_twice():
     done = children.run(["-m", "bench.bank_conflicts"], errors=False)
     assert done.returncode == 0, done.stderr
     assert re.search("[1-9] forms without conflicts\nnoticed: True", done.stdout)
+
+
+@versions.NEEDS_CLUSTERS
+def test_operands_in_shared_memory_meet_no_bank_twice():
+    """What notices one that does: test_simulator.py's conflicts of ldmatrix."""
+    done = children.run(["-m", "bench.bank_conflicts", "operands"], errors=False)
+    assert done.returncode == 0, done.stderr
+    seen = re.match(r"(\d+) ldmatrix without conflicts\n", done.stdout)
+    assert int(seen[1]) > 100
 
 
 @pytest.mark.parametrize(
