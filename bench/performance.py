@@ -1,11 +1,12 @@
-"""The tables of modelled times in docs/performance.md: what the planner takes, and what the model says of its kernels.
+"""The tables of simulated times in docs/performance.md: what the planner takes, and what the simulator says of it.
 
     python -m bench.performance                     print the table (some minutes: every kernel is compiled)
     python -m bench.performance --sequences         another: what lengths and resets add to a step
     python -m bench.performance --heads             another: 768 units in heads, beside what FlashRNN published
     ... --write                                     put it into docs/performance.md
 
-No GPU is needed, and nothing is measured: fastrnn/inspect/timing.py says what the model rests on.
+No GPU is needed, and nothing of it is measured, but for what stands beside it in the first table, from bench/measured/:
+fastrnn/inspect/simulator says what the simulation rests on. What a step reads is taken to be in L2.
 """
 
 import argparse
@@ -15,18 +16,40 @@ from typing import Any
 import torch
 
 from fastrnn.cells import CELLS
-from fastrnn.inspect.compile import PASSES, Problem, compile_problem, launches
-from fastrnn.inspect.timing import modelled
+from fastrnn.inspect.compile import PASSES, Launch, Problem, compile_problem, launches
+from fastrnn.inspect.simulator.simulate import Simulated, of_launch
+from fastrnn.inspect.timing import RATES
 from fastrnn.ops import launch
 from fastrnn.ops.schema import Args, BackwardArgs
 from fastrnn.sequences import Sequences
 
 from . import write
+from .measured import today
 from .published import FLASHRNN_MS
+from .simulated import MHZ
 
 # LSTM: to reach, of the design, for H.
 TARGETS = {64: 800, 128: 1000, 256: 1100, 512: 1300, 1024: 1150, 2048: 2200}
-HEAD = "| cell, H | kernel | target | forward | inference | backward | largest of forward, of backward |"
+HEAD = (
+    "| cell, H | kernel | target | forward | inference | backward | measured: forward, backward | "
+    "most waited for: forward, backward |"
+)
+WORK = ("issue", "stall count")  # no wait for anything but the warp itself
+
+
+def simulated(launch: Launch) -> Simulated:
+    return of_launch(launch, is_cached=True)
+
+
+def waited_for(of: Simulated) -> str:
+    """The longest wait of a warp."""
+    return next(f"{cause} {cycles:,.0f}" for cause, cycles in of.waits.items() if cause not in WORK)
+
+
+def measured(problem: Problem) -> str:
+    """Cycles of a step on an H100, forward and backward, where this form was measured."""
+    times = [today(problem.cell, problem.hidden_size, which) for which in PASSES]
+    return ", ".join("" if us is None else f"{us * MHZ:,.0f}" for us in times) if any(times) else ""
 
 
 def rows(cells: list[str], sizes: list[int], arch: str) -> Iterator[str]:
@@ -42,21 +65,22 @@ def row(problem: Problem) -> str:
     try:
         compiled = compile_problem(problem)
     except (NotImplementedError, ValueError) as reason:
-        return f"| {name} | none: {reason} | | | | | |"
+        return f"| {name} | none: {reason} | | | | | | |"
     inputs = {name: compiled.tensors[name] for name in ("x_gates", "W_hh", "b_hh", "state_0")}
     with launches(problem.spec) as found:
         launch.forward(Args(**inputs, cell=problem.cell, save=False, backend=compiled.plan.backend))
     kernel = compiled.plan.kernel
     assert kernel is not None
-    passes = [modelled(each) for each in (compiled.launches["forward"], found[0], compiled.launches["backward"])]
-    forward, inference, backward = (each for each in passes if each is not None)
+    all_three = (compiled.launches["forward"], found[0], compiled.launches["backward"])
+    forward, inference, backward = map(simulated, all_three)
     split = (
         f"{kernel.ctas} CTAs, " if kernel.ctas > 1 else f"{kernel.grid[0]} programs, " if len(kernel.grid) > 2 else ""
     )
     target = TARGETS.get(problem.hidden_size, "") if problem.cell == "lstm" else ""
-    cycles = " | ".join(f"{each.cycles:,}" for each in (forward, inference, backward))
+    cycles = " | ".join(f"{each.cycles:,.0f}" for each in (forward, inference, backward))
     what = f"{compiled.plan.backend}, {kernel.dialect}, {split}{kernel.warps} warps"
-    return f"| {name} | {what} | {target} | {cycles} | {forward.limit}, {backward.limit} |"
+    waits = f"{waited_for(forward)}, {waited_for(backward)}"
+    return f"| {name} | {what} | {target} | {cycles} | {measured(problem)} | {waits} |"
 
 
 SEQUENCES_HEAD = "| cell, H | kernel | plain | resets | lengths | lengths, resets | lengths, resets to a state |"
@@ -87,18 +111,18 @@ def sequences_row(problem: Problem, backend: str) -> str:
             kept = {"y": made.y, "saved": made.saved, "steps": made.steps, "d_steps": None}
             wanted = {"needs_dW": False, "needs_db": False}
             launch.backward(BackwardArgs(**upstream, **kept, cell=problem.cell, **wanted, backend=backend, **form))
-        cells.append(" / ".join(f"{modelled(each).cycles:,}" for each in found))  # type: ignore[union-attr]
+        cells.append(" / ".join(f"{simulated(each).cycles:,.0f}" for each in found))
     return f"| {problem.cell.removesuffix('_tanh')}, {problem.hidden_size} | {backend} | {' | '.join(cells)} |"
 
 
 HEADS_HEAD = (
-    "| cell, heads x units | kernel | modelled: forward, backward | of T = 1024: forward, both | "
+    "| cell, heads x units | kernel | simulated: forward, backward | of T = 1024: forward, both | "
     "published: FlashRNN Triton, fused | FlashRNN CUDA, fused |"
 )
 
 
 def heads_rows(cells: list[str], sizes: list[int], arch: str) -> Iterator[str]:
-    """Modelled us a step, and ms of 1024 steps, beside published ms: forward, and forward and backward."""
+    """Simulated us a step, and ms of 1024 steps, beside published ms: forward, and forward and backward."""
     yield HEADS_HEAD
     yield "|---" * (HEADS_HEAD.count("|") - 1) + "|"
     for cell in cells:
@@ -106,7 +130,8 @@ def heads_rows(cells: list[str], sizes: list[int], arch: str) -> Iterator[str]:
             compiled = compile_problem(Problem(cell, 768, num_heads=768 // K, dtype=torch.bfloat16, arch=arch))
             kernel = compiled.plan.kernel
             assert kernel is not None
-            forward, backward = (modelled(compiled.launches[which]).us for which in PASSES)  # type: ignore[union-attr]
+            cycles = [simulated(compiled.launches[which]).cycles for which in PASSES]
+            forward, backward = (each / RATES[arch].ghz / 1000 for each in cycles)
             both = forward + backward
             published = [FLASHRNN_MS[f"FlashRNN {form}, fused"].get(K, ()) for form in ("Triton", "CUDA")]
             texts = [", ".join("does not fit" if ms is None else f"{ms:.2f}" for ms in of) or "-" for of in published]

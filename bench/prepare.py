@@ -65,7 +65,9 @@ def planned(job: Job, problem: Problem) -> Iterator[Plan]:
 
 
 def modelled(job: Job, arch: str) -> Record:
-    """Compile both passes of a job, and what the model says of a step's time; or why not."""
+    """Compile both passes of a job, and a step's microseconds by the six bounds and by simulation; or why not."""
+    from fastrnn.inspect.simulator.simulate import of_launch
+    from fastrnn.inspect.timing import RATES
     from fastrnn.inspect.timing import modelled as model
 
     try:
@@ -75,7 +77,12 @@ def modelled(job: Job, arch: str) -> Record:
         times = {which: model(launch) for which, launch in found.items()}
     except Exception as reason:  # measuring says more
         return {"not compiled": f"{type(reason).__name__}: {str(reason)[:200]}"}
-    return {f"modelled_{which}": round(time.us, 4) for which, time in times.items() if time is not None}
+    record = {f"modelled_{which}": round(time.us, 4) for which, time in times.items() if time is not None}
+    try:
+        cycles = {which: of_launch(launch, is_cached=True).cycles for which, launch in found.items()}
+    except NotImplementedError as reason:
+        return record | {"not simulated": str(reason)}
+    return record | {f"simulated_{which}": round(each / RATES[arch].ghz / 1000, 4) for which, each in cycles.items()}
 
 
 @contextlib.contextmanager

@@ -93,7 +93,9 @@ def blocks(folder: Path) -> list[Block]:
     found += [_memory(by_group, measured), _published(measured)] if results else []
     if ratios := notes["auto_over_torch"]:
         found.append(_overhead(ratios))
-    found += [_stage(file) for file in sorted(folder.glob("stage-*.json"))]
+    stages = sorted(folder.glob("stage-*.json"))
+    found += [_stage(file) for file in stages]
+    found += [_simulated(file) for file in stages if file.stem == "stage-steps"]
     found += [Block(name, figure=file) for name, file in plots.draw(results, folder)]
     if results and find_spec("matplotlib") is None:
         found.append(Block("Plots", "Left out: matplotlib is not installed."))
@@ -248,6 +250,26 @@ def _stage(file: Path) -> Block:
     head = tuple(dict.fromkeys(key for record in stage["records"] for key in record))
     rows = [tuple(_text(record.get(key)) for key in head) for record in stage["records"]]
     return Block(f"Stage {stage['stage']}", stage["text"], head, rows)
+
+
+def _simulated(file: Path) -> Block:
+    """Simulated over measured time of a step by tier and pass, and the factor that would mend it."""
+    ratios: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for record in json.loads(file.read_text())["records"]:
+        for which in ("forward", "backward"):
+            measured, simulated = record.get(which), record.get(f"simulated_{which}")
+            if measured and simulated:
+                ratios[record["backend"], which].append(simulated / measured)
+    rows = [
+        (*key, str(len(of)), f"{statistics.geometric_mean(of):.2f}", f"{min(of):.2f} to {max(of):.2f}",
+         f"{1 / statistics.geometric_mean(of):.2f}")
+        for key, of in sorted(ratios.items())
+    ]  # fmt: skip
+    head = ("tier", "pass", "kernels", "simulated over measured", "from, to", "factor")
+    text = (
+        "By fastrnn/inspect/simulator at the data sheet's clock. The factor is fitted to this table, and to no other."
+    )
+    return Block("Steps, simulated beside measured", text, head, rows)
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Microseconds a step of kernels, beside what the model says: one process, everything compiled before.
+"""Microseconds a step of kernels, beside six bounds and a simulation of it: one process, everything compiled before.
 
     python -m bench.steps planned --out FILE      what the planner takes, LSTM, GRU and RNN at 64 to 1024
     python -m bench.steps tiers --out FILE        tiers and sizes of clusters beside one another

@@ -210,7 +210,7 @@ STAGES: dict[str, tuple[str, Callable[[Setup], list[Item]]]] = {
     "machine": ("What `python -m fastrnn doctor` says.", machine),
     "correctness": ("Both passes of each tier against the reference, on this device.", correctness),
     "tests": ("The tests, run natively.", tests),
-    "steps": ("Microseconds a step: measured between two lengths of sequence, and modelled.", steps),
+    "steps": ("Microseconds a step: measured between two lengths of sequence, and simulated, which is too few.", steps),
     "layers": ("Milliseconds of whole layers, ours and torch.nn's, T = 1024.", layers),
     "host": ("Microseconds until a call returns; training steps as CUDA graphs.", host),
     "forms": ("Microseconds a step of forms of a kernel; the planner's fastest are written down.", forms),

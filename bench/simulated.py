@@ -1,0 +1,108 @@
+"""How far the simulator is off: kernels that an H100 has run, simulated, beside what was measured (bench/measured/).
+
+    python -m bench.simulated                 a table by tier and pass (10 minutes: every form is compiled)
+    python -m bench.simulated --each          a line a form as well
+    python -m bench.simulated --write         put the table into docs/performance.md
+
+Kernels are those of today: where they have changed since that day, the difference is in the error too. What a step
+reads is taken to be in L2, as it was where most of these were measured.
+"""
+
+import argparse
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from fastrnn.compat import spills
+from fastrnn.inspect.compile import compile_problem, launches
+from fastrnn.inspect.resources import spill_bytes
+from fastrnn.inspect.simulator.simulate import of_launch
+
+from . import write
+from .forms import Form, call_of, only
+from .measured import records
+
+ARCH, MHZ = "sm_90", 1980  # of bench/measured/H100-2026-11-25/machine.txt, while it ran
+
+
+class Compared(NamedTuple):
+    name: str
+    tier: str
+    which: str
+    measured: float  # cycles of a step
+    simulated: float
+
+    @property
+    def error(self) -> float:
+        return self.simulated / self.measured - 1
+
+
+def compared(every: int = 1) -> Iterator[Compared]:
+    """Each measured form whose constants are those of today, or one in so many; then cooperative ones."""
+    for record in [record for record in records("forms") if "us" in record][::every]:
+        found = of_form(record)
+        if found is not None:
+            yield found
+    for record in records("steps-before"):
+        if record["backend"] == "cooperative" and every == 1:  # they are those of today: nothing of theirs was changed
+            yield from of_grid(record)
+
+
+def of_form(record: dict[str, Any]) -> Compared | None:
+    names = ("cell", "H", "ctas", "warps", "shares", "pass")
+    form = Form(*(record[name] for name in names))
+    problem = replace(form.problem(ARCH), seq_len=4)
+    with only(form, ARCH), launches(problem.spec) as found:
+        call_of(form, problem, problem.tensors())()
+        chosen = next(iter(spills._chosen.values()))
+    if spill_bytes(found[-1].asm) or str(chosen) != record["form"]:
+        return None  # another kernel than was measured
+    tier = f"clusters of {form.ctas}" if form.ctas > 1 else "resident"
+    name = f"{form.cell}, {form.hidden}, {tier}, {form.warps} warps, {form.shares} shares, {form.which}"
+    return Compared(name, tier, form.which, record["us"] * MHZ, of_launch(found[-1], is_cached=True).cycles)
+
+
+def of_grid(record: dict[str, Any]) -> Iterator[Compared]:
+    problem = Form(record["cell"], record["H"], 1, record["warps"], 1, "forward").problem(ARCH)
+    compiled = compile_problem(replace(problem, backend="cooperative"))
+    for which, launch in compiled.launches.items():
+        name = f"{record['cell']}, {record['H']}, cooperative, {which}"
+        simulated = of_launch(launch, is_cached=True).cycles
+        yield Compared(name, "cooperative", which, record[which] * MHZ, simulated)
+
+
+def table(found: list[Compared]) -> Iterator[str]:
+    """Simulated over measured cycles, by tier and pass."""
+    yield "| tier, pass | kernels | simulated over measured: mean | from, to |"
+    yield "|---|---|---|---|"
+    tiers = dict.fromkeys((one.tier, one.which) for one in found)
+    for tier, which in sorted(tiers, key=lambda key: (key[0] == "cooperative", len(key[0]), *key)):
+        errors = [one.error for one in found if (one.tier, one.which) == (tier, which)]
+        span = f"{min(errors):+.0%}, {max(errors):+.0%}"
+        yield f"| {tier}, {which} | {len(errors)} | {statistics.mean(errors):+.0%} | {span} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--each", action="store_true", help="a line a form as well")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="one form in N, and no grids")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    args = parser.parse_args()
+    found = []
+    for one in compared(args.every):
+        found.append(one)
+        if args.each:
+            print(
+                f"{one.name}: measured {one.measured:,.0f}, simulated {one.simulated:,.0f}, {one.error:+.0%}",
+                flush=True,
+            )
+    lines = list(table(found))
+    print("\n".join(lines))
+    if args.write:
+        write("python -m bench.simulated --write", lines)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
