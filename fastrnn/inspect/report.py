@@ -16,7 +16,7 @@ from ..planning.kernel_plan import GridTooLargeError
 from . import sass
 from .compile import Compiled, Launch, Problem, compile_problem
 from .resources import resources
-from .simulator import ERROR, timeline
+from .simulator import note, timeline
 from .simulator.simulate import Kernel, Simulated, of_launch
 from .simulator.what_if import what_if
 from .timing import RATES, modelled
@@ -211,8 +211,8 @@ def print_table(rows: list[Record]) -> None:
             table.add_row(key, *(_text(row[key]) for row in rows), style="bold red" if bad else None)
     console.print(table)
     print("modelled: the largest of six bounds, from the compiled code, not measured (fastrnn/inspect/timing.py)")
-    if "simulated_cycles_per_step" in first:
-        print(ERROR)
+    if first.get("simulated_cycles_per_step"):
+        print(note(first["arch"]))
     print()
 
 
@@ -226,7 +226,7 @@ def show_steps(
     for row, simulated in zip(rows, simulation.shown, strict=False):
         names = [str(row[key]) for key in ("cell", "hidden", "dtype", "arch", "pass")]
         if say is not None:
-            for line in (f"{', '.join(names)}:", *timeline.text(simulated), ERROR, ""):
+            for line in (f"{', '.join(names)}:", *timeline.text(simulated), note(row["arch"]), ""):
                 say(line)
         if file:
             path = Path(file)

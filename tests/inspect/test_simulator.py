@@ -8,13 +8,13 @@ from dataclasses import fields
 import pytest
 
 from fastrnn.inspect import sass
+from fastrnn.inspect.simulator import ERROR, note, timeline
 from fastrnn.inspect.simulator import figures as table
-from fastrnn.inspect.simulator import timeline
 from fastrnn.inspect.simulator.decode import Operand, decode, decoded, operand, split
 from fastrnn.inspect.simulator.simulate import conflicts, prepared, simulate
 from fastrnn.inspect.simulator.what_if import FREED, what_if
 
-from ..support.microbenchmarks import MICROBENCHMARKS
+from ..support.microbenchmarks import MICROBENCHMARKS, STEPS
 
 # Name of a microbenchmark, published cycles of one instruction of a warp (of 16 warps on 4 schedulers: 4 a scheduler),
 # how far off the simulated ones may be, and the source as in figures.py.
@@ -202,6 +202,33 @@ def test_conflicts_of_banks_are_counted():
     assert conflicts(MICROBENCHMARKS["ldmatrix x4, 16 warps"].kernel) == []
 
 
+def test_lanes_that_part_run_one_after_the_other_and_meet_again():
+    (ran,) = prepared(MICROBENCHMARKS["lanes that part"].kernel, STEPS).traces.ran
+    loads = [one.lanes for one in ran if one.op.name == "LDS"]
+    assert sorted(loads) == STEPS * 9 * [8] + STEPS * 9 * [24]
+    assert {one.lanes for one in ran if one.op.name == "SHFL"} == {32}
+    assert {one.lanes for one in ran if one.op.name == "BSYNC"} == {8, 24}
+
+
+def test_a_loop_whose_length_is_in_memory_goes_on():
+    found = MICROBENCHMARKS["a length from memory"].simulated()
+    assert len(found.ends) == STEPS + 1 and [text.split()[1] for text in found.unknown] == ["BRA"]
+    assert MICROBENCHMARKS["a length from memory"].cycles() == pytest.approx(4.11, rel=0.03)
+
+
+def test_a_counter_is_polled_until_it_is_high_enough():
+    """A release, the addition's way to L2, and loads that come too early: each is in the step."""
+    benchmark = MICROBENCHMARKS["a counter, polled"]
+    found = prepared(benchmark.kernel, STEPS)
+    assert found.poll is not None and found.poll.ahead == 1
+    whole = benchmark.cycles()
+    assert whole > 680 + 200 + 280
+    assert whole - benchmark.cycles(fence_device=0) == pytest.approx(680, abs=40)
+    assert benchmark.cycles(reduction_travel=1000) > whole + 500  # by whole polls
+    polls = [index for _, index in benchmark.simulated().machine.warps[0].issues if index == found.poll.load]
+    assert len(polls) > STEPS
+
+
 # Figures.
 
 
@@ -219,6 +246,13 @@ def test_figures_of_other_architectures_are_named():
     own = {arch: {one.name for one in fields(table.Figures)} - set(table.borrowed(arch)) for arch in table.ARCHS}
     assert own["sm_80"] == {"fma_pipes", "tensor", "barrier", "fence_device"} and own["sm_120"] == {"tensor"}
     assert own["sm_100"] == set() and len(own["sm_90"]) == len(fields(table.Figures))
+
+
+def test_a_simulation_says_whose_figures_it_has():
+    assert note("sm_90") == ERROR
+    assert note("sm_80").endswith(
+        f"; {len(fields(table.Figures)) - 4} of its {len(fields(table.Figures))} figures are sm_90's"
+    )
 
 
 def test_an_architecture_without_figures_is_refused():

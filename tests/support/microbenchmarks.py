@@ -131,7 +131,34 @@ STORE_LOAD = "st.shared.b32 [%r2], %r10;\n\tld.volatile.shared.b32 %r10, [%r2];"
 RELAXED = "barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;"
 ORDERED = "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;"
 
+POLL = """red.release.gpu.global.add.u32 [%rd0], 1;
+POLL:
+	ld.acquire.gpu.global.u32 %r10, [%rd0];
+	setp.lt.u32 %p1, %r10, %r0;
+	@%p1 bra POLL;"""
+# Nine loads, since the assembler makes predicates of fewer.
+ASIDE, BESIDE = (
+    "\n\t".join(
+        f"ld.volatile.shared.b32 %r2{n}, [%r2+{4 * n + at}];\n\txor.b32 %r1{k}, %r1{k}, %r2{n};" for n in range(9)
+    )
+    for k, at in ((0, 0), (1, 4096))
+)
+PARTED = f"""setp.lt.u32 %p1, %r3, 8;
+	@%p1 bra ASIDE;
+	{BESIDE}
+	bra TOGETHER;
+ASIDE:
+	{ASIDE}
+TOGETHER:
+	bar.warp.sync 0xffffffff;
+	{SHUFFLE}"""
+
 MICROBENCHMARKS = {
+    "a counter, polled": Microbenchmark(POLL, "RED", repeats=1),
+    "lanes that part": Microbenchmark(PARTED, "SHFL", repeats=1),
+    "a length from memory": Microbenchmark(
+        "fma.rn.f32 %f0, %f0, %f1, %f2;", "FFMA", prepare="ld.global.u32 %r0, [%rd0+64];"
+    ),
     "fma, dependent": Microbenchmark("fma.rn.f32 %f0, %f0, %f1, %f2;", "FFMA"),
     "fma": Microbenchmark(FMA, "FFMA"),
     "fma, 8 warps": Microbenchmark(FMA, "FFMA", warps=8),

@@ -24,7 +24,19 @@ Beside two published times of another library's kernel a simulation of this kind
 too short (ERROR). docs/performance.md has what it is beside our own kernels' measured times: too short again.
 """
 
+from .figures import BASE, borrowed, table
+
 ERROR = (
     "simulated, not measured: a simulation of this kind gave two published times of FlashRNN's kernel 19 and 8% too "
     "short; beside our kernels on an H100: docs/performance.md"
 )
+
+
+def note(arch: str) -> str:
+    """What is to be said wherever simulated times of an architecture are."""
+    others = len(borrowed(arch))
+    return (
+        ERROR
+        if arch == BASE
+        else f"{ERROR}; {others} of its {len({name for name, *_ in table()})} figures are {BASE}'s"
+    )
