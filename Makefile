@@ -45,10 +45,10 @@ test: $(HERE) $(MODELS)
 	$(READY)
 	$(RUN) -m pytest $(PARALLEL) $(TESTS)
 
-# A case of each kind of check, in about a minute.
+# A case of each kind of check, in about a minute; TESTS as above.
 quick: $(HERE)
 	$(READY)
-	$(RUN) -m pytest $(PARALLEL) --quick tests
+	$(RUN) -m pytest $(PARALLEL) --quick $(or $(TESTS),tests)
 
 # More sizes, seeds, dtypes and architectures of the checks that `make test` makes, and those.
 test-all: $(HERE) $(MODELS)
