@@ -1,4 +1,4 @@
-"""The cells: one record each of what the reference, the planner, the op and the kernels know of a cell.
+"""The cells: one record for each, which the reference, the planner, the op and the kernels read.
 
     RNN     h' = act(x + rec)
     GRU     r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
@@ -7,11 +7,11 @@
             i = min(1, exp(a - m')),  f = min(1, exp(b - m')),  z = tanh(x_z + rec_z),  o = sigmoid(x_o + rec_o),
             c' = f c + i z,  n' = f n + i,  h' = o c' / n'
 
-with x = W_ih x_t + b_ih and rec = W_hh h + b_hh, gates in torch's row order, the sLSTM's i, f, z, o. `register` adds a
-cell of your own: docs/writing-a-cell.md shows how one is written and tested; examples/mgu.py is one, in one file.
+Here x = W_ih x_t + b_ih and rec = W_hh h + b_hh. Gates are in torch's row order; the sLSTM's are i, f, z, o. `register`
+adds your own cell: docs/writing-a-cell.md shows how to write and test one, and examples/mgu.py is one in one file.
 
-Source: the equations in the documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM; Beck et al. 2024
-(arXiv:2405.04517) for the sLSTM.
+Source: the documentation of torch.nn.RNN, torch.nn.GRU and torch.nn.LSTM has their equations; Beck et al. 2024
+(arXiv:2405.04517) has the sLSTM's.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 State = tuple[Tensor, ...]
-CellStep = Callable[[Tensor, Tensor, State], State]  # x and rec (B, G, H) and the state before, to the state after
+CellStep = Callable[[Tensor, Tensor, State], State]  # (x, rec, state before) -> state after; x and rec are (B, G, H)
 
 
 def lstm_step(x: Tensor, rec: Tensor, state: State) -> State:
@@ -50,7 +50,7 @@ def rnn_relu_step(x: Tensor, rec: Tensor, state: State) -> State:
 
 
 def slstm_step(x: Tensor, rec: Tensor, state: State) -> State:
-    """m only rescales c and n, so that exp cannot overflow: no gradient goes through it, nor is one lost at min()."""
+    """One step of the sLSTM. m only rescales c and n against overflow, so no gradient goes through it or its maximum."""
     _, c, n, m = state
     i, f, z, o = (x + rec).unbind(-2)
     carried = m.detach() + torch.nn.functional.logsigmoid(f)
@@ -61,50 +61,63 @@ def slstm_step(x: Tensor, rec: Tensor, state: State) -> State:
 
 
 def slstm_capped_step(x: Tensor, rec: Tensor, state: State) -> State:
-    """With f at most 15, as TiRex has it: what it forgets never rounds to nothing."""
+    """TiRex's sLSTM step: f is at most 15, so that 1 - sigmoid(f) never rounds to zero."""
     i, f, z, o = (x + rec).unbind(-2)
     gates = torch.stack((i, f.clamp(max=15.0), z, o), -2)
     return slstm_step(gates, torch.zeros_like(gates), state)
 
 
 def _exp_below_1(x: Tensor) -> Tensor:
-    """min(1, exp(x)), with the gradient of exp(x) also where it is 1."""
+    """min(1, exp(x)), with the gradient of exp(x) even where the result is 1."""
     return (x - x.detach().relu()).exp()
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is known of a cell, everywhere."""
+    """Everything that fastrnn knows about one cell.
+
+    Attributes:
+        name (str): The name that ops and plans use.
+        gates (int): G. W_ih and W_hh have G blocks of H rows.
+        step (CellStep): One time step in torch. This is the specification.
+        saved (int): How many tiles per time step the forward kernel saves for the backward kernel.
+        states (tuple[str, ...]): The names of the states, h first.
+        kept (tuple[str, ...]): The states that the backward kernel reads: h, or the first states after h.
+        splits_last_gate (bool): Whether the gradient of rec differs from that of x in the last gate.
+        of_torch (bool): Whether torch has kernels for this cell.
+        wide (bool): Whether states are float32 beside 16-bit tensors. In memory too, and at every step, except y.
+        kernels (tuple | None): The forward and backward steps as Triton functions. None: kernels/cells.py has them.
+    """
 
     name: str
-    gates: int  # G, blocks of H rows in W_ih and W_hh
-    step: CellStep  # the specification
-    saved: int  # tiles a step that the forward kernel saves for the backward one
-    states: tuple[str, ...] = ("h",)  # h first
-    kept: tuple[str, ...] = ("h",)  # those that the backward kernel reads: h, or the first ones beside it
-    splits_last_gate: bool = False  # the gradient of rec differs from that of x in the last gate
-    of_torch: bool = False  # torch has kernels of it
-    wide: bool = False  # states are float32 beside tensors of 16 bits: in memory too, of all steps but y
-    kernels: tuple[Any, Any] | None = None  # its steps forward and backward; None for those of kernels/cells.py
+    gates: int
+    step: CellStep
+    saved: int
+    states: tuple[str, ...] = ("h",)
+    kept: tuple[str, ...] = ("h",)
+    splits_last_gate: bool = False
+    of_torch: bool = False
+    wide: bool = False
+    kernels: tuple[Any, Any] | None = None
 
     @property
     def has_c(self) -> bool:
         return self.states[1:] == ("c",)
 
     def state_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Of states beside tensors of a dtype, where nothing else is given."""
+        """The default dtype of states beside tensors of this dtype."""
         return torch.promote_types(dtype, torch.float32) if self.wide else dtype
 
     @property
     def kept_places(self) -> tuple[int, ...]:
-        """The places of the kept states among all."""
+        """The index of each kept state among all states."""
         return tuple(self.states.index(name) for name in self.kept)
 
     def kernel(self, which: str) -> Any:
-        """The step of a pass, "forward" or "backward", as a @triton.jit function."""
+        """The Triton function with one step of a pass, "forward" or "backward"."""
         if self.kernels is not None:
             return self.kernels[which == "backward"]
-        from .kernels import cells  # which needs Triton
+        from .kernels import cells  # imported late, because it needs Triton
 
         return getattr(cells, f"{self.name}_{which}")
 
@@ -116,11 +129,12 @@ CELLS = {
         Cell("gru", 3, gru_step, saved=4, splits_last_gate=True, of_torch=True),
         Cell("rnn_tanh", 1, rnn_tanh_step, saved=0, of_torch=True),
         Cell("rnn_relu", 1, rnn_relu_step, saved=0, of_torch=True),
-        # In bfloat16 m would be off by a half at 200, 1.6 times what is remembered; n, a sum, would stop at 256.
+        # Its states are wide: in bfloat16 an m of 200 would be off by 0.5, a factor of 1.6 in c, and the sum n would
+        # stop growing at 256.
         Cell("slstm", 4, slstm_step, saved=5, states=("h", "c", "n", "m"), kept=("c", "n"), wide=True),
     )
 }
-# TiRex's, which nobody else wants: nn/foreign.py puts it among the cells when it meets one.
+# Only TiRex's models use this cell: nn/foreign.py adds it to CELLS when it meets such a model.
 SLSTM_CAPPED = replace(CELLS["slstm"], name="slstm_capped", step=slstm_capped_step)
 
 
@@ -135,26 +149,36 @@ def register(
     has_c: bool = False,
     splits_last_gate: bool = False,
 ) -> None:
-    """Make a cell usable by its name in fastrnn.ops.recurrence, fastrnn.reference.recurrence and fastrnn.plan.
+    """Register a cell: its name then works in fastrnn.ops.recurrence, fastrnn.reference.recurrence and fastrnn.plan.
 
         rec = W_hh h + b_hh;   state' = step(x, rec, state)
 
-    name: a new one. gates: G, blocks of H rows in W_hh. step: in torch, x and rec (B, G, H) and the state, (h,) or
-    (h, c) of (B, H), to the next state; it is the specification. forward and backward: the same step and its gradients
-    as @triton.jit functions on fp32 tiles, with the arguments and results that kernels/cells.py states; forward returns
-    `saved` tiles for backward. has_c: the state is (h, c), and backward gets c as its kept state instead of h.
-    splits_last_gate: the gradient of rec differs from that of x in the last gate (in others it must not).
+    Only this process knows the cell. A layer of it is a module that you write around the op.
 
-    The cell is known to this process from here on; a layer of it is a module of yours, around the op.
+    Args:
+        name (str): A new name.
+        gates (int): G, how many blocks of H rows W_hh has.
+        step (CellStep): One step in torch, which is the specification. It takes x and rec (B, G, H) and the state, (h,)
+            or (h, c) with each (B, H), and returns the next state.
+        forward (JITFunction): The same step on fp32 tiles, decorated with @triton.jit. It also returns `saved` tiles
+            for backward. kernels/cells.py states the arguments and results of both passes.
+        backward (JITFunction): The gradients of the step, in the same form.
+        saved (int): How many tiles forward saves.
+        has_c (bool): Whether the state is (h, c). backward then reads c as its kept state, else h.
+        splits_last_gate (bool): Whether the gradient of rec differs from that of x in the last gate. In the other gates
+            the two must be equal.
 
-    Raises ValueError, with expected and got, and registers nothing, where an argument is none of these.
+    Raises:
+        ValueError: An argument is wrong. The message says what was expected and what was given, and nothing is
+            registered.
 
-    >>> from fastrnn.cells import gru_step, register
-    >>> from fastrnn.kernels.cells import gru_backward, gru_forward
-    >>> register("gru", gates=3, step=gru_step, forward=gru_forward, backward=gru_backward, saved=4)
-    Traceback (most recent call last):
-        ...
-    ValueError: name: expected a new one, beside 'lstm', 'gru', 'rnn_tanh', 'rnn_relu'...; got 'gru'
+    Examples:
+        >>> from fastrnn.cells import gru_step, register
+        >>> from fastrnn.kernels.cells import gru_backward, gru_forward
+        >>> register("gru", gates=3, step=gru_step, forward=gru_forward, backward=gru_backward, saved=4)
+        Traceback (most recent call last):
+            ...
+        ValueError: name: expected a new one, beside 'lstm', 'gru', 'rnn_tanh', 'rnn_relu'...; got 'gru'
     """
     from triton.runtime.jit import KernelInterface
 

@@ -1,4 +1,4 @@
-"""RNN, GRU, LSTM and sLSTM with torch.nn's names, arguments, parameters, initialisation and errors, and a backend."""
+"""The layers that a user makes: RNN, GRU, LSTM and SLSTM. All but SLSTM replace a class of torch.nn."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,68 +13,81 @@ from .recurrent import Recurrent
 
 
 class LSTM(Recurrent):
-    """An LSTM whose forward and backward passes are one persistent kernel launch each per layer.
+    """Stacked LSTM layers. Each pass of a layer, forward or backward, is one launch of a persistent kernel.
 
         i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh),  g = tanh(...),  c' = f c + i g,  h' = o tanh(c')
 
-    Constructor, forward, parameters and errors are torch.nn.LSTM's, so that a state_dict loads both ways: input
-    (T, B, I), (B, T, I) with batch_first, or unbatched (T, I); hx a pair of (num_layers * D, B, H), or without B;
-    output (T, B, D*H) and (h_n, c_n). And one keyword more:
+    This layer replaces torch.nn.LSTM. It has the same parameters, initial values, shapes and errors, and a state_dict
+    loads in both directions. The arguments from backend on are keyword-only, and torch.nn.LSTM lacks them.
 
-    backend: "auto" takes a persistent kernel where one fits and torch's own elsewhere (on CPU tensors always; on a GPU
-    with a fastrnn.FallbackWarning that says why); "resident" is the kernel that keeps W_hh in one program,
-    "cluster" the one that splits it over a thread-block cluster, "cooperative" over the GPU, "torch" is torch's own
-    kernel, "reference" a differentiable loop in torch. A named backend runs or raises. Kernels compute in float32,
-    bfloat16 and float16; float32 products follow torch.backends.cudnn.rnn.fp32_precision.
+    Kernels compute in float32, bfloat16 and float16. Products of float32 tensors follow
+    torch.backends.cudnn.rnn.fp32_precision. Stacked layers of one direction may run as a wavefront over chunks of time,
+    each layer on its own CUDA stream. `fastrnn.explain` says whether they do.
 
-    checkpoint_every: None keeps all gates of all T time steps for backward. A positive int K keeps the state of every
-    K-th step, and backward computes the gates again, K steps at a time: memory for K steps' gates and T / K states,
-    for one more forward pass. Every backend takes it; with packed sequences it is missing. Recurrence
-    and its gradients have the bits of the plain run, if x_gates has: a product of fewer rows may be rounded
-    otherwise. Equal to rounding are gradients of parameters, sums over chunks in fp32, each chunk's rounded once in 16
-    bits, and that of a bidirectional layer's input. torch.compile decides by itself what is kept.
+    Args:
+        input_size (int): I, the number of features of the input.
+        hidden_size (int): H, the number of units of the state.
+        num_layers (int): How many layers are stacked. Each layer reads the output of the layer below.
+        bias (bool): Whether layers have the biases b_ih and b_hh.
+        batch_first (bool): Whether input and output are (B, T, ...) instead of (T, B, ...). States keep their shape.
+        dropout (float): In training, the probability that an element of a layer's output is dropped before the next
+            layer reads it.
+        bidirectional (bool): Whether each layer has a second direction, which runs from the last time step to the
+            first. D, the number of directions, is then 2, else 1.
+        proj_size (int): P. If P is above 0, weight_hr projects each h to P units. P then takes H's place in the shapes
+            of h, output and the columns of weight_hh.
+        device (torch.device | str | None): Where the parameters are.
+        dtype (torch.dtype | None): The dtype of the parameters.
+        backend (str): "auto" takes a persistent kernel where one fits, else torch's own kernel. On a GPU a
+            `fastrnn.FallbackWarning` then says why. CPU tensors always take torch's own kernel. "resident" keeps W_hh
+            in one program. "cluster" splits it over a thread-block cluster, and "cooperative" over the GPU. "torch" is
+            torch's own kernel. "reference" is a differentiable loop in torch. A named backend runs or raises.
+        checkpoint_every (int | None): None keeps the gates of all T time steps for backward. A positive K keeps the
+            state of every K-th step, and backward computes the gates again, K steps at a time. This needs memory for
+            the gates of K steps and for T / K states, and it costs one more forward pass. Every backend takes it. It is
+            missing for packed sequences.
+        num_heads (int): N makes W_hh block-diagonal: N heads of K = H / N units, and each head sees only its own h.
+            weight_hh_l0 is then (4*H, K), and its row g*H + n*K + k belongs to gate g and unit k of head n. W_ih stays
+            dense. Missing with proj_size.
+        clip_grad_state (float | None): v clips the gradient that comes back to h through W_hh to [-v, v] at each time
+            step, so that it cannot explode over a long sequence. 0 cuts it. Second derivatives are then missing.
+        clip_state (float | None): v clips c to [-v, v] (h, in a cell without c) before each time step reads it. The
+            final state is clipped too. The output is not.
+        tie_directions (bool): Whether both directions use the parameters of direction 0. They still run in one launch.
+        drop_connect (float): In training, each call drops elements of W_hh with probability p and scales the others by
+            1 / (1 - p). Each layer and direction has one mask for all time steps. Each call of step draws its own. The
+            same seed gives the same masks on every backend.
+        zoneout (float): In training each unit of h keeps its old value with probability p, drawn at every time step. In
+            evaluation h' = h_prev + (1 - p) (h_new - h_prev). c has no zoneout. The same seed gives the same draws on
+            every backend, but dense input draws others than ragged or packed input does. Missing with proj_size.
 
-    num_heads: N makes W_hh block-diagonal, N heads of K = H / N units, each of which sees its own h only: weight_hh_l0
-    is (4*H, K), gate by gate as ever, row g*H + n*K + k for unit k of head n; W_ih stays dense, and N = 1 is no change.
-    A launch runs them side by side, D * N recurrences of K units. torch has no such kernel, so that "auto" takes the
-    reference in its place; with proj_size it is missing. Parameters start as torch.nn's, uniform up to 1/sqrt(H).
+    Raises:
+        ValueError: An argument has a wrong value. Where torch.nn.LSTM raises, the error has its type and its text.
+        NotImplementedError: A named backend, or a pair of options, cannot run. The message names what is missing.
+        LaunchRefusedError: The GPU refuses to launch the kernel of a named backend, or any kernel in a backward pass or
+            in code of torch.compile.
 
-    clip_grad_state: v clips the gradient of h that comes back through W_hh to [-v, v] at each step, so that it cannot
-    explode over a long sequence; 0 cuts it. clip_state: v lets each step see c, of a cell without c h, clipped to
-    [-v, v]; the final state is as a next step would see it, output is not clipped. None for neither, which costs
-    nothing; torch has no such kernels, as for heads, and second derivatives are missing with the first of them.
+    Torch has no kernels for num_heads above 1, clip_grad_state, clip_state and zoneout. With these, "auto" falls back
+    to the reference instead.
 
-    tie_directions: both directions have one set of parameters, that of direction 0; they run in one launch as ever.
+    With checkpoint_every, the recurrence and its gradients have the same bits as without, provided that x_gates has:
+    its product over fewer rows may be rounded differently. Gradients of the parameters, and of a bidirectional layer's
+    input, are equal up to rounding. They are summed over chunks in fp32, and 16-bit layers round each chunk's share
+    once. torch.compile decides by itself what is kept for backward.
 
-    drop_connect: in training each call drops elements of W_hh with probability p, from 0 to 1, and scales the others by
-    1 / (1 - p) (DropConnect, Wan et al. 2013). One mask a layer and direction serves all time steps; a call of step has
-    its own. Every backend takes it; of one seed masks are the same on each, in chunks or as a wavefront. Gradients
-    reach what was kept. In evaluation nothing is dropped.
+    Source: torch.nn.LSTM. DropConnect: Wan et al. 2013. Zoneout: Krueger et al. 2016 (arXiv:1606.01305).
 
-    zoneout: in training each unit of h stays what it was with probability p, from 0 to 1, drawn anew for each step,
-    sequence and unit, in evaluation all are in between: h' = h_prev + (1 - p) (h_new - h_prev) (Krueger et al. 2016,
-    arXiv:1606.01305). c is not zoned out. A call draws one seed a layer; what it keeps depends on that and on the place
-    (t, b) in input alone, whatever backend, chunks or wavefront run it. Ragged and packed input counts places otherwise
-    than (T, B). torch has no such kernels, as for heads; with proj_size it is missing.
-
-    Layers of one direction run as a wavefront over chunks of time, each on a CUDA stream, if fastrnn.explain says so.
-
-    Raises torch.nn.LSTM's errors for wrong arguments, ValueError for another backend, checkpoint_every or num_heads,
-    NotImplementedError, naming what is missing, where a named backend or checkpoint_every cannot run,
-    fastrnn.LaunchRefusedError where a GPU refuses a named backend's kernel, or backward's, or one in torch.compile.
-
-    Source: torch.nn.LSTM.
-
-    >>> import torch, fastrnn
-    >>> lstm = fastrnn.LSTM(10, 20, num_layers=2)
-    >>> _ = lstm.load_state_dict(torch.nn.LSTM(10, 20, num_layers=2).state_dict())
-    >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
-    >>> output.shape
-    torch.Size([5, 3, 20])
+    Examples:
+        >>> import torch, fastrnn
+        >>> lstm = fastrnn.LSTM(10, 20, num_layers=2)
+        >>> _ = lstm.load_state_dict(torch.nn.LSTM(10, 20, num_layers=2).state_dict())
+        >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+        >>> output.shape
+        torch.Size([5, 3, 20])
     """
 
     _torch = torch.nn.LSTM
-    # What torch.nn.LSTM.forward calls of its own class, on a pair of states.
+    # torch.nn.LSTM.forward, which backend "torch" runs, calls these methods of self.
     get_expected_cell_size: Any = torch.nn.LSTM.get_expected_cell_size
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
     permute_hidden: Any = torch.nn.LSTM.permute_hidden
@@ -84,20 +97,25 @@ class LSTM(Recurrent):
 
 
 class GRU(Recurrent):
-    """A GRU whose forward and backward passes are one persistent kernel launch each per layer.
+    """Stacked GRU layers. Each pass of a layer, forward or backward, is one launch of a persistent kernel.
 
         r, z = sigmoid(x + rec),  n = tanh(x_n + r rec_n),  h' = n + z (h - n)
 
-    with x = W_ih x_t + b_ih and rec = W_hh h + b_hh. Constructor, forward, parameters and errors are torch.nn.GRU's;
-    backend, checkpoint_every, num_heads, clips, drop_connect, zoneout, dtypes and shapes as in fastrnn.LSTM; hx is one
-    tensor.
+    Here x = W_ih x_t + b_ih and rec = W_hh h + b_hh. This layer replaces torch.nn.GRU. It has the same parameters,
+    initial values, shapes and errors. Its state is one tensor.
+
+    The arguments are those of `fastrnn.LSTM`, without proj_size: input_size, hidden_size, num_layers, bias,
+    batch_first, dropout, bidirectional, device, dtype, backend, checkpoint_every, num_heads, clip_grad_state,
+    clip_state, tie_directions, drop_connect and zoneout. clip_state clips h. Dtypes and errors are those of
+    `fastrnn.LSTM` too.
 
     Source: torch.nn.GRU.
 
-    >>> import torch, fastrnn
-    >>> output, h_n = fastrnn.GRU(10, 20, bidirectional=True)(torch.randn(5, 3, 10))
-    >>> output.shape, h_n.shape
-    (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
+    Examples:
+        >>> import torch, fastrnn
+        >>> output, h_n = fastrnn.GRU(10, 20, bidirectional=True)(torch.randn(5, 3, 10))
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
 
     _torch = torch.nn.GRU
@@ -109,20 +127,27 @@ class GRU(Recurrent):
 
 
 class RNN(Recurrent):
-    """A simple recurrent network whose forward and backward passes are one persistent kernel launch each per layer.
+    """Stacked simple recurrent layers. Each pass of a layer, forward or backward, is one launch of a persistent kernel.
 
         h' = act(W_ih x_t + b_ih + W_hh h + b_hh),  act = tanh or relu
 
-    Constructor (nonlinearity="tanh" or "relu", also as the fourth argument), forward, parameters and errors are
-    torch.nn.RNN's; backend, checkpoint_every, num_heads, clips, drop_connect, zoneout, dtypes and shapes as in
-    fastrnn.GRU.
+    This layer replaces torch.nn.RNN. It has the same parameters, initial values, shapes and errors. Its state is one
+    tensor.
+
+    Args:
+        nonlinearity (str): "tanh" or "relu". It may be the fourth positional argument, as in torch.nn.RNN.
+
+    The other arguments are those of `fastrnn.GRU`: input_size, hidden_size, num_layers, bias, batch_first, dropout,
+    bidirectional, device, dtype, backend, checkpoint_every, num_heads, clip_grad_state, clip_state, tie_directions,
+    drop_connect and zoneout. Dtypes and errors are those of `fastrnn.GRU` too.
 
     Source: torch.nn.RNN.
 
-    >>> import torch, fastrnn
-    >>> output, h_n = fastrnn.RNN(10, 20, nonlinearity="relu", batch_first=True)(torch.randn(3, 5, 10))
-    >>> output.shape
-    torch.Size([3, 5, 20])
+    Examples:
+        >>> import torch, fastrnn
+        >>> output, h_n = fastrnn.RNN(10, 20, nonlinearity="relu", batch_first=True)(torch.randn(3, 5, 10))
+        >>> output.shape
+        torch.Size([3, 5, 20])
     """
 
     _torch = torch.nn.RNN
@@ -140,43 +165,46 @@ class RNN(Recurrent):
 
 
 class SLSTM(Recurrent):
-    """An sLSTM whose forward and backward passes are one persistent kernel launch each per layer.
+    """Stacked sLSTM layers. Each pass of a layer, forward or backward, is one launch of a persistent kernel.
 
         i, f, z, o = W_ih x + b_ih + W_hh h + b_hh;    l = m + logsigmoid(f);    m' = max(i, l), but i where n is 0
         c' = exp(l - m') c + exp(i - m') tanh(z);    n' = exp(l - m') n + exp(i - m');    h' = sigmoid(o) c' / n'
 
-    m only rescales c and n, so that exp cannot overflow: h is what it would be without, and no gradient goes through m.
-    From zeros n is 1 at least, since one of the two exp is: FlashRNN's n' = max(n', 1) is the same cell, and no option.
-    It would differ only where hx or reset_state has an n between 0 and 1.
+    m only rescales c and n, so that exp cannot overflow. h does not depend on it, and no gradient goes through it. From
+    a zero state n is at least 1, because one of the two exp is 1. The rule n' = max(n', 1) of FlashRNN is therefore the
+    same cell. It would differ only where hx or reset_state has an n between 0 and 1.
 
-    Arguments, shapes, dtypes and errors as in fastrnn.LSTM, without proj_size: input_size, hidden_size, num_layers,
-    bias, batch_first, dropout, bidirectional, tie_directions, num_heads, backend, checkpoint_every, clips,
-    drop_connect and zoneout. Parameters too, for gates i, f, z, o in this order: weight_ih_l0 (4*H, I), weight_hh_l0
-    (4*H, K), K = H / num_heads, bias_ih_l0 and bias_hh_l0 (4*H,). hx and the final state are tuples (h, c, n, m), each
-    (num_layers * D, B, H), zeros by default. They are float32 where input has 16 bits: m and n mean nothing when they
-    are rounded so; hx may be either. torch has no such kernel: "auto" takes the reference, a loop in torch, where none
-    of ours runs, on CPU tensors always.
+    The arguments are those of `fastrnn.LSTM`, without proj_size: input_size, hidden_size, num_layers, bias,
+    batch_first, dropout, bidirectional, device, dtype, backend, checkpoint_every, num_heads, clip_grad_state,
+    clip_state, tie_directions, drop_connect and zoneout. Torch has no such kernel: where none of ours runs, and on CPU
+    tensors always, "auto" takes the reference, a loop in torch.
 
-    Raises what fastrnn.LSTM raises.
+    The parameters of a layer are weight_ih_l0 (4*H, I), weight_hh_l0 (4*H, K) with K = H / num_heads, bias_ih_l0 and
+    bias_hh_l0 (4*H,). Their gates are in the order i, f, z, o. hx and the final state are tuples (h, c, n, m), each
+    (num_layers * D, B, H). None is zeros. States are float32 where the input has 16 bits, since rounded m and n would
+    mean nothing. hx may have either dtype.
+
+    Errors are those of `fastrnn.LSTM`.
 
     Source: Beck et al. 2024 (arXiv:2405.04517), section 2.2.
 
-    >>> import torch, fastrnn
-    >>> slstm = fastrnn.SLSTM(10, 20, num_heads=4)
-    >>> output, (h_n, c_n, n_n, m_n) = slstm(torch.randn(5, 3, 10))
-    >>> output.shape, m_n.shape, slstm.weight_hh_l0.shape
-    (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]), torch.Size([80, 5]))
+    Examples:
+        >>> import torch, fastrnn
+        >>> slstm = fastrnn.SLSTM(10, 20, num_heads=4)
+        >>> output, (h_n, c_n, n_n, m_n) = slstm(torch.randn(5, 3, 10))
+        >>> output.shape, m_n.shape, slstm.weight_hh_l0.shape
+        (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]), torch.Size([80, 5]))
     """
 
-    _torch = torch.nn.LSTM  # for what asks by class; its kernel is another cell's
+    _torch = torch.nn.LSTM  # for tools that ask for torch's class; its kernel is never run
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs or len(args) > 7:  # the eighth, where torch.nn has it
+        if "proj_size" in kwargs or len(args) > 7:  # torch.nn.LSTM's eighth argument is proj_size
             raise ValueError("proj_size argument is only supported for LSTM, not SLSTM")
         super().__init__("SLSTM", *args, **kwargs)
 
     def init_as(self, mode: str, *args: Any, **kwargs: Any) -> None:
-        """As the LSTM, which has as many gates: torch.nn.RNNBase knows no other modes than torch's."""
+        """Initialize as an LSTM, which has as many gates: torch.nn.RNNBase accepts only torch's own modes."""
         super().init_as("LSTM", *args, **kwargs)
         self.mode = mode
 
@@ -190,16 +218,32 @@ class SLSTM(Recurrent):
         reset_state: Any = None,
         return_states: bool = False,
     ) -> Any:
-        """Run all layers over all of time, each sequence over its own: arguments and results as fastrnn.LSTM.forward's.
+        """Run all layers over all time steps. Sequences may differ in length, and may be reset inside.
 
-        reset_state is a tuple of four, as hx. return_states: a third result, (h, c, n, m) of the last layer for all t,
-        each as output, h in its dtype and the others float32 at least; differentiable.
+        Args:
+            input (Tensor | PackedSequence): See `fastrnn.LSTM.forward`.
+            hx (tuple[Tensor, ...] | None): The first states (h, c, n, m), each (num_layers * D, B, H). None is zeros.
+            lengths (Tensor | Sequence[int] | None): See `fastrnn.LSTM.forward`.
+            cu_seqlens (Tensor | Sequence[int] | None): See `fastrnn.LSTM.forward`.
+            reset (Tensor | Sequence | None): See `fastrnn.LSTM.forward`.
+            reset_state (tuple[Tensor, ...] | None): The states (h, c, n, m) after a reset, each shaped as in
+                `fastrnn.LSTM.forward`.
+            return_states (bool): Whether to return the states of all time steps too.
 
-        >>> import torch, fastrnn
-        >>> slstm, x = fastrnn.SLSTM(3, 4), torch.randn(5, 2, 3)
-        >>> output, final, (h, c, n, m) = slstm(x, lengths=torch.tensor([5, 3]), return_states=True)
-        >>> torch.equal(c[2, 1], final[1][0, 1]), h is output
-        (True, True)
+        Returns:
+            output (Tensor): h of the last layer at every step, shaped as in `fastrnn.LSTM.forward`.
+            state (tuple[Tensor, ...]): The final states (h, c, n, m), each (num_layers * D, B, H).
+            states (tuple[Tensor, ...]): With return_states only: (h, c, n, m) of the last layer at every step, each
+                shaped as output. h has output's dtype, the others are float32 at least. They are differentiable.
+
+        Errors are those of `fastrnn.LSTM.forward`.
+
+        Examples:
+            >>> import torch, fastrnn
+            >>> slstm, x = fastrnn.SLSTM(3, 4), torch.randn(5, 2, 3)
+            >>> output, final, (h, c, n, m) = slstm(x, lengths=torch.tensor([5, 3]), return_states=True)
+            >>> torch.equal(c[2, 1], final[1][0, 1]), h is output
+            (True, True)
         """
         found = super().forward(input, hx, lengths, cu_seqlens, reset, reset_state, return_states)
         if not return_states:
@@ -209,16 +253,27 @@ class SLSTM(Recurrent):
 
 
 def explain(module: torch.nn.Module, input: "Tensor | PackedSequence") -> Plan:
-    """Print the plan that a fastrnn module would run for this input and, for a fallback, the reason; return it.
+    """Print and return the plan that a module follows for an input. Nothing is run.
 
-    module is a fastrnn.RNN, GRU, LSTM or SLSTM, or a cell of another package that fastrnn.convert swapped (else a
-    ValueError); nothing is run.
-    Raises NotImplementedError, as running would, where the module's named backend cannot run.
+    The printed plan says which backend runs, and the reason where it is not a persistent kernel.
 
-    >>> import torch, fastrnn
-    >>> plan = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(5, 2, 8))
-    lstm, T=5, B=2, H=16, float32, on cpu: backend torch
-      why       CPU tensors take torch's own kernel
+    Args:
+        module (torch.nn.Module): A fastrnn.RNN, GRU, LSTM or SLSTM, or another package's cell that `fastrnn.convert`
+            has swapped.
+        input (Tensor | PackedSequence): An input that the module accepts. Only its shape, dtype and device matter.
+
+    Returns:
+        Plan: What would run.
+
+    Raises:
+        ValueError: module is none of these.
+        NotImplementedError: The module's named backend cannot run. A call would raise this too.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> plan = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(5, 2, 8))
+        lstm, T=5, B=2, H=16, float32, on cpu: backend torch
+          why       CPU tensors take torch's own kernel
     """
     if not isinstance(module, Recurrent | Foreign):
         raise ValueError(f"module: expected a fastrnn.RNN, GRU, LSTM or SLSTM; got {type(module).__name__}")

@@ -1,7 +1,7 @@
-"""What the modules share: parameters, the choice of a backend, and input in all its forms.
+"""What the modules share: parameters, the choice of a backend, and the forms of input.
 
-They have torch.nn.RNNBase, and so the state_dict, with torch.nn's, but not the classes torch.nn.LSTM, GRU and RNN:
-torch.compile breaks the graph at those.
+The classes derive from torch.nn.RNNBase, so their parameters and state_dict are torch.nn's. They do not derive from
+torch.nn.LSTM, GRU and RNN, because torch.compile breaks its graph at those.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ from .validation import check_rank
 
 
 class Recurrent(OlderTools, torch.nn.RNNBase):
-    """What they share: choose a backend, and run it on batched or unbatched input."""
+    """The base class of all layers: it chooses a backend, and takes batched, unbatched, ragged and packed input."""
 
-    # torch.nn's own forward of the same layer (and the checks that it calls), for backend "torch".
+    # The class of torch.nn whose forward runs for backend "torch".
     _torch: Any
-    # Of layers that were pickled before there were any.
+    # Defaults for layers that were pickled before these options existed.
     num_heads = 1
     clip_grad_state: float | None = None
     clip_state: float | None = None
@@ -70,10 +70,11 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
             self._tie()
 
     def init_as(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        """Make the parameters, as torch.nn.RNNBase does for this mode."""
         torch.nn.RNNBase.__init__(self, mode, *args, **kwargs)
 
     def _split(self, num_heads: int) -> None:
-        """Make W_hh block-diagonal: its blocks' rows only, initialized as they were."""
+        """Make W_hh block-diagonal: keep the columns of one block, with their initial values."""
         if self.proj_size:
             raise NotImplementedError("num_heads with a projection (proj_size) is missing")
         self.num_heads = num_heads
@@ -82,7 +83,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
                 setattr(self, name, torch.nn.Parameter(weight.detach()[:, : self.hidden_size // num_heads].clone()))
 
     def _tie(self) -> None:
-        """Leave out the parameters of direction 1: those of direction 0 are its own."""
+        """Remove the parameters of direction 1, which uses those of direction 0."""
         if not self.bidirectional:
             raise ValueError("tie_directions: expected False where bidirectional is, got True")
         self.tie_directions = True
@@ -94,19 +95,19 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
 
     def flatten_parameters(self) -> None:
-        """torch.nn's, for cuDNN, which has no heads and not every cell."""
+        """Lay the weights out for cuDNN, as torch.nn does. Where torch has no such layer, do nothing."""
         if self._stack_is_torchs(dropping=False):
             super().flatten_parameters()
 
     def _stack_is_torchs(self, dropping: bool = True) -> bool:
-        """Whether torch has such a layer; of one that drops connections, whether it has it where none are dropped."""
+        """Whether torch has a kernel for this layer. With dropping=False, as if drop_connect were 0."""
         if self.zoneout or (dropping and self.drop_connect):
             return False
         clips = self.clip_grad_state is not None or self.clip_state is not None
         return self.num_heads == 1 and self.mode != "SLSTM" and not clips and not self.tie_directions
 
     def _stack(self) -> Stack:
-        """What this module is now: any of it may have been set since it was made."""
+        """The module's settings now. Any of them may have been set after the constructor ran."""
         return Stack(
             self.mode.lower(), self.num_layers, self.bias, self.batch_first, self.dropout, self.training,
             self.bidirectional, self.backend, self.checkpoint_every, self.num_heads, self.clip_grad_state,
@@ -114,7 +115,22 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         )  # fmt: skip
 
     def plan(self, input: "Tensor | PackedSequence") -> Plan:
-        """The Plan that forward(input) follows; each layer runs by it."""
+        """Return the plan that forward(input) follows: the backend, the reason for it, and the kernel's launch.
+
+        Args:
+            input (Tensor | PackedSequence): An input that forward accepts. Only its shape, dtype and device matter.
+
+        Returns:
+            Plan: What would run. Nothing is run.
+
+        Raises:
+            NotImplementedError: The module's named backend cannot run. The message names what is missing.
+
+        Examples:
+            >>> import torch, fastrnn
+            >>> fastrnn.GRU(8, 16, backend="reference").plan(torch.randn(5, 2, 8)).backend
+            'reference'
+        """
         if isinstance(input, PackedSequence):
             data, T, B = input.data, len(input.batch_sizes), int(input.batch_sizes[0])
         else:
@@ -133,40 +149,56 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         reset_state: Any = None,
         return_cell_states: bool = False,
     ) -> Any:
-        """Run all layers over all of time, each sequence over its own.
+        """Run all layers over all time steps. Sequences may differ in length, and may be reset inside.
 
-            the state of b before step t is reset_state where reset[t, b], and its steps end with lengths[b]
+            the state of sequence b before step t is reset_state where reset[t, b];  its last step is lengths[b] - 1
 
-        input (T, B, I), (B, T, I) with batch_first, unbatched (T, I), ragged (total, I) with cu_seqlens, or a
-        PackedSequence, which makes output one; hx and what is returned as torch.nn's.
+        Args:
+            input (Tensor | PackedSequence): (T, B, I), or (B, T, I) with batch_first; unbatched (T, I); ragged (total,
+                I) with cu_seqlens; or a PackedSequence, and then output is one too.
+            hx (Tensor | tuple[Tensor, ...] | None): The first state, (num_layers * D, B, H), or (num_layers * D, H)
+                without a batch. The LSTM takes a pair (h_0, c_0). None is zeros.
+            lengths (Tensor | Sequence[int] | None): (B,), int64 or int32, each from 0 to T. Output is zero past the end
+                of a sequence, and the final state is the state at its end. Direction 1 begins at that end. Padding is
+                never read and may hold NaN. The result is that of pack_padded_sequence, but sequences need no order and
+                lengths may be on the GPU. A sequence of length 0 returns hx as its final state.
+            cu_seqlens (Tensor | Sequence[int] | None): (N + 1,), int64 or int32. Sequence n is rows cu_seqlens[n] to
+                cu_seqlens[n + 1] of input, as in flash attention.
+            reset (Tensor | Sequence | None): bool (T, B), or (B, T) with batch_first, or ragged (total,). True begins a
+                new segment at this step. Segments do not see each other: the state starts anew before this step and, in
+                direction 1, after it.
+            reset_state (Tensor | tuple[Tensor, ...] | None): The state after a reset, in the form of hx. None is zeros.
+                Shape (num_layers * D, B or 1, H), or one state a step: (T, num_layers * D, B or 1, H), ragged (total,
+                num_layers * D, 1, H). The state of a step is used where that step begins a segment.
+            return_cell_states (bool): For the LSTM: whether to return c of all time steps too.
 
-        lengths (B,) int64 or int32, each 0 to T: output is zero past a sequence's end, h_n is the state at its end,
-        where direction 1 begins: what pack_padded_sequence does, unsorted, and with no need for lengths on the CPU.
-        Padding is not read, it may hold NaN. Of a sequence without steps h_n is hx.
-        cu_seqlens (N + 1,): sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1] of input, as in flash attention.
-        reset (T, B), with batch_first (B, T), ragged (total,), bool: a segment begins here. Segments do not see each
-        other: the state starts anew before this step and, in direction 1, after it.
-        reset_state, as hx: what it starts from instead of zeros, (num_layers * D, B or 1, H), or by step (T,
-        num_layers * D, B or 1, H), ragged (total, num_layers * D, 1, H), given at the first step of the later segment.
-        return_cell_states (LSTM): a third result, c_t of the last layer for all t, as output.
-        lengths, cu_seqlens and reset may be lists or NumPy arrays, too.
+        Returns:
+            output (Tensor | PackedSequence): h of the last layer at every step: (T, B, D*H), or in the form of input.
+            state (Tensor | tuple[Tensor, ...]): The final state, shaped as hx: h_n, or for the LSTM (h_n, c_n).
+            cell_states (Tensor | PackedSequence): With return_cell_states only: c of the last layer at every step,
+                shaped as output.
 
-        Raises ValueError, with expected and got, where these do not fit. Values of lengths and cu_seqlens that are on a
-        GPU are checked there, since nothing here waits for it: torch says "device-side assert
-        triggered" at a later call. Give them on the CPU, or set CUDA_LAUNCH_BLOCKING=1, to see the call that was wrong.
-        NotImplementedError where checkpoint_every meets ragged or packed input or, for lengths and resets, a
-        bidirectional layer or backend="torch".
+        Raises:
+            ValueError: An argument does not fit. The message says what was expected and what was given. torch.nn's own
+                errors keep their types and texts.
+            NotImplementedError: checkpoint_every meets ragged or packed input, or it meets lengths or resets in a
+                bidirectional layer or with backend="torch".
 
-        >>> import torch, fastrnn
-        >>> gru, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
-        >>> output, h_n = gru(x, lengths=torch.tensor([5, 3]))
-        >>> torch.equal(h_n[0, 1], output[2, 1]), output[3:, 1].count_nonzero().item()
-        (True, 0)
-        >>> episodes, _ = gru(x, reset=torch.tensor([[False, True]] + 4 * [[False, False]]).roll(2, 0))
-        >>> torch.allclose(episodes[2:, 1], gru(x[2:])[0][:, 1])
-        True
+        lengths, cu_seqlens and reset may also be lists or NumPy arrays. Wrong values of lengths or cu_seqlens on a GPU
+        raise asynchronously: a later call fails with "device-side assert triggered". To see which call was wrong, give
+        them on the CPU, or set CUDA_LAUNCH_BLOCKING=1.
+
+        Examples:
+            >>> import torch, fastrnn
+            >>> gru, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+            >>> output, h_n = gru(x, lengths=torch.tensor([5, 3]))
+            >>> torch.equal(h_n[0, 1], output[2, 1]), output[3:, 1].count_nonzero().item()
+            (True, 0)
+            >>> episodes, _ = gru(x, reset=torch.tensor([[False, True]] + 4 * [[False, False]]).roll(2, 0))
+            >>> torch.allclose(episodes[2:, 1], gru(x[2:])[0][:, 1])
+            True
         """
-        # CPU tensors take torch's path with next to nothing before it, so that "auto" costs there what torch.nn costs.
+        # CPU tensors take torch's path as early as possible: "auto" should cost no more there than torch.nn.
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
         backend, packed = self.backend, isinstance(input, PackedSequence)
         whole = backend in ("auto", "torch") and plain and not return_cell_states and self.checkpoint_every is None
@@ -187,16 +219,16 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         return self._run(input, hx, options)
 
     def _run(self, input: Tensor, hx: Any, options: Options) -> tuple:
-        """Batched or ragged input."""
+        """Run batched or ragged input."""
         output, finals, *cell_states = paths.run(self._stack(), input, hx, self._params(), options)
         return output, finals[0] if len(finals) == 1 else finals, *cell_states
 
     def _params(self) -> Any:
-        """torch.nn's flat weights, which must be what the parameters are now."""
+        """The parameters of this moment, in the order of torch.nn's flat weights."""
         own = self._parameters
         try:
             return [own[name] for name in self._flat_weights_names]
-        except KeyError:  # a parametrization took one away: an attribute is in its place
+        except KeyError:  # a parametrization replaced a parameter by a property
             return [getattr(self, name) for name in self._flat_weights_names]
 
     def _run_unbatched(self, input: Tensor, hx: Any, options: Options) -> tuple:
@@ -215,40 +247,53 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         return outputs[0], _map(lambda s: _reordered(s, order[1]), state), *outputs[1:]
 
     def _run_torchs(self, input: Any, hx: Any) -> Any:
-        """torch.nn's forward; what torch.compile cannot trace, or not in time, breaks its graph."""
+        """Run torch.nn's forward. Where torch.compile cannot trace it, or only in minutes, the graph breaks here."""
         untraced = isinstance(input, PackedSequence) or stops_at_torchs_kernels()
         return (_untraced if untraced else self._torch.forward)(self, input, hx)
 
     def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-        """Run one time step, for input that arrives step by step; a sequence's steps are equal to its forward.
+        """Run one time step. The steps of a sequence give what forward gives for the whole sequence.
 
             output_t, state_t = step(input_t, state_{t-1})
 
-        input (B, I) or (I,). hx and the state returned are forward's: (num_layers, B, H), or (num_layers, H), for the
-        LSTM a pair; None is zeros. output (B, H) or (H,). Differentiable; dropout between layers only in training.
-        Nothing stays on chip between calls, so that backend "auto" takes torch's cells (torch.nn.LSTMCell's); a named
-        backend runs its own kernel. The state passes from call to call in input's dtype: in float32 the kernels' bits
-        are forward's if x_gates' are, in 16 bits it is rounded each step, which forward does not.
+        Args:
+            input (Tensor): (B, I), or (I,) without a batch.
+            hx (Tensor | tuple[Tensor, ...] | None): The state before this step: (num_layers, B, H), or (num_layers, H)
+                without a batch. The LSTM takes a pair. None is zeros.
 
-        Raises ValueError for a bidirectional layer and for input of another rank, and forward's errors.
+        Returns:
+            output (Tensor): h of the last layer, (B, H) or (H,).
+            state (Tensor | tuple[Tensor, ...]): The state after this step, shaped as hx.
+
+        Raises:
+            ValueError: The layer is bidirectional, or input has another rank.
+
+        Other errors are those of forward. The step is differentiable. Dropout between layers acts in training only.
+
+        Nothing stays on chip between two calls. "auto" therefore takes torch's cells, such as torch.nn.LSTMCell; a
+        named backend runs its own kernel. The state passes from call to call in the input's dtype. In float32 the
+        kernels then give forward's bits if x_gates has them. In 16 bits the state is rounded at each step, but not in
+        forward.
 
         Source: torch.nn.LSTMCell, GRUCell and RNNCell.
 
-        >>> import torch, fastrnn
-        >>> lstm, state = fastrnn.LSTM(3, 5, num_layers=2), None
-        >>> for input in torch.randn(7, 2, 3):
-        ...     output, state = lstm.step(input, state)
-        >>> output.shape, state[0].shape
-        (torch.Size([2, 5]), torch.Size([2, 2, 5]))
+        Examples:
+            >>> import torch, fastrnn
+            >>> lstm, state = fastrnn.LSTM(3, 5, num_layers=2), None
+            >>> for input in torch.randn(7, 2, 3):
+            ...     output, state = lstm.step(input, state)
+            >>> output.shape, state[0].shape
+            (torch.Size([2, 5]), torch.Size([2, 2, 5]))
         """
         return streaming.step(self, input, hx)
 
     @property
     def _name(self) -> str:
-        """torch.nn's, in errors."""
+        """The name that torch.nn's errors give this layer."""
         return self.mode.split("_")[0]
 
     def extra_repr(self) -> str:
+        """Return what the repr says of this layer: torch.nn's options, and ours where they are set."""
         added = f", backend={self.backend!r}" if self.backend != "auto" else ""
         added += f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every is not None else ""
         added += f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
@@ -258,13 +303,13 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         return super().extra_repr() + added
 
 
-@untraced  # torch.compile fails where it traces torch.nn's forward of packed input, instead of stopping before it
+@untraced  # torch.compile fails when it traces torch.nn's forward of packed input: break the graph before
 def _untraced(module: "Recurrent", input: Any, hx: Any) -> Any:
     return module._torch.forward(module, input, hx)
 
 
 def _map(f, state):
-    """f of a tensor, of each tensor of a pair, or None of None."""
+    """f of a tensor, or of each tensor of a tuple. None stays None."""
     if state is None:
         return None
     return tuple(map(f, state)) if isinstance(state, tuple | list) else f(state)

@@ -1,9 +1,9 @@
-"""torch.library ops of the persistent recurrence: autograd, double backward, and what flop counters ask.
+"""The torch.library ops of the persistent recurrence, with autograd, double backward and formulas for flop counters.
 
-fastrnn::recurrence             forward over all of time
-fastrnn::recurrence_backward    its gradients; theirs in turn by a slow path in torch (double_backward.py)
+fastrnn::recurrence             forward over all of time fastrnn::recurrence_backward    its gradients;
+double_backward.py, a slow path in torch, differentiates them again
 
-schema.py has their arguments, launch.py runs them.
+schema.py has the ops' arguments, and launch.py runs them.
 """
 
 import math
@@ -49,8 +49,8 @@ def _backward(ctx, dy, d_finals, d_saved, d_steps):
     *tensors, y, saved, steps = ctx.saved_tensors
     args = args._replace(**dict(zip(ctx.saved, tensors, strict=True)))
     needs = Args(*ctx.needs_input_grad)
-    d_steps = d_steps if args.all_steps else None  # else they are what backward reads, nobody's result
-    # Functions of the other arguments, by which double backward differentiates.
+    d_steps = d_steps if args.all_steps else None  # without all_steps, steps are no result but only read by backward
+    # These are functions of the other arguments. Double backward differentiates by those.
     y, saved, steps = y.detach(), saved.detach(), steps.detach()
     given = BackwardArgs(
         dy, d_finals, d_steps, args.W_hh, args.state_0, y, saved, steps, args.cell, bool(needs.W_hh), bool(needs.b_hh),
@@ -73,7 +73,7 @@ NO_BACKWARD_GRADIENTS = BackwardArgs(*[None] * len(BackwardArgs._fields))  # typ
 
 def _save_backward(ctx, inputs, output):
     args = BackwardArgs(*inputs)
-    args = args._replace(y=None, saved=None, steps=None)  # which the reference makes again
+    args = args._replace(y=None, saved=None, steps=None)  # the reference computes them again
     ctx.tensors = tuple(name for name, value in args._asdict().items() if isinstance(value, Tensor))
     ctx.args = args._replace(**dict.fromkeys(ctx.tensors))
     ctx.save_for_backward(*(getattr(args, name) for name in ctx.tensors))
@@ -85,7 +85,7 @@ def _double_backward(ctx, *second):
     if args.x is None:
         raise NotImplementedError(
             "double backward through fastrnn.ops.recurrence without its source is missing: "
-            "give source=(x, W_ih, b_ih), use fastrnn.lstm, gru, rnn or the modules, or fastrnn.reference.recurrence"
+            "give source=(x, W_ih, b_ih), or use fastrnn.lstm, gru, rnn, the modules or fastrnn.reference.recurrence"
         )
     if args.clip_gradient >= 0:
         raise NotImplementedError(
@@ -97,13 +97,13 @@ def _double_backward(ctx, *second):
 
 @register_flop_formula(torch.ops.fastrnn.recurrence)
 def _flops(x_gates, W_hh, *args, out_shape=None, **kwargs) -> int:
-    """Of W_hh h at every step, for torch.utils.flop_counter, which has shapes; of padded steps too."""
+    """Operations of W_hh h at every time step, padded steps included. torch.utils.flop_counter passes shapes, not tensors."""
     return 2 * math.prod(x_gates) * W_hh[-1]
 
 
 @register_flop_formula(torch.ops.fastrnn.recurrence_backward)
 def _backward_flops(*args, out_shape=None, **kwargs):
-    """Of the gradient of h at every step and, where it is wanted, of W_hh's."""
+    """Operations of the gradient of h at every time step, and of the gradient of W_hh if it is wanted."""
     given = BackwardArgs(*args, **kwargs)
     return 2 * math.prod(given.y) * given.W_hh[1] * (2 if given.needs_dW else 1)  # type: ignore[arg-type]
 
@@ -117,7 +117,7 @@ _RecurrenceBackward = torch_func.function(
 
 
 def observed(tensors: Iterable[Tensor]) -> bool:
-    """Whether somebody wants to see operators: a compiler, a tracer, a mode, a transform, a subclass of Tensor."""
+    """Whether something must see single operators: a compiler, tracer, mode, transform or subclass of Tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -131,12 +131,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def run(args: Args) -> Results:
-    """The recurrence with its gradients, by the op; save is found out here."""
+    """Run the recurrence by its op, with gradients. args.save is set here."""
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
         raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
-    # Each level of nested transforms has an answer of its own to whether gradients are wanted: there, always.
+    # Each level of nested transforms may want gradients or not, so under transforms save always.
     transforming = torch_func.transforming()
-    # torch.jit.trace writes the answer down, for all calls of what it makes: it checks that under no_grad.
+    # torch.jit.trace records the answer for all later calls, and traces once more under no_grad to check itself.
     asked = torch.is_grad_enabled() or torch.jit.is_tracing()
     wanted = (args.x_gates, args.W_hh, args.b_hh, args.state_0, args.starts)
     save = transforming or (asked and any(t is not None and t.requires_grad for t in wanted))
@@ -145,12 +145,12 @@ def run(args: Args) -> Results:
 
 
 def run_backward(args: BackwardArgs) -> BackwardResults:
-    """Its gradients, which have gradients."""
+    """Run the backward pass by its op. Its results have gradients too."""
     return BackwardResults(*(_RecurrenceBackward.apply if torch_func.transforming() else _recurrence_backward)(*args))
 
 
 def by_direction(states: Tensor, heads: int) -> Tensor:
-    """The op's (..., D*N, K) as (..., D, N*K); what a cell or call lacks stays as it is."""
+    """The op's (..., D*N, K) as (..., D, N*K). An absent tensor, which has no elements, stays as it is."""
     return states.unflatten(-2, (-1, heads)).flatten(-2) if heads > 1 and states.dim() > 1 else states
 
 
@@ -170,48 +170,67 @@ def recurrence(
     cell_states: bool = False,
     num_heads: int = 1,
 ) -> tuple[Any, ...]:
-    """Run one recurrent layer, D directions, over all of time in one persistent launch.
+    """Run one recurrent layer of D directions over all of time, in one launch of a persistent kernel.
 
         rec = W_hh h + b_hh;   (h, c) = cell(x_gates[t], rec, (h, c));   y[t] = h
 
-    cell: "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1, 1 gates in torch's row order, "slstm", with i, f, z
-    and o, or one of your own (fastrnn.cells.register). What is said of the LSTM's c holds for all cells that have one;
-    the sLSTM's three, c, n and m, are one tensor, (3, D, B, H) where c is (D, B, H), and of all steps float32 at least.
-    x_gates (T, B, D, G, H): W_ih x_t + b_ih. W_hh (D, G*H, H). b_hh (D, G*H) or None. h_0, c_0 (D, B, H); c_0 is None
-    but for the LSTM. All of one dtype (float32, bfloat16, float16) and device; any strides. Direction 1 walks time
-    from its end. backend: the tier, "resident", "cluster" or "cooperative". source: x (T, B, I), W_ih (D*G*H, I) and
-    b_ih (D*G*H,) or None, of which x_gates was made: it makes gradients differentiable, by the reference recurrence run
-    again.
+    This is the op below the modules: the caller computes the input's product x_gates = W_ih x + b_ih. Tensors have one
+    device, one dtype (float32, bfloat16 or float16) and any strides. Direction 1 walks time from its end. The kernel
+    carries the state in fp32 from step to step.
 
-    sequences: fastrnn.sequences.Sequences.of lengths, cu_seqlens or reset; each sequence then has its own length, and
-    where they are ragged x_gates is (total, D, G, H), y (total, D, H). Past a sequence's end x_gates is not read, and y
-    is zero. At resets the state starts anew from zero, or from reset_h and, LSTM, reset_c: (D, B, H), or by_step
-    (T, B, D, H) or (total, D, H), given at the first step of the later segment for both directions.
+    Args:
+        cell (str): "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1 and 1 gates in torch's row order. "slstm",
+            with the gates i, f, z and o. Or the name of a cell that `fastrnn.cells.register` added.
+        x_gates (Tensor): (T, B, D, G, H), or ragged (total, D, G, H).
+        W_hh (Tensor): (D, G*H, H).
+        b_hh (Tensor | None): (D, G*H).
+        h_0 (Tensor): (D, B, H).
+        c_0 (Tensor | None): (D, B, H) for the LSTM and for registered cells with a c. (3, D, B, H) for the sLSTM: c, n
+            and m. None for other cells.
+        backend (str): The tier: "resident", "cluster" or "cooperative".
+        source (tuple | None): x (T, B, I), W_ih (D*G*H, I) and b_ih (D*G*H,) or None, which x_gates was made of. With
+            it gradients are differentiable again: double backward runs the reference recurrence.
+        sequences (Sequences | None): Made by `fastrnn.sequences.Sequences.of` from lengths, cu_seqlens or reset. Past
+            the end of a sequence x_gates is not read, and y is zero.
+        reset_h (Tensor | None): h after a reset, (D, B, H). None is zeros. With by_step one state a step, (T, B, D, H)
+            or (total, D, H): the state of a segment's first step is used, in both directions.
+        reset_c (Tensor | None): The state beside h after a reset, for cells that have one: shaped as reset_h, with a
+            leading 3 for the sLSTM.
+        by_step (bool): Whether reset_h and reset_c have one state a step.
+        cell_states (bool): Whether to return the states beside h of all steps.
+        num_heads (int): N heads of K = H / N units, each with its own W_hh. x_gates is then (T, B, D*N, G, K), W_hh
+            (D*N, G*K, K) and b_hh (D*N, G*K). The heads of direction 0 come first. States and outputs keep their
+            shapes.
 
-    h_0, c_0, reset_h and reset_c may be float32 beside a 16-bit x_gates: h_n, c_n and the gradients of states are then
-    float32 too, and a sequence that is run window by window gives the bits of one run.
+    Returns:
+        y (Tensor): h of all steps, (T, B, D, H), or ragged (total, D, H).
+        h_n (Tensor): The final h, (D, B, H).
+        c_n (Tensor | None): The final states beside h, shaped as c_0.
+        c (Tensor): With cell_states only: (T, B, D, H), rounded as y is. For the sLSTM (3, T, B, D, H), float32 at
+            least.
 
-    num_heads: N, of which each has a W_hh of its own and K = H / N units. x_gates is then (T, B, D*N, G, K), W_hh
-    (D*N, G*K, K) and b_hh (D*N, G*K), the heads of direction 0 first; states and outputs are as without.
+    Raises:
+        ValueError: A shape, dtype or device is wrong. The message says what was expected and what was given.
+        NotImplementedError: No kernel holds W_hh (`fastrnn.plan` says why), or the device has no kernel.
+        LaunchRefusedError: The GPU refuses the launch.
 
-    Returns y (T, B, D, H), h_n (D, B, H), c_n (D, B, H) or None and, with cell_states (LSTM only), c (T, B, D, H), as
-    rounded as y; differentiable with respect to every tensor, once without source and any number of times with it.
-    The state is fp32 from step to step. Nothing is kept for backward where no gradient is wanted.
+    h_0, c_0, reset_h and reset_c may be float32 beside 16-bit x_gates. h_n, c_n and the gradients of the states are
+    then float32 too, and a sequence that is run window by window gives the same bits as one run.
 
-    Raises ValueError, with expected and got, for a wrong shape, dtype or device, and NotImplementedError where no
-    kernel holds W_hh (fastrnn.plan says why) or the device has none, and fastrnn.LaunchRefusedError
-    where the GPU refuses the launch.
+    Results are differentiable with respect to every tensor: once without source, any number of times with it. Nothing
+    is kept for backward where no gradient is wanted.
 
-    Source: the equations of torch.nn.LSTM, GRU and RNN; the persistent form after Diamos et al. 2016.
+    Source: the equations of torch.nn.LSTM, GRU and RNN. Diamos et al. 2016 introduced persistent recurrent kernels.
 
-    >>> import torch, fastrnn
-    >>> from fastrnn.ops import recurrence
-    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU with TRITON_INTERPRET=1
-    >>> x_gates, W_hh, h_0 = torch.zeros(5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
-    >>> x_gates, W_hh, h_0 = (t.to(device) for t in (x_gates, W_hh, h_0))
-    >>> y, h_n, _ = recurrence("gru", x_gates, W_hh, None, h_0, None)  # z is 1/2, n is 0: the state halves
-    >>> h_n[0, 0, 0].item()
-    0.03125
+    Examples:
+        >>> import torch, fastrnn
+        >>> from fastrnn.ops import recurrence
+        >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU with TRITON_INTERPRET=1
+        >>> x_gates, W_hh, h_0 = torch.zeros(5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
+        >>> x_gates, W_hh, h_0 = (t.to(device) for t in (x_gates, W_hh, h_0))
+        >>> y, h_n, _ = recurrence("gru", x_gates, W_hh, None, h_0, None)  # z is 1/2, n is 0: the state halves
+        >>> h_n[0, 0, 0].item()
+        0.03125
     """
     if cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(map(repr, CELLS))}; got {cell!r}")

@@ -1,4 +1,4 @@
-"""Which kernel runs a recurrence, in which tiles, and why: a pure function from shapes and a device to a Plan."""
+"""Choose the kernel, its tiles and its launch for a recurrence, and say why: a pure function of sizes and a device."""
 
 import functools
 from collections.abc import Iterable
@@ -29,7 +29,27 @@ CHUNK_STEPS_PER_LAYER = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """What would run: a backend, the reason, and the kernel's launch if it is one of ours."""
+    """What would run for a layer: the backend, the reason, and the launch of our kernel. print(plan) shows it.
+
+    Attributes:
+        cell (str): The cell, such as "lstm".
+        hidden_size (int): H, all units of a layer.
+        batch_size (int): B, in sequences.
+        seq_len (int): T, in time steps.
+        directions (int): D, 1 or 2.
+        dtype (torch.dtype): The dtype to compute in.
+        device (str): An architecture such as "sm_90" if a kernel was planned. Otherwise the device as it was asked for.
+        backend (str): The backend that runs: "torch", "reference", "resident", "cluster" or "cooperative".
+        why (str): Why this backend runs, and why not those before it.
+        kernel (KernelPlan | None): The launch of our kernel: tiles, programs, warps, and sizes in bytes. None for
+            "torch" and "reference".
+        num_layers (int): The number of stacked layers.
+        checkpoint_every (int | None): The chunk whose gates backward computes again, in time steps. None if all are
+            kept.
+        wavefront (int | None): The chunk of a wavefront, in time steps. None if layers run one after the other.
+        order (str): Why layers run as a wavefront, or why they do not.
+        num_heads (int): N. W_hh has N blocks of hidden_size / N units.
+    """
 
     cell: str
     hidden_size: int
@@ -42,10 +62,10 @@ class Plan:
     why: str
     kernel: KernelPlan | None = None
     num_layers: int = 1
-    checkpoint_every: int | None = None  # steps
-    wavefront: int | None = None  # steps of a chunk, where layers run beside one another
-    order: str = ""  # why they do or do not
-    num_heads: int = 1  # W_hh is block-diagonal: so many blocks of hidden_size / num_heads units
+    checkpoint_every: int | None = None
+    wavefront: int | None = None
+    order: str = ""
+    num_heads: int = 1
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -94,29 +114,47 @@ def plan(
     clip_state: float | None = None,
     zoneout: float = 0.0,
 ) -> Plan:
-    """Say which kernel would run a recurrence, in which tiles, and why; no GPU is needed.
+    """Return the kernel that would run for a layer, its tiles, and the reason. No GPU is needed.
 
-    cell is "lstm", "gru", "rnn_tanh", "rnn_relu", "slstm" or one that fastrnn.cells.register added; hidden_size (H),
-    batch_size (B), seq_len (T), directions (D, 1 or 2) and num_heads (N, which divides H) are those of one layer; heads
-    are recurrences of H / N units side by side, D * N of them in one launch; device is an architecture ("sm_90",
-    "gfx942"), a torch device, or None for the current GPU; precision is "ieee" or "tf32" for float32 and defaults to
-    torch's own setting for RNNs; num_layers is that of the stack; checkpoint_every, clip_grad_state,
-    clip_state and zoneout are those of fastrnn.LSTM. Sizes in the Plan are bytes.
+    Args:
+        cell (str): "lstm", "gru", "rnn_tanh", "rnn_relu", "slstm", or a cell that `fastrnn.cells.register` added.
+        hidden_size (int): H, the units of one layer.
+        batch_size (int): B, in sequences.
+        seq_len (int): T, in time steps.
+        directions (int): D, 1 or 2.
+        dtype (torch.dtype): The dtype to compute in. Kernels take float32, bfloat16 and float16.
+        device (str | torch.device | DeviceSpec | None): An architecture ("sm_90", "gfx942"), a torch device, or None
+            for the current GPU.
+        backend (str): "auto" takes the fastest tier that can run, as far as was measured, else torch's own kernel. It
+            always takes torch's on CPU tensors. The other values are those of `fastrnn.LSTM`.
+        precision (str | None): "ieee" or "tf32" for products of float32. None is torch's setting for RNNs.
+        num_layers (int): The number of stacked layers, which may run as a wavefront.
+        checkpoint_every (int | None): As in `fastrnn.LSTM`.
+        num_heads (int): N, a divisor of H. Heads are recurrences of H / N units. D * N of them run in one launch.
+        clip_grad_state (float | None): As in `fastrnn.LSTM`.
+        clip_state (float | None): As in `fastrnn.LSTM`.
+        zoneout (float): As in `fastrnn.LSTM`.
 
-    Raises ValueError for an unknown cell, backend, device or a size below 1, and if more programs would have to run at
-    once than the device has room for; NotImplementedError, naming what is missing, if a named tier cannot run this.
-    "auto" takes the fastest tier that can, as far as was measured, else torch's own kernel, and keeps the reasons; CPU
-    tensors take torch's. Cells that torch lacks, heads, clips and zoneout take "reference" in its place.
+    Returns:
+        Plan: The backend, the reason, and the kernel's launch. Its sizes are in bytes.
 
-    >>> import torch, fastrnn
-    >>> print(fastrnn.plan("lstm", hidden_size=128, batch_size=64, seq_len=1000, dtype=torch.bfloat16, device="sm_80"))
-    lstm, T=1000, B=64, H=128, bfloat16, on sm_80: backend resident
-      why       W_hh fits one program
-      kernel    Gluon, 8 warps a program
-      programs  4 = 4 batch tile(s) of 16 rows x 1 direction(s)
-      on chip   128 KiB of W_hh a program in registers and shared memory; shared memory: 160 KiB of 163 KiB
-      math      products of bfloat16, summed in fp32; activations: tanh.approx
-      saved     78.1 MiB for backward, nothing for inference
+    Raises:
+        ValueError: A name is unknown, a size is below 1, or more programs would have to run at once than the device has
+            room for.
+        NotImplementedError: A named backend cannot run this. The message names what is missing.
+
+    For cells that torch lacks, and for heads, clips and zoneout, "auto" takes "reference" in place of "torch".
+
+    Examples:
+        >>> import torch, fastrnn
+        
+        lstm, T=1000, B=64, H=128, bfloat16, on sm_80: backend resident
+          why       W_hh fits one program
+          kernel    Gluon, 8 warps a program
+          programs  4 = 4 batch tile(s) of 16 rows x 1 direction(s)
+          on chip   128 KiB of W_hh a program in registers and shared memory; shared memory: 160 KiB of 163 KiB
+          math      products of bfloat16, summed in fp32; activations: tanh.approx
+          saved     78.1 MiB for backward, nothing for inference
     """
     expect("cell", cell, tuple(CELLS))
     expect("backend", backend, BACKENDS)
