@@ -50,7 +50,7 @@ def rnn_relu_step(x: Tensor, rec: Tensor, state: State) -> State:
 
 
 def slstm_step(x: Tensor, rec: Tensor, state: State) -> State:
-    """One step of the sLSTM. m only rescales c and n against overflow, so no gradient goes through it or its maximum."""
+    """One step of the sLSTM. m only rescales c and n against overflow, so no gradient goes through it or its max()."""
     _, c, n, m = state
     i, f, z, o = (x + rec).unbind(-2)
     carried = m.detach() + torch.nn.functional.logsigmoid(f)

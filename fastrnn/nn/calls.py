@@ -1,4 +1,4 @@
-"""A call: everything is checked and planned once, and kept for the next call like it."""
+"""A call is checked and planned once. The result is kept for the next call like it."""
 
 import functools
 import warnings
@@ -27,36 +27,44 @@ FALLBACKS = {"torch": "torch's own kernel", "reference": "a loop over time in to
 
 
 class FallbackWarning(UserWarning):
-    """backend="auto" runs torch's own kernel on a GPU, or not the planned one of ours; the message says why."""
+    """Warns that `backend="auto"` does not run the planned kernel of fastrnn on a GPU. The message says why.
+
+    A call then runs another kernel of fastrnn, torch's own kernel, or the reference. Each reason warns once.
+    `fastrnn.convert` warns with this class too, about layers that it leaves as they are.
+
+    Examples:
+        >>> import warnings, fastrnn
+        >>> warnings.simplefilter("error", fastrnn.FallbackWarning)  # make every fallback an error
+    """
 
 
 class Route(NamedTuple):
-    """What is known of a call by sizes, dtypes, devices and options alone: the next one like it goes the same way."""
+    """Everything about a call that follows from sizes, dtypes, devices and options. A call like it reuses this."""
 
-    T: int  # total of a ragged input
+    T: int  # of a ragged input, the total of all steps
     B: int
     H: int
-    P: int  # the size of h, which is another where it is projected
+    P: int  # the size of h: H, or proj_size
     chosen: Plan
-    path: Any  # a function of the call
-    dtype: torch.dtype  # to compute in
-    wide: torch.dtype  # of states
-    casts: bool  # some tensor has another than dtype
+    path: Any  # the function in paths.py that runs the call
+    dtype: torch.dtype  # the dtype to compute in
+    wide: torch.dtype  # the dtype of states
+    casts: bool  # whether some tensor has another dtype, and is cast
     layer: Layer
-    ready: Prepared | None  # for all of time in one launch a layer; None where somebody observes
+    ready: Prepared | None  # for one launch a layer; None where operators are observed (ops/library.py)
 
 
 class Call(NamedTuple):
-    """A call that was checked."""
+    """A call whose arguments were checked."""
 
     stack: Stack
     input: Tensor
-    hx: Any  # as given
+    hx: Any  # as the caller gave it
     params: Sequence[Tensor]
-    options: Options  # checked
+    options: Options
     route: Route
-    rows: Tensor | None = None  # the table of sequences (sequences.py), where the host knows it
-    noise: Sequence[Tensor] | None = None  # of each layer: zoneout in training (noise.py)
+    rows: Tensor | None = None  # the table of sequences (sequences.py), if it was made on the CPU
+    noise: Sequence[Tensor] | None = None  # one for each layer: zoneout in training (noise.py)
 
     @property
     def backend(self) -> str:
@@ -68,12 +76,12 @@ class Call(NamedTuple):
 
     @property
     def x(self) -> Tensor:
-        """Input with time first."""
+        """The input with time first."""
         return self.as_given(self.input)
 
     @property
     def state(self) -> tuple[Tensor, ...]:
-        """The first states; zeros where none are given."""
+        """The first states. They are zeros if the caller gave none."""
         if self.hx is not None:
             return as_tuple(self.hx, self.stack)
         rows = self.stack.num_layers * self.stack.directions
@@ -82,7 +90,7 @@ class Call(NamedTuple):
         return tuple(of_size[size] for size in sizes)
 
     def as_given(self, y: Tensor) -> Tensor:
-        """An output with time first, as the input was; and the other way round."""
+        """Swap time and batch if the input has the batch first: of an output, and of the input itself."""
         return y.transpose(0, 1) if self.stack.batch_first and not self.ragged else y
 
 
@@ -96,10 +104,10 @@ def _warn_fallback(what: str, why: str) -> None:
 
 
 def backend_of(chosen: Plan) -> str:
-    """The plan's backend; warns, once a reason, where a GPU gets no kernel of ours or refused the one it should get."""
+    """The plan's backend. On a GPU, warn once for each reason why no kernel of ours, or another one, runs."""
     if chosen.backend in FALLBACKS and chosen.why != "asked for" and chosen.device.startswith("cuda"):
         _warn_fallback(FALLBACKS[chosen.backend], chosen.why)
-    elif driver.refused and not torch.compiler.is_compiling():  # which would break its graph to warn
+    elif driver.refused and not torch.compiler.is_compiling():  # a warning would break the graph
         for why in driver.refused.values():
             if why in chosen.why:
                 _warn_fallback(f"the {chosen.backend} kernel", why)
@@ -107,7 +115,7 @@ def backend_of(chosen: Plan) -> str:
 
 
 def until_launched(backend: str, run: Callable[..., Any], *args: Any) -> Any:
-    """run(*args), and again where the driver refuses the kernel of backend="auto": the planner then leaves it out."""
+    """Call run(*args), and again if the driver refuses a kernel of backend="auto": the planner then leaves it out."""
     for _ in TIERS:
         try:
             return run(*args)
@@ -124,7 +132,7 @@ _MOST_ROUTES = 1024
 def checked(
     stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options, choose: Callable[[Call], Any]
 ) -> Call:
-    """The call, or an error: nothing was computed or changed before. choose finds its path."""
+    """Check a call and return it, or raise. Nothing is computed or changed before. choose finds the call's path."""
     state = () if hx is None else as_tuple(hx, stack)
     if hx is not None:
         check_state(state, stack.states)
@@ -133,7 +141,7 @@ def checked(
         options = as_tensors(options, input, stack)
         tensors += [t for t in (*options[:3], *(options.reset_state or ())) if t is not None]
     rows, seen = None, observed(tensors)
-    if seen:  # sizes may be symbols, and there may be no values: nothing is kept, nor prepared
+    if seen:  # sizes may be symbols, and tensors may have no values: keep and prepare nothing
         route = _route(stack, input, state, params, options, choose)
     else:
         key = _key(stack, tensors, hx is not None, options)
@@ -151,7 +159,7 @@ def checked(
 
 
 def _key(stack: Stack, tensors: Sequence[Tensor], with_state: bool, options: Options) -> tuple:
-    """All that a Route depends on."""
+    """Everything that a Route depends on."""
     which = () if options is PLAIN else (*[given is None for given in options[:-1]], options.cell_states)
     dtype = compute_dtype(tensors[0])
     sizes = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors])
@@ -180,7 +188,7 @@ def _route(
 
 
 def _prepared(route: Route, stack: Stack, input: Tensor, options: Options) -> Route:
-    """The same, with its launches prepared where a kernel of ours runs."""
+    """The same route, with its launches prepared if a kernel of ours runs."""
     if route.chosen.kernel is None:
         return route
     slots = (route.T,) if options.cu_seqlens is not None else (route.T, route.B)
@@ -189,15 +197,15 @@ def _prepared(route: Route, stack: Stack, input: Tensor, options: Options) -> Ro
 
 
 def planned(stack: Stack, H: int, T: int, B: int, input: Tensor) -> Plan:
-    """The plan of a call; torch.export's sizes are symbols where they may change: it is that of its example."""
+    """The plan of a call. Under torch.export a size may be a symbol: the plan is then that of the example's size."""
     T, B = (size.node.hint if isinstance(size, torch.SymInt) else size for size in (T, B))
     dtype = compute_dtype(input)
     return _planned(stack, H, max(T, 1), max(B, 1), dtype, input.device, _facts(stack, dtype))
 
 
 def _facts(stack: Stack, dtype: torch.dtype) -> tuple:
-    """What a plan depends on beside the call; the registered cell and what tests replace are told by identity."""
-    if torch.compiler.is_compiling():  # which keeps no plan
+    """Everything beside the call that a plan depends on. Cells, and functions that tests replace, count by identity."""
+    if torch.compiler.is_compiling():  # plans are not kept there
         return ()
     precision = torch_precision() if dtype == torch.float32 else None
     return plan, DeviceSpec.of, id(tuning.TUNED), id(CELLS[stack.cell]), len(driver.refused), precision

@@ -1,8 +1,8 @@
 """Swap torch.nn's RNN, GRU and LSTM inside a model for fastrnn's, and back.
 
-A layer's class is swapped, not the layer, as torch.nn.utils.parametrize and FSDP do it: the object stays, and with it
-its Parameters, hooks, buffers, training mode, and every reference that others hold to it. The new class is made of
-fastrnn's and of the one that the layer had, so that isinstance(layer, torch.nn.LSTM) goes on being true.
+The class of a layer is swapped, not the layer, as torch.nn.utils.parametrize and FSDP do it. The object stays, with its
+Parameters, hooks, buffers and training mode, and every reference to it stays valid. The new class derives from
+fastrnn's class and from the layer's old one, so isinstance(layer, torch.nn.LSTM) remains true.
 """
 
 import functools
@@ -24,7 +24,7 @@ from .modules import GRU, LSTM, RNN
 _OURS: dict[type, type] = {torch.nn.RNN: RNN, torch.nn.GRU: GRU, torch.nn.LSTM: LSTM}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
 _CONVERTED = (*_TORCHS, foreign.Foreign)
-# What a subclass may define, and go on having, without a part in what the layer computes.
+# A subclass may define these names: they have no part in what a layer computes, and the new class inherits them.
 _HARMLESS = {"__module__", "__qualname__", "__doc__", "__init__", "__annotations__", "__annotate_func__", "__dict__"}
 _HARMLESS |= {"__weakref__", "__static_attributes__", "__firstlineno__", "__orig_bases__", "__parameters__"}
 _HARMLESS |= {"reset_parameters", "__abstractmethods__", "_abc_impl"}
@@ -35,39 +35,46 @@ def convert(
 ) -> Module:
     """Swap every torch.nn.RNN, GRU and LSTM inside a model for fastrnn's, in place, and return the model.
 
-    model is any module; if it is a recurrent layer itself, it is swapped too, and returned. backend and
-    checkpoint_every are those of the new layers, as in fastrnn.LSTM; layers that are fastrnn's already keep theirs.
-    Each layer stays the same object, so that Parameters (optimizers go on), state_dict, hooks, training mode,
-    dtype, device, cuDNN's flat weights, torch.nn.utils.parametrize and sharing (a layer that occurs twice) are
-    kept. Packed sequences go on running torch's kernel by backend "auto".
+    Each layer remains the same object. Its Parameters, state_dict, hooks, training mode, dtype, device, flat weights of
+    cuDNN, parametrizations and sharing are kept, and an optimizer goes on.
 
-    subclass: whether a layer is an instance of the class that it had, beside fastrnn's: what asks
-    isinstance(layer, torch.nn.LSTM), as TorchRL's modules and functions that initialize do, goes on working;
-    type(layer) is torch.nn.LSTM is false either way. torch.compile breaks the graph before and after such a layer, as
-    at torch.nn's, unless torch._dynamo.config.allow_rnn is set; without subclass it traces the model whole.
+    Args:
+        model (torch.nn.Module): Any module. A recurrent layer itself is swapped and returned too.
+        backend (str): The backend of the new layers, as in `fastrnn.LSTM`. Layers that are fastrnn's already keep
+            theirs.
+        checkpoint_every (int | None): As backend: that of the new layers.
+        subclass (bool): If True, a swapped layer is also an instance of its old class. Code that asks isinstance(layer,
+            torch.nn.LSTM), such as TorchRL's modules, then works on. torch.compile breaks the graph around such a
+            layer, as it does around torch.nn's, unless torch._dynamo.config.allow_rnn is set. If False, torch.compile
+            traces the model whole. In both cases type(layer) is torch.nn.LSTM is false.
 
-    Subclasses of torch.nn's classes whose own code has a part in what they compute, and layers whose forward was
-    replaced, are left as they are, since that code would be lost; a fastrnn.FallbackWarning names them.
-    fully_shard (FSDP2) makes such subclasses: convert first. fastrnn.report says what a model has; fastrnn.revert goes
-    back.
+    Returns:
+        torch.nn.Module: The model that was given.
 
-    sLSTM cells of the packages xlstm and tirex-ts are swapped too, if they are there: the recurrence is then ours, with
-    their parameters in their layout, and what is around a cell is theirs. They stay instances of their class whatever
-    subclass is, compute in their input's dtype or autocast's, and return states (h, c, n, m) in float32 for 16 bits.
-    With backend "torch", which has no such kernel, they are left.
+    Raises:
+        ValueError: model is no module, or backend or checkpoint_every is wrong. Nothing is changed then.
 
-    Raises ValueError for what is no module, an unknown backend or a wrong checkpoint_every; nothing is changed then.
+    Some layers are left as they are, because code of theirs would be lost: subclasses of torch.nn's classes that
+    override what the layer computes, and layers whose forward was replaced. A `fastrnn.FallbackWarning` names them.
+    FSDP2's fully_shard makes such subclasses, so convert first. `fastrnn.report` lists all recurrent layers of a model,
+    and `fastrnn.revert` goes back. With "auto", packed sequences still run torch's kernel.
 
-    >>> import torch, fastrnn
-    >>> model = torch.nn.ModuleDict({"encoder": torch.nn.GRU(8, 16), "step": torch.nn.LSTMCell(16, 16)})
-    >>> model = fastrnn.convert(model)
-    >>> print(fastrnn.report(model))
-    encoder: fastrnn.GRU(8, 16)
-    step: left as it is: a cell runs one time step, between which nothing stays on chip
-    >>> isinstance(model["encoder"], fastrnn.GRU), isinstance(model["encoder"], torch.nn.GRU)
-    (True, True)
-    >>> type(fastrnn.revert(model)["encoder"])
-    <class 'torch.nn.modules.rnn.GRU'>
+    If the packages xlstm and tirex-ts are imported, their sLSTM cells are swapped too. Our kernel then runs the
+    recurrence with their parameters in their layout, and the code around a cell is theirs. These cells are always
+    instances of their old class. They compute in the input's dtype or autocast's, and in 16 bits they return the states
+    (h, c, n, m) in float32. With backend "torch" they are left, because torch has no such kernel.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> model = torch.nn.ModuleDict({"encoder": torch.nn.GRU(8, 16), "step": torch.nn.LSTMCell(16, 16)})
+        >>> model = fastrnn.convert(model)
+        >>> print(fastrnn.report(model))
+        encoder: fastrnn.GRU(8, 16)
+        step: left as it is: a cell runs one time step a call, so nothing stays on chip
+        >>> isinstance(model["encoder"], fastrnn.GRU), isinstance(model["encoder"], torch.nn.GRU)
+        (True, True)
+        >>> type(fastrnn.revert(model)["encoder"])
+        <class 'torch.nn.modules.rnn.GRU'>
     """
     expect("backend", backend, BACKENDS)
     check_checkpoint_every(checkpoint_every)
@@ -82,28 +89,43 @@ def convert(
 def revert(model: Module) -> Module:
     """Swap every fastrnn.RNN, GRU and LSTM inside a model for torch.nn's, in place, and return the model.
 
-    Cells of other packages that convert swapped are theirs again. What convert keeps is kept; a model without layers of
-    fastrnn's is returned as it is. Subclasses of fastrnn's classes (fully_shard makes some) are left, with a
-    UserWarning. Raises ValueError for what is no module.
+    Cells of other packages that `fastrnn.convert` swapped become theirs again. revert keeps all that convert keeps.
+    Layers that torch.nn lacks, and subclasses of fastrnn's classes (fully_shard makes some), are left with a
+    UserWarning.
 
-    >>> import torch, fastrnn
-    >>> fastrnn.revert(torch.nn.Sequential(fastrnn.LSTM(8, 16)))
-    Sequential(
-      (0): LSTM(8, 16)
-    )
+    Args:
+        model (torch.nn.Module): Any module. Without layers of fastrnn it is returned as it is.
+
+    Returns:
+        torch.nn.Module: The model that was given.
+
+    Raises:
+        ValueError: model is no module.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> fastrnn.revert(torch.nn.Sequential(fastrnn.LSTM(8, 16)))
+        Sequential(
+          (0): LSTM(8, 16)
+        )
     """
     swaps, left = _to_theirs(model)
     _warn(left, UserWarning)
     for layer, cls in swaps.values():
         layer.__class__ = cls
         for added in _added(cls):
-            layer.__dict__.pop(added, None)  # a layer that occurs twice is met twice
+            layer.__dict__.pop(added, None)  # None: a layer that occurs twice is visited twice
     return model
 
 
 @dataclass(frozen=True)
 class Report:
-    """The recurrent layers of a model: converted has fastrnn's and left has why others are not, by qualified name."""
+    """The recurrent layers of a model, by qualified name. print(report) lists them.
+
+    Attributes:
+        converted (dict[str, torch.nn.Module]): The layers that are fastrnn's.
+        left (dict[str, str]): Why each of the other layers is not.
+    """
 
     converted: dict[str, Module]
     left: dict[str, str]
@@ -120,30 +142,38 @@ class Report:
 
 
 def report(model: Module) -> Report:
-    """Say which recurrent layers of a model are fastrnn's, and why the others are not; before convert, after, any time.
+    """Say which recurrent layers of a model are fastrnn's, and why the others are not.
 
-    Raises ValueError for what is no module.
+    Args:
+        model (torch.nn.Module): Any module, before or after `fastrnn.convert`. It is not changed.
 
-    >>> import torch, fastrnn
-    >>> fastrnn.report(torch.nn.Sequential(torch.nn.LSTM(8, 16))).left
-    {'0': 'fastrnn.convert has not met it'}
+    Returns:
+        Report: The layers that are fastrnn's, and the reason for each other one.
+
+    Raises:
+        ValueError: model is no module.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> fastrnn.report(torch.nn.Sequential(torch.nn.LSTM(8, 16))).left
+        {'0': 'not converted yet: fastrnn.convert swaps it'}
     """
     swaps, left = _to_ours(model, subclass=True)
     ours = dict(_layers(model, _CONVERTED))
-    waiting = dict.fromkeys(swaps, "fastrnn.convert has not met it")
+    waiting = dict.fromkeys(swaps, "not converted yet: fastrnn.convert swaps it")
     cells = {
-        name: "a cell runs one time step, between which nothing stays on chip"
+        name: "a cell runs one time step a call, so nothing stays on chip"
         for name, m in model.named_modules(remove_duplicate=False)
         if isinstance(m, torch.nn.RNNCellBase)
     }
     return Report(ours, waiting | left | cells)
 
 
-Swaps = tuple[dict[str, tuple[Any, type]], dict[str, str]]  # layers with the class to have, and why others are left
+Swaps = tuple[dict[str, tuple[Any, type]], dict[str, str]]  # layers with their new class; why others are left
 
 
 def _to_ours(model: Module, subclass: bool, backend: str = "auto") -> Swaps:
-    """By qualified name: torch.nn's layers, cells of other packages, and what is to become of each."""
+    """Find torch.nn's layers and other packages' cells by qualified name, each with the class that it should get."""
     swaps, left = {}, {}
     others = foreign.known()
     for name, layer in _layers(model, (*_OURS, *others)):
@@ -157,15 +187,15 @@ def _to_ours(model: Module, subclass: bool, backend: str = "auto") -> Swaps:
         if theirs in others:
             ours = others[theirs]
             if plain is not theirs:
-                left[name] = f"{cls.__name__} is a subclass of {theirs.__name__}, which may have code of its own"
+                left[name] = f"{cls.__name__} is a subclass of {theirs.__name__} and may override its code"
             elif why := foreign.why_left(ours, layer, backend):
                 left[name] = why
             else:
                 swaps[name] = layer, made(_both(ours, theirs))
         elif why := _own_code(plain, theirs):
-            left[name] = f"{cls.__name__} is a subclass of {theirs.__name__}, with code of its own: {why}"
+            left[name] = f"{cls.__name__} is a subclass of {theirs.__name__} with its own {why}"
         elif plain is not theirs and not subclass:
-            left[name] = f"{cls.__name__} is a subclass of {theirs.__name__}, which it stays with subclass=True only"
+            left[name] = f"{cls.__name__} is a subclass of {theirs.__name__}, which only subclass=True converts"
         else:
             ours = _OURS[theirs]
             swaps[name] = layer, made(_both(ours, plain) if subclass else ours)
@@ -173,7 +203,7 @@ def _to_ours(model: Module, subclass: bool, backend: str = "auto") -> Swaps:
 
 
 def _to_theirs(model: Module) -> Swaps:
-    """By qualified name: fastrnn's layers and what is to become of each."""
+    """Find fastrnn's layers by qualified name, each with the class that it should get back."""
     swaps, left = {}, {}
     for name, layer in _layers(model, _CONVERTED):
         cls, (plain, made) = type(layer), _apart(layer)
@@ -181,11 +211,11 @@ def _to_theirs(model: Module) -> Swaps:
         if "forward" in vars(layer):
             left[name] = "its forward was replaced on the object"
         elif ours is not foreign.Foreign and not layer._stack_is_torchs():  # type: ignore[operator]
-            left[name] = "torch has no layer in heads, with tied directions, that clips, drops connections or zones out"
+            left[name] = "torch has no layer with heads, clips, tie_directions, drop_connect or zoneout"
         elif theirs := _TORCHS.get(plain) or vars(plain).get("_theirs"):
             swaps[name] = layer, made(theirs)
         else:
-            left[name] = f"{cls.__name__} is a subclass of {ours.__name__}, with code of its own"
+            left[name] = f"{cls.__name__} is a subclass of {ours.__name__} and may override its code"
     return swaps, left
 
 
@@ -196,15 +226,15 @@ def _layers(model: Module, classes: tuple[type, ...]) -> list[tuple[str, Module]
 
 
 def _added(cls: type) -> tuple[str, str]:
-    """The attributes for backend and checkpoint_every; another package's cell may have such of its own."""
+    """The attributes for backend and checkpoint_every, prefixed where another package may use these names."""
     prefix = "" if issubclass(cls, torch.nn.RNNBase) else "fastrnn_"
     return f"{prefix}backend", f"{prefix}checkpoint_every"
 
 
 def _apart(layer: Module) -> tuple[type, Any]:
-    """A layer's class before torch.nn.utils.parametrize, and the function that makes the like of today's of another.
+    """A layer's class without torch.nn.utils.parametrize, and a function that parametrizes another class likewise.
 
-    parametrize gives each module a class of its own, which holds the properties that compute its weights.
+    parametrize gives each module its own class, which holds the properties that compute the weights.
     """
     cls = type(layer)
     if not is_parametrized(layer):
@@ -214,7 +244,7 @@ def _apart(layer: Module) -> tuple[type, Any]:
 
 
 def _own_code(cls: type, theirs: type) -> str:
-    """What a subclass defines that its layer needs and ours has by another name or not at all; names, or none."""
+    """The names that a subclass defines and that would change our layer; empty if there are none."""
     between = cls.__mro__[: cls.__mro__.index(theirs)]
     defined = dict.fromkeys(name for c in between for name in vars(c))
     used = {*dir(_OURS[theirs]), "backend", "checkpoint_every", "__slots__"} - _HARMLESS
@@ -223,11 +253,11 @@ def _own_code(cls: type, theirs: type) -> str:
 
 @functools.cache
 def _both(ours: type, theirs: type) -> type:
-    """A class that is fastrnn's and the one that a layer had; layers of it are copied and pickled."""
+    """Make the class that derives from fastrnn's and from a layer's old one. Its layers can be copied and pickled."""
 
     def reduce(self: Module, protocol: int) -> tuple:
         made, arguments, *rest = super(cls, self).__reduce_ex__(protocol)  # of copyreg.__newobj__, cls
-        if type(self) is not cls:  # parametrized, which says itself that it cannot be pickled
+        if type(self) is not cls:  # parametrized: torch raises its own error, that this cannot be pickled
             return made, arguments, *rest
         return _new, (ours, theirs), *rest
 

@@ -1,4 +1,4 @@
-"""Compile what a call will launch before it is made, so that a first step takes as long as the others."""
+"""Compile the kernels of a call before it is made, so that the first training step takes as long as the others."""
 
 import contextlib
 import os
@@ -23,31 +23,45 @@ def warmup(
     jobs: int | None = None,
     **kwargs: Any,
 ) -> int:
-    """Compile the kernels that module(*args, **kwargs) launches, backward too; return how many Triton's caches lacked.
+    """Compile the kernels that module(*args, **kwargs) and its backward pass launch, before the first call needs them.
 
-    module is a fastrnn layer or any model that has some, on the device where it will run. args and kwargs are those of
-    its call, lengths= or reset= of a layer among them; in place of a tensor args may have its shape, a tuple of ints:
-    zeros of dtype (default: that of the module's parameters) on their device. What is compiled depends on sizes and
-    dtypes, on which tensors are there and how they are aligned, and on the mode: once for each kind of call, inside
-    torch.autocast if the call is.
+    Triton compiles a kernel once for each combination of sizes, dtypes, present tensors and their alignment. Call
+    warmup once for each kind of call, under torch.autocast if the call runs under it.
 
-    training: with gradients, by way of loss, which makes of the result what is differentiated (default: the sum of its
-    first tensor, of a layer its output). False: as under torch.no_grad(), whose kernels are others.
-    jobs: processes that compile at once (default: the idle CPUs that this one may use). A process starts in the time of
-    some three kernels, so that few kernels are compiled by this one alone. They need no `if __name__ == "__main__"`. A
-    cell that `__main__` defines is compiled here.
+    Args:
+        module (torch.nn.Module): A fastrnn layer, or a model that has some, on the device where it will run.
+        args (Any): The arguments of the call. A tuple of ints stands for a tensor of zeros with this shape, on the
+            device of the module's parameters.
+        dtype (torch.dtype | None): The dtype of those zeros. None is that of the module's parameters.
+        training (bool): True compiles the kernels of a call with gradients, and of its backward pass. False compiles
+            those of a call under torch.no_grad(), which are others.
+        loss (Callable[[Any], Tensor] | None): In training, makes the tensor to differentiate from the call's result.
+            None takes the sum of the result's first tensor, which for a layer is its output.
+        jobs (int | None): How many processes compile at once. None is as many as there are idle CPUs that this process
+            may use.
+        kwargs (Any): The keyword arguments of the call, such as lengths= or reset= for a layer.
 
-    The call is made once, on its device, with zeros in place of what our kernels compute. Parameters, their .grad,
-    buffers and random numbers stay as they are; hooks run. No other thread may run our layers meanwhile. On CPU tensors
-    backend "auto" runs torch's own kernels: nothing is compiled, and 0 returned; neither where TRITON_INTERPRET=1.
+    Returns:
+        int: How many kernels were compiled. Those in Triton's caches do not count.
 
-    Raises ValueError for what is no module, a shape without parameters to say where, jobs below 1, or a result without
-    a gradient in training; RuntimeError if another process fails; whatever the call itself raises.
+    Raises:
+        ValueError: module is no module, a shape is given but the module has no parameters to say where, jobs is below
+            1, or training finds no gradient in the result.
+        RuntimeError: Another process that compiles has failed. Whatever the call raises passes too.
 
-    >>> import torch, fastrnn
-    >>> layer = fastrnn.LSTM(16, 32)  # .cuda()
-    >>> fastrnn.warmup(layer, (100, 8, 16)) + fastrnn.warmup(layer, (100, 8, 16), training=False)
-    0
+    The call is made once, on its device, with zeros in place of our kernels' results. Parameters, their .grad, buffers
+    and random numbers stay as they are, and hooks run. No other thread may run fastrnn's layers meanwhile. On CPU
+    tensors "auto" runs torch's own kernels, so nothing is compiled. Nothing is compiled either where
+    TRITON_INTERPRET=1.
+
+    Starting another process takes as long as about three kernels, so this process compiles a few kernels alone. A
+    script needs no `if __name__ == "__main__"`. A cell that is defined in `__main__` is compiled by this process.
+
+    Examples:
+        >>> import torch, fastrnn
+        >>> layer = fastrnn.LSTM(16, 32)  # .cuda()
+        >>> fastrnn.warmup(layer, (100, 8, 16)) + fastrnn.warmup(layer, (100, 8, 16), training=False)
+        0
     """
     if not isinstance(module, torch.nn.Module):
         raise ValueError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
@@ -65,13 +79,13 @@ def warmup(
 
 
 def _made(given: Any, parameter: Tensor | None, dtype: torch.dtype | None) -> Any:
-    """Arguments with tensors in place of their shapes."""
-    if type(given) not in (tuple, torch.Size):  # a PackedSequence is a tuple, too
+    """The arguments, with a tensor of zeros in place of each shape."""
+    if type(given) not in (tuple, torch.Size):  # a PackedSequence is a tuple too, and no shape
         return given
     if not given or not all(type(size) is int for size in given):
         return tuple(_made(member, parameter, dtype) for member in given)
     if parameter is None:
-        raise ValueError(f"module: expected parameters, which say where a tensor of {tuple(given)} lies; got none")
+        raise ValueError(f"module: expected parameters, which give a tensor of {tuple(given)} its device; got none")
     return torch.zeros(given, dtype=dtype or parameter.dtype, device=parameter.device)
 
 
@@ -83,7 +97,7 @@ def _random_numbers_kept(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _zero(arguments: tuple) -> None:
-    """Write what a kernel would: a model may refuse NaN, which memory may hold."""
+    """Write zeros where a kernel would write its results. Unwritten memory may hold NaN, which a model may refuse."""
     for group in arguments:
         if isinstance(group, Outputs | Gradients):
             for tensor in tree_leaves(tuple(group)):
@@ -104,7 +118,7 @@ def _differentiate(inputs: list, result: Any, loss: Callable[[Any], Tensor] | No
 
 
 def cpus() -> int:
-    """Those that this process may use and that had nothing to do in the last minute; at least one."""
+    """Count the CPUs that this process may use and that were idle in the last minute; at least one."""
     everywhere = os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else everywhere
     idle = everywhere - round(os.getloadavg()[0]) if hasattr(os, "getloadavg") else everywhere

@@ -97,7 +97,7 @@ def _double_backward(ctx, *second):
 
 @register_flop_formula(torch.ops.fastrnn.recurrence)
 def _flops(x_gates, W_hh, *args, out_shape=None, **kwargs) -> int:
-    """Operations of W_hh h at every time step, padded steps included. torch.utils.flop_counter passes shapes, not tensors."""
+    """Operations of W_hh h at every time step, padded steps included. The flop counter passes shapes, not tensors."""
     return 2 * math.prod(x_gates) * W_hh[-1]
 
 

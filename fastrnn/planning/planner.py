@@ -147,7 +147,7 @@ def plan(
 
     Examples:
         >>> import torch, fastrnn
-        
+
         lstm, T=1000, B=64, H=128, bfloat16, on sm_80: backend resident
           why       W_hh fits one program
           kernel    Gluon, 8 warps a program

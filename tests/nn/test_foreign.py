@@ -135,7 +135,7 @@ def test_the_objects_are_kept_and_revert_gives_back_theirs(kind, subclass):
         assert torch.equal(twin(x, None)[0], cell(x, None)[0])
     fastrnn.revert(model)
     assert type(cell) is cls and set(vars(cell)) == attributes
-    assert fastrnn.report(model).left == dict.fromkeys("01", "fastrnn.convert has not met it")
+    assert fastrnn.report(model).left == dict.fromkeys("01", "not converted yet: fastrnn.convert swaps it")
 
 
 def test_which_of_xlstms_are_left_and_why():
