@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import LAYERS, descend, fraction, parse, parser, positive, rate, save_figure, save_json, whole
+from common import LAYERS, descend, fraction, parse, parser, positive, progress, rate, save_figure, save_json, whole
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 import fastrnn
 
@@ -173,7 +172,7 @@ def train(trainer: Trainer, out: Path) -> bool:
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
-        with tqdm(total=args.steps, initial=trainer.step, desc=f"train {args.cell}", unit="step") as bar:
+        with progress(total=args.steps, initial=trainer.step, desc=f"train {args.cell}", unit="step") as bar:
             while trainer.step < args.steps and not interrupted:
                 bits = trainer.train_step()
                 bar.update()

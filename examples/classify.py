@@ -13,14 +13,13 @@ import argparse
 import math
 
 import torch
-from common import descend, parse, parser, positive, rate, run, save_figure, save_json
+from common import descend, parse, parser, positive, progress, rate, run, save_figure, save_json
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 import fastrnn
 
@@ -55,7 +54,7 @@ def train(model: Classifier, x: Tensor, y: Tensor, args: argparse.Namespace) -> 
     steps = args.epochs * math.ceil(len(y) / args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
     losses = []
-    with tqdm(range(args.epochs), desc="train", unit="epoch") as bar:
+    with progress(range(args.epochs), desc="train", unit="epoch") as bar:
         for _ in bar:
             batches = torch.randperm(len(y)).to(y.device).split(args.batch)
             found = []

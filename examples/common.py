@@ -1,19 +1,22 @@
-"""What the examples share: arguments, one step of descent, files that are written whole or not at all, and Ctrl-C."""
+"""What the examples share: arguments, an optimizer step, a progress bar, files that are written whole, and Ctrl-C."""
 
 import argparse
 import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TextIO
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parents[1]))  # of a bare checkout, where nothing is installed
+sys.path.append(str(Path(__file__).parents[1]))  # a bare checkout runs too, without an installed fastrnn
 
 import fastrnn
 from fastrnn.planning.planner import BACKENDS
@@ -45,11 +48,11 @@ def rate(text: str) -> float:
 
 
 def parser(doc: str | None, out: str) -> argparse.ArgumentParser:
-    """With the arguments that every example takes; doc is the example's docstring."""
+    """Make a parser with the arguments of all examples; doc is the example's docstring."""
     made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    help = "of the CPU; more gain little on small tensors, and wait for each other where cores are shared"
+    help = "threads on the CPU; more than one gains little on small tensors"
     made.add_argument("--threads", type=positive, default=1, help=help)
     made.add_argument("--backend", choices=BACKENDS, default="auto")
     made.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER")
@@ -57,7 +60,7 @@ def parser(doc: str | None, out: str) -> argparse.ArgumentParser:
 
 
 def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments, checked; torch takes seed and threads from them."""
+    """Parse and check the arguments. Sets torch's seed and threads by them."""
     args = made.parse_args(argv)
     if args.device != "cpu" and not (args.device.startswith("cuda") and torch.cuda.is_available()):
         made.error(
@@ -72,7 +75,7 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float = 1.0) -> float:
-    """One step down the loss, the gradient's norm at most clip; returns the loss."""
+    """Make one optimizer step, with the gradient's norm clipped to clip, and return the loss."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
@@ -80,11 +83,35 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float = 1.0) -
     return loss.item()
 
 
+def progress(*args: Any, **kwargs: Any) -> Any:
+    """Return tqdm's bar. In a log, which keeps every redraw, print a line every ten seconds instead, and one at the end."""
+    return tqdm(*args, **kwargs, file=sys.stderr if sys.stderr.isatty() else Log(sys.stderr))
+
+
+class Log:
+    """A file for tqdm where the output is no terminal."""
+
+    SECONDS = 10
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.bar, self.written = file, "", time.monotonic()
+
+    def write(self, text: str) -> None:
+        self.bar = text.strip() or self.bar
+        ends = text == "\n"  # tqdm writes this when a bar closes
+        if self.bar and (ends or time.monotonic() - self.written >= self.SECONDS):
+            self.file.write(f"{self.bar}\n")
+            self.bar, self.written = "", time.monotonic()
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` once it is all there; what was there before stays if it never is."""
+    """Yield a path to write to. Only when the block ends without an error, the new file replaces `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")  # ends as path does: writers go by the suffix
+    part = path.with_name(f".{path.name}")  # keeps the suffix, by which writers choose a format
     try:
         yield part
         os.replace(part, path)
@@ -103,7 +130,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """main(), which writes when all is computed: Ctrl-C ends it in one line, and with status 130."""
+    """Run main. Ctrl-C ends it with one line and status 130; main writes its files last, so nothing is half written."""
     try:
         main()
     except KeyboardInterrupt:

@@ -17,12 +17,11 @@ import math
 import numpy as np
 import pandas as pd
 import torch
-from common import descend, parse, parser, positive, rate, run, save_figure, save_json
+from common import descend, parse, parser, positive, progress, rate, run, save_figure, save_json
 from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
 from statsmodels.datasets import co2
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fastrnn
 
@@ -63,7 +62,7 @@ def train(model: Forecaster, features: Tensor, growth: Tensor, args: argparse.Na
     starts = len(following) - args.window + 1
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    with tqdm(range(args.steps), desc="train", unit="step") as bar:
+    with progress(range(args.steps), desc="train", unit="step") as bar:
         for _ in bar:
             weeks = torch.randint(starts, (args.batch,)) + torch.arange(args.window).unsqueeze(1)  # (window, batch)
             weeks = weeks.to(features.device)

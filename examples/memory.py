@@ -21,11 +21,10 @@ import argparse
 import math
 
 import torch
-from common import LAYERS, descend, parse, parser, positive, rate, run, save_figure, save_json
+from common import LAYERS, descend, parse, parser, positive, progress, rate, run, save_figure, save_json
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
-from tqdm import tqdm
 
 SYMBOLS, RECALLED = 4, 2
 # Inputs, outputs, and what it costs to remember nothing.
@@ -116,7 +115,7 @@ def train(args: argparse.Namespace) -> tuple[list[dict], dict[str, dict[str, lis
     """A row for each problem, cell and length, and for the adding problem of the largest length the gradients."""
     runs = [(problem, cell, T) for problem in PROBLEMS for cell in LAYERS for T in args.lengths]
     results, gradients = [], {cell: {} for cell in LAYERS}
-    with tqdm(total=len(runs) * args.steps, unit="step") as bar:
+    with progress(total=len(runs) * args.steps, unit="step") as bar:
         for problem, cell, T in runs:
             bar.set_description(f"{problem}, T={T}, {cell}")
             model = Model(problem, cell, args.hidden, args.backend).to(args.device)

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import LAYERS, descend, fraction, parse, parser, positive, rate, run, save_figure, save_json
+from common import LAYERS, descend, fraction, parse, parser, positive, progress, rate, run, save_figure, save_json
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 HINT_LEFT, HINT_RIGHT, CORRIDOR, JUNCTION = range(4)  # what there is to see
 FORWARD, LEFT, RIGHT = range(3)  # what there is to do
@@ -131,7 +130,7 @@ def train(policy: Policy, args: argparse.Namespace, processes: int, leads: bool)
     mazes = TMazes(args.mazes, args.corridor, args.device)
     state, first = None, torch.ones(args.mazes, dtype=torch.bool, device=args.device)
     success, differed = [], 0.0
-    with tqdm(range(args.rollouts), desc="train", unit="rollout", disable=not leads) as bar:
+    with progress(range(args.rollouts), desc="train", unit="rollout", disable=not leads) as bar:
         for _ in bar:
             rollout = Rollout(policy, mazes, state, first, args.steps)
             state, first = rollout.next_state, rollout.next_first

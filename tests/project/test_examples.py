@@ -4,6 +4,7 @@ test_char_lm.py has the language model's own.
 """
 
 import importlib
+import io
 import json
 import os
 import socket
@@ -137,6 +138,32 @@ def test_ctrl_c_leaves_what_was_there(name, tmp_path):
     assert done.returncode == 130, done.stderr
     assert "interrupted: nothing was written" in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == [before] and before.read_text() == "of a run before"
+
+
+@pytest.mark.parametrize("is_terminal", (True, False))
+def test_a_progress_bar_does_not_flood_a_log(is_terminal, monkeypatch):
+    """100 steps of a second each: on a terminal all are drawn, in a log each tenth, on a line of its own."""
+    common, stderr, now = imported("common", monkeypatch), io.StringIO(), [0.0]
+    monkeypatch.setattr(stderr, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(common.time, "monotonic", lambda: now[0])
+    with common.progress(range(100), desc="train") as bar:
+        for step in bar:
+            now[0] += 1
+            bar.set_postfix_str(f"loss {step}")
+    written = stderr.getvalue()
+    if is_terminal:
+        assert written.count("\r") >= 100
+    else:
+        lines = written.splitlines()
+        assert len(lines) == 11 and "\r" not in written and written.endswith("\n")
+        assert all(f"loss {n}" in line for n, line in zip((*range(9, 100, 10), 99), lines, strict=True))
+
+
+def test_every_example_takes_that_bar():
+    sources = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    assert [name for name, source in sources.items() if "tqdm" in source] == ["common.py"]
+    assert "common.py" in sources and sum("progress(" in source for source in sources.values()) == 6
 
 
 def test_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
