@@ -84,7 +84,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip: float = 1.0) -
 
 
 def progress(*args: Any, **kwargs: Any) -> Any:
-    """Return tqdm's bar. In a log, which keeps every redraw, print a line every ten seconds instead, and the last one."""
+    """Return tqdm's bar. In a log, which keeps every redraw, it is a line every ten seconds and one at the end."""
     return tqdm(*args, **kwargs, file=sys.stderr if sys.stderr.isatty() else Log(sys.stderr))
 
 

@@ -139,9 +139,11 @@ def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
 
     is_shown = args.timeline is not None
     if args.bounds and (is_shown or args.what_if):
-        raise ValueError("bounds: expected no --timeline and no --what-if beside it, which simulate")
+        raise ValueError("bounds: expected no --timeline and no --what-if beside it, since both simulate")
     if args.json and is_shown and not args.timeline:
-        raise ValueError("timeline: expected a FILE for a picture beside --json; got none, and text is no JSON")
+        raise ValueError(
+            "timeline: expected a FILE beside --json, for a picture; got none, and a timeline as text is no JSON"
+        )
     passes = PASSES if args.which == "both" else (args.which,)
     planned = False
     every = list(_asked(args))

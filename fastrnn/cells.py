@@ -178,12 +178,12 @@ def register(
         >>> register("gru", gates=3, step=gru_step, forward=gru_forward, backward=gru_backward, saved=4)
         Traceback (most recent call last):
             ...
-        ValueError: name: expected a new one, beside 'lstm', 'gru', 'rnn_tanh', 'rnn_relu'...; got 'gru'
+        ValueError: name: expected a new name, other than 'lstm', 'gru', 'rnn_tanh', 'rnn_relu'...; got 'gru'
     """
     from triton.runtime.jit import KernelInterface
 
     if not isinstance(name, str) or name in CELLS:
-        raise ValueError(f"name: expected a new one, beside {', '.join(map(repr, CELLS))}; got {name!r}")
+        raise ValueError(f"name: expected a new name, other than {', '.join(map(repr, CELLS))}; got {name!r}")
     for what, count, least in (("gates", gates, 1), ("saved", saved, 0)):
         if not isinstance(count, int) or count < least:
             raise ValueError(f"{what}: expected an int of at least {least}; got {count!r}")

@@ -1,8 +1,8 @@
 """What the planner must know of a device: a table of architectures, and the device at hand.
 
-Sources: the table of technical specifications per compute capability in NVIDIA's CUDA C++ Programming Guide (13.0),
-the product pages of the boards named, and AMD's CDNA2, CDNA3 and CDNA4 instruction set guides. Multiprocessor counts
-are those of one common board; `DeviceSpec.of` replaces them by the real device's.
+Sources: the table of technical specifications per compute capability in NVIDIA's CUDA C++ Programming Guide (13.0), the
+product pages of the boards named, and AMD's CDNA2, CDNA3 and CDNA4 instruction set guides. The table has the number of
+multiprocessors of one common board. `DeviceSpec.of` takes the real device's.
 """
 
 from dataclasses import dataclass, replace
@@ -25,9 +25,9 @@ class DeviceSpec:
     shared_bytes: int  # the most shared memory (LDS) that one program can have
     register_bytes: int  # registers of one multiprocessor
     warp_size: int
-    cluster_limit: int  # the most programs in one thread-block cluster; 1 where there are none
+    cluster_limit: int  # the most programs in one thread-block cluster; 1 without clusters
     has_tf32: bool
-    clusters: tuple[tuple[int, int], ...] = ()  # (size, how many run at once), as far as it is known
+    clusters: tuple[tuple[int, int], ...] = ()  # (size, how many run at once), where known
 
     def at_once(self, ctas: int) -> int:
         """How many clusters of a size run at once, each program on a multiprocessor of its own.
@@ -56,7 +56,7 @@ class DeviceSpec:
 
     @staticmethod
     def of(device: torch.device) -> "DeviceSpec":
-        """The spec of a device at hand: a GPU, or the interpreter for CPU tensors where TRITON_INTERPRET=1."""
+        """The spec of a device: a GPU, or the interpreter for CPU tensors where TRITON_INTERPRET=1."""
         if device.type == "cpu" and interpreter.ENABLED:
             return SPECS["interpreter"]
         if device.type != "cuda":
@@ -69,16 +69,16 @@ class DeviceSpec:
 
 @cached
 def _of_gpu(index: int) -> DeviceSpec:
-    """The spec of a GPU: its family's figures, and its own where the driver has them."""
+    """The spec of a GPU: the figures of its family, replaced by its own where the driver has them."""
     found = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         arch = found.gcnArchName.split(":")[0]
     else:
         arch = f"sm_{found.major}{found.minor}"
-        if arch not in SPECS:  # sm_87, 103, 121: their family's first, with the shared memory read below
+        if arch not in SPECS:  # sm_87, 103, 121: take the family's first; its shared memory is read below
             arch = f"sm_{found.major}0"
     if arch not in SPECS:
-        raise NotImplementedError(f"fastrnn has no figures for {arch} ({found.name}); known are {', '.join(SPECS)}")
+        raise NotImplementedError(f"fastrnn does not know {arch} ({found.name}); it knows {', '.join(SPECS)}")
     spec = replace(SPECS[arch], board=found.name, multiprocessors=found.multi_processor_count)
     if spec.is_amd:
         return spec
@@ -112,14 +112,15 @@ SPECS = {
         _nvidia("sm_80", "A100", 108, 163),
         _nvidia("sm_86", "RTX 3090", 82, 99),
         _nvidia("sm_89", "RTX 4090", 128, 99),
-        # Clusters as an H100's driver counts them (bench/measured/): they lie in groups of multiprocessors.
+        # An H100's driver reports these clusters (bench/measured/). They are fewer than 132 / size, because a
+        # cluster stays in one group of multiprocessors.
         _nvidia("sm_90", "H100 SXM", 132, 227, cluster_limit=16, clusters=((8, 15), (16, 7))),
         _nvidia("sm_100", "B200", 148, 227, cluster_limit=16),
         _nvidia("sm_120", "RTX 5090", 170, 99, cluster_limit=8),
         _amd("gfx90a", "MI250X, one die", 110, 64),
         _amd("gfx942", "MI300X", 304, 64),
         _amd("gfx950", "MI355X", 256, 160),
-        # numpy on the CPU: nothing is on chip, so nothing limits a kernel.
+        # The interpreter computes with numpy on the CPU. Nothing is on chip, so nothing limits a kernel.
         DeviceSpec("interpreter", "Triton's interpreter", 1 << 20, 1 << 62, 1 << 62, 32, 1, has_tf32=False),
     )
 }

@@ -2,8 +2,8 @@
 
     rec = W_hh h + b_hh;   state = step(x_gates[t], rec, state);   y[t] = h
 
-The step of each cell is in cells.py. Everything is differentiable, twice too: this is the slow path that the fused
-kernels are checked against.
+The step of each cell is in cells.py. Everything is differentiable, and the gradients are too. The fused kernels are
+checked against this slow path.
 """
 
 from typing import Any, NamedTuple
@@ -32,13 +32,13 @@ def recurrence(
     cell_states: bool = False,
     num_heads: int = 1,
 ) -> tuple[Any, ...]:
-    """Run one layer, D directions, over all of time: the same contract as fastrnn.ops.recurrence.
+    """Run one layer of D directions over all of time, as fastrnn.ops.recurrence does, but in plain torch.
 
-    x_gates (T, B, D, G, H), W_hh (D, G*H, H), b_hh (D, G*H) or None, h_0 and c_0 (D, B, H), c_0 only for the LSTM, and
-    (3, D, B, H) of c, n and m for the sLSTM; returns y (T, B, D, H), h_n (D, B, H), c_n as c_0, and with cell_states c
-    (T, B, D, H) or (3, T, B, D, H). Direction 1 walks time from its end. The state keeps the dtype of h_0 and c_0 from
-    step to step. sequences, reset_h, reset_c, by_step and num_heads: see fastrnn.ops.recurrence; x_gates, y and c are
-    (total, D, ...) where sequences are ragged.
+    x_gates is (T, B, D, G, H), W_hh (D, G*H, H), b_hh (D, G*H) or None, and h_0 (D, B, H). c_0 is (D, B, H) for the
+    LSTM, (3, D, B, H) for the sLSTM's c, n and m, and else None. Returns y (T, B, D, H), h_n (D, B, H), c_n shaped as
+    c_0 and, with cell_states, c (T, B, D, H) or (3, T, B, D, H). Direction 1 walks time from its end. The state keeps
+    the dtype of h_0 and c_0 from step to step. fastrnn.ops.recurrence describes sequences, reset_h, reset_c, by_step
+    and num_heads. x_gates, y and c are (total, D, ...) if sequences are ragged.
 
     >>> import torch, fastrnn.reference
     >>> x_gates, W_hh, h_0 = torch.zeros(5, 2, 1, 3, 4), torch.zeros(1, 12, 4), torch.ones(1, 2, 4)
@@ -55,14 +55,14 @@ def recurrence(
 
 
 def stacked(h: Tensor, others: Tensor | None) -> Tensor:
-    """All states (P, ...): h and c, or h and the others, which are several."""
+    """Stack h and the other states to (P, ...). others is None, one state, or several in one tensor."""
     if others is None:
         return h.unsqueeze(0)
     return torch.stack((h, others)) if others.dim() == h.dim() else torch.cat((h.unsqueeze(0), others))
 
 
 def beside_h(states: Tensor, first: int = 1) -> Tensor | None:
-    """The states from the first one on: None, the only one, or several, (P - 1, ...)."""
+    """The states beside h, in the op's form: None, the only one, or several as (P - 1, ...)."""
     others = states[first:]
     return others if len(others) > 1 else others[0] if len(others) else None
 
@@ -83,15 +83,15 @@ def run(
     zoneout: float = 0.0,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one layer of D directions and N heads, R = D * N recurrences of K units side by side, over all of time.
+    """Run one layer over all of time: R = D * N recurrences of K units side by side, for D directions of N heads.
 
-    x_gates (T, B, R, G, K), W_hh (R, G*K, K), b_hh (R, G*K). state_0 (P, D, B, N*K) holds all states of the cell, h
-    first; None is zeros. starts: as state_0, or by_step (P, T, B, D, N*K). Returns y (T, B, D, N*K), the final states
-    as state_0, and the states of all steps beside h, (P - 1, T, B, D, N*K).
+    x_gates is (T, B, R, G, K), W_hh (R, G*K, K) and b_hh (R, G*K). state_0 (P, D, B, N*K) has all states of the cell, h
+    first; None is zeros. starts has the states after resets, shaped as state_0, or by_step (P, T, B, D, N*K). Returns y
+    (T, B, D, N*K), the final states shaped as state_0, and the states beside h of all steps, (P - 1, T, B, D, N*K).
 
-    clip_gradient: what comes back through W_hh is clipped to [-x, x] each step. clip_state: a step sees c clipped so,
-    of a cell without c h, and final states are what a next step would see; y and c of all steps are not clipped.
-    zoneout: h is h_prev + share (h_new - h_prev); with noise share is 0 with this probability p, else 1, without 1 - p.
+    clip_gradient: the gradient that comes back through W_hh is clipped to [-x, x] at each step. clip_state: each step
+    reads c (in a cell without c: h) clipped like that. Final states are clipped too, but not y and c of all steps.
+    zoneout: h = h_prev + share (h_new - h_prev). With noise, share is 0 with probability p, else 1; without, 1 - p.
     """
     clips = Clips(cell, clip_gradient, clip_state, zoneout)
     *slots, R, _, K = x_gates.shape
@@ -116,7 +116,7 @@ def run(
         states, final = _walk(clips, of_direction, d, weights, tuple(first[:, d]), anew, by_step)
         outputs.append(states)
         finals.append(torch.stack(clips.of(final)))
-    # P tensors (T, B, D, N*K) of P tensors for each direction
+    # From P tensors for each direction, make P tensors (T, B, D, N*K).
     all_steps = [torch.stack(of_one, -3).flatten(-2) for of_one in zip(*outputs, strict=True)]
     last = torch.stack(finals, 1).flatten(-2).to(state_0.dtype)
     if walk.slots is not None:
@@ -126,7 +126,7 @@ def run(
 
 
 class Clips(NamedTuple):
-    """What is clipped at each step of a cell, to [-x, x], negative where nothing is; and how much of h stays."""
+    """Limits x of the clips [-x, x] at each step of a cell (negative: no clip), and zoneout's probability."""
 
     cell: str
     gradient: float
@@ -151,7 +151,7 @@ class Clips(NamedTuple):
 
 
 class _ClippedGradient(torch.autograd.Function):
-    """The tensor as it is; its gradient clipped."""
+    """Return the tensor unchanged, and clip its gradient."""
 
     generate_vmap_rule = True
 
@@ -169,16 +169,16 @@ class _ClippedGradient(torch.autograd.Function):
 
 
 class _Walk(NamedTuple):
-    """A padded batch, and where its sequences end and start anew."""
+    """A padded batch, and where its sequences end and are reset."""
 
     x_gates: Tensor  # (T, B, R, G, K)
     reset: Tensor | None  # (T, B)
     length: Tensor | None  # (B,)
     frozen: Tensor | None  # (T, B, 1, 1)
-    starts: Tensor | None  # by step
-    slots: Slots | None  # of ragged sequences: their places in the padded batch
-    places: Tensor | None = None  # of ragged sequences (T, B): the slot of each step
-    stays: Tensor | None = None  # (T, B, R, K): which h zoneout keeps
+    starts: Tensor | None  # states after resets, if they are given by step
+    slots: Slots | None  # for ragged sequences, their places in the padded batch
+    places: Tensor | None = None  # for ragged sequences, the slot of each step (T, B)
+    stays: Tensor | None = None  # (T, B, R, K): where zoneout keeps h
 
 
 def _padded(x_gates: Tensor, sequences: Sequences | None, starts: Tensor | None) -> _Walk:
@@ -186,17 +186,17 @@ def _padded(x_gates: Tensor, sequences: Sequences | None, starts: Tensor | None)
         return _Walk(x_gates, None if sequences is None else sequences.reset, None, None, starts, None)
     slots, places, reset = None, None, sequences.reset
     _, first, length = sequences.rows[:, sequences.rows[0].argsort()]
-    if x_gates.dim() == 4:  # ragged: made a padded batch, whose padding is some other slot and is not used
+    if x_gates.dim() == 4:  # ragged: make it a padded batch; its padding repeats other slots and is not used
         slots = Slots.of(sequences.rows, x_gates.shape[:1], x_gates.device)
         try:
             longest = int(length.max())
-        except RuntimeError:  # vmap and export know no values: none is longer than all together
+        except RuntimeError:  # under vmap and export there are no values: take the total, which bounds them
             longest = x_gates.shape[0]
         time = torch.arange(longest, device=x_gates.device)
         places = index = (first + time[:, None]).clamp(max=x_gates.shape[0] - 1)
         x_gates, reset = x_gates[index], None if reset is None else reset[index]
         starts = None if starts is None else starts[:, index]
-    # Frozen rows compute with zeros: a NaN of theirs times their gradients, which are zero, would be NaN.
+    # Frozen rows compute with zeros. Their gradients are zero, and 0 * NaN would be NaN.
     frozen = (torch.arange(x_gates.shape[0], device=x_gates.device)[:, None] >= length)[..., None, None]
     return _Walk(x_gates.masked_fill(frozen[..., None], 0), reset, length, frozen, starts, slots, places)
 
@@ -218,9 +218,9 @@ def _walk(
     anew: Tensor | None,
     by_step: bool,
 ) -> tuple[list[Tensor], State]:
-    """States of all steps (T, B, N, K), and the last ones (B, N, K), of the heads of direction d."""
+    """Walk the heads of direction d over time. Return the states of all steps (T, B, N, K), and the last (B, N, K)."""
     x_gates, reset, length, frozen = walk[:4]
-    T, x = x_gates.shape[0], x_gates.flatten(1, 2)  # a cell's step takes rows, whichever head they are of
+    T, x = x_gates.shape[0], x_gates.flatten(1, 2)  # a cell's step takes rows, and does not know of heads
     cell = CELLS[clips.cell]
     wide = cell.state_dtype(x_gates.dtype)
     kept: list[State] = [state] * T
@@ -245,7 +245,7 @@ def _walk(
 
 
 def _product(h: Tensor, W_hh: Tensor, b_hh: Tensor | None) -> Tensor:
-    """W_hh h + b_hh of heads side by side: h (B, N, K), W_hh (N, G*K, K), b_hh (N, G*K) to (B, N, G*K)."""
+    """W_hh h + b_hh for heads side by side: h (B, N, K), W_hh (N, G*K, K) and b_hh (N, G*K) give (B, N, G*K)."""
     if W_hh.shape[0] == 1:
         return torch.nn.functional.linear(h[:, 0], W_hh[0], None if b_hh is None else b_hh[0]).unsqueeze(1)
     rec = torch.matmul(h.transpose(0, 1), W_hh.mT).transpose(0, 1)

@@ -1,8 +1,9 @@
-"""Sequences of their own lengths, and resets inside them: the form in which recurrences take them.
+"""Sequences with their own lengths, and resets inside them, in the form that recurrences take.
 
-A slot is the place of one time step of one sequence: in tensors (T, B, ...) slot t * B + b, in ragged ones (total, ...)
-the start of sequence b, plus t. Segments, which begin where a sequence does and at resets, do not see each other: in
-either direction the state starts anew at the *edge* before the later one's first step. Nothing here waits for a device.
+A slot is the place of one time step of one sequence. In tensors (T, B, ...) it is t * B + b, and in ragged tensors
+(total, ...) the start of sequence b, plus t. A segment begins at the start of a sequence or at a reset. Segments do not
+see each other: in both directions the state starts anew at the *edge* before the later segment's first step. No code
+here waits for a device.
 """
 
 from collections.abc import Callable
@@ -17,23 +18,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def untraced(function: F) -> F:
-    """Left alone by torch.compile, which breaks the graph there: what depends on values that are on the CPU."""
+    """A decorator for functions that read values on the CPU: torch.compile breaks the graph at them."""
     return torch.compiler.disable(function)  # type: ignore[return-value]
 
 
 def stops_at_torchs_kernels() -> bool:
-    """Whether torch.compile is tracing and should break the graph before a kernel of torch's, as at torch.nn's layers.
+    """Whether torch.compile is tracing and should break the graph before torch's own kernels.
 
-    Where torch traces these it walks time in Python, for minutes, and in float32 on CPU tensors cannot train the LSTM.
-    torch's own setting for torch.nn's layers holds for ours; torch.export sets it.
+    Where torch traces these kernels, it unrolls time in Python, for minutes, and it cannot train the LSTM in float32 on
+    CPU tensors. The setting is torch's own for torch.nn's layers, torch._dynamo.config.allow_rnn. torch.export sets it.
     """
     return torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn
 
 
 class Sequences(NamedTuple):
-    """rows (3, B) int64: sequences, their first slots and lengths, longest first; None where all have T steps.
+    """Where sequences begin and end, and where they are reset.
 
-    reset: bool by slot, or None.
+    rows (3, B) int64 has for each sequence its index, first slot and length, the longest first. None: all have T steps.
+    reset is bool by slot, or None.
     """
 
     rows: Tensor | None
@@ -43,7 +45,9 @@ class Sequences(NamedTuple):
     def of(
         T: int, B: int, *, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None, reset: Tensor | None = None
     ) -> "Sequences | None":
-        """From lengths (B,) of a dense batch (T, B), or cu_seqlens (B + 1,) of a ragged one; None if all is plain.
+        """Make the table from lengths (B,) of a dense batch (T, B), or from cu_seqlens (B + 1,) of a ragged one.
+
+        None if there are no lengths and no resets.
 
         >>> import torch
         >>> from fastrnn.sequences import Sequences
@@ -64,9 +68,9 @@ class Sequences(NamedTuple):
 
     @staticmethod
     def rows_on_host(lengths: Tensor | None, cu_seqlens: Tensor | None, T: int) -> Tensor | None:
-        """The same table, of a tensor on the CPU; None if its values are wrong.
+        """Make the same table from a tensor on the CPU, or return None if its values are wrong.
 
-        NumPy sorts sooner than torch's operators begin, and a GPU gets one copy.
+        NumPy is done before torch's operators would have begun, and a GPU gets one copy.
         """
         if cu_seqlens is not None:
             first = cu_seqlens.numpy()
@@ -82,7 +86,7 @@ class Sequences(NamedTuple):
         return torch.from_numpy(np.array((order, order if first is None else first[order], sorted_), np.int64))
 
     def window(self, first: int, T: int) -> "Sequences":
-        """Of times first to first + T of dense sequences in direction 0."""
+        """The part from time `first` to `first + T` of dense sequences, in direction 0."""
         rows, reset = self
         if rows is not None:
             rows = torch.stack((*rows[:2], (rows[2] - first).clamp(0, T)))
@@ -90,17 +94,17 @@ class Sequences(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Where sequences end and start anew in the time of a Step, and the state that they start from, of one layer."""
+    """Where the sequences of one layer end and start anew in a Step's time, and the states that they start from."""
 
     sequences: Sequences | None = None
-    starts: tuple[Tensor, ...] | None = None  # what states start from, (D, B, H) each, or by step (T, B, D, H)
+    starts: tuple[Tensor, ...] | None = None  # the states after resets, each (D, B, H), or by step (T, B, D, H)
     by_step: bool = False
-    projected: Tensor | None = None  # of a projected layer, h (size P) in the place of states of size H
-    all_steps: bool = False  # the states of all steps are wanted
-    noise: Tensor | None = None  # of zoneout in training (noise.py)
+    projected: Tensor | None = None  # in a projected layer, h (size P) after resets; starts then has zeros for m
+    all_steps: bool = False  # whether the states of all steps are wanted
+    noise: Tensor | None = None  # zoneout in training (noise.py)
 
     def of_times(self, first: int, T: int) -> "Window":
-        """Its part from a time on, in direction 0."""
+        """The part from time `first` to `first + T`, in direction 0."""
         if self.sequences is None:
             return self
         window = self._replace(sequences=self.sequences.window(first, T))
@@ -115,7 +119,7 @@ PLAIN = Window()
 
 
 class Slots(NamedTuple):
-    """By slot: the t and the length of its sequence, and how to spread states (B, ...) over slots."""
+    """For every slot the time t and the length of its sequence. `spread` gives every slot its sequence's state."""
 
     t: Tensor
     length: Tensor
@@ -124,7 +128,7 @@ class Slots(NamedTuple):
 
     @staticmethod
     def of(rows: Tensor | None, shape: torch.Size, device: torch.device) -> "Slots":
-        """shape: (T, B), or (total,)."""
+        """Make the slots of a table. shape is (T, B) or (total,)."""
         if rows is None:
             T, B = shape
             return Slots(torch.arange(T, device=device)[:, None], torch.full((B,), T, device=device), None, B)
@@ -144,20 +148,20 @@ class Slots(NamedTuple):
         return self.t < self.length
 
     def spread(self, state: Tensor) -> Tensor:
-        """A state (B, ...) for every slot of its sequence."""
+        """The state (B, ...) of its sequence, for every slot."""
         return state if self.sequence is None else state[self.sequence]
 
     def carried(self, direction: int) -> Tensor:
-        """Whether the sequence has a step before a slot's, in this direction."""
+        """Whether the sequence has a step before the slot's, in this direction."""
         return self.t > 0 if direction == 0 else self.t + 1 < self.length
 
     def restart(self, reset: Tensor, direction: int) -> Tensor:
-        """Whether a reset comes between the step before a slot's and its own."""
+        """Whether there is a reset between the slot's step and the one before."""
         inside = self.live if direction == 0 else self.t + 1 < self.length
         return at_edges(reset, direction) & inside
 
     def summed(self, by_step: Tensor) -> Tensor:
-        """(slots, ...) summed over each sequence in a fixed order, 16 bits in fp32: (B, ...)."""
+        """Sum (slots, ...) over each sequence to (B, ...), in a fixed order. 16-bit values are summed in fp32."""
         wide = by_step if by_step.dtype.itemsize > 2 else by_step.float()
         if self.sequence is None:
             return wide.sum(0)
@@ -166,22 +170,22 @@ class Slots(NamedTuple):
 
 
 def at_edges(by_step: Tensor, direction: int) -> Tensor:
-    """What is given at the first steps of segments, by slot, moved to where a direction begins a segment."""
+    """Move values from the first steps of segments to the slots where a direction begins these segments."""
     return by_step if direction == 0 else by_step.roll(-1, 0)
 
 
 def states_before(
     direction: int, states: Tensor, state_0: Tensor, sequences: Sequences, start: Tensor | None, by_step: bool
 ) -> Tensor:
-    """The state before every step of one direction, (T, B, H) or (total, H), from those after it.
+    """The state before every step of one direction, (T, B, H) or (total, H), from the states after the steps.
 
-    state_0 (B, H); start, what states start anew from at resets: (B, H), or by_step like states, or None for zeros. In
-    frozen slots the result is zero, since gradients that are zero there are multiplied by it, and 0 * NaN is NaN.
+    state_0 is (B, H). start has the states after resets: (B, H), or by_step shaped like states, or None for zeros. The
+    result is zero in frozen slots: it is multiplied there by gradients that are zero, and 0 * NaN would be NaN.
     """
     slots = Slots.of(sequences.rows, states.shape[:-1], states.device)
     before = states.roll(1 if direction == 0 else -1, 0)
     before = torch.where(slots.carried(direction)[..., None], before, slots.spread(state_0))
-    if sequences.rows is not None and slots.sequence is None:  # ragged slots are none of them frozen
+    if sequences.rows is not None and slots.sequence is None:  # a ragged batch has no frozen slots
         before = before.masked_fill(~slots.live[..., None], 0)
     if sequences.reset is None:
         return before
@@ -192,16 +196,16 @@ def states_before(
 
 
 class Packing(NamedTuple):
-    """How a PackedSequence stands to the ragged form of the same sequences, in its sorted order."""
+    """How to reorder a PackedSequence into the ragged form of the same sequences, in its sorted order, and back."""
 
     cu_seqlens: Tensor  # (B + 1,)
-    slot: Tensor  # (total,): where in the packed data each ragged slot is
-    packed: Tensor  # (total,): and the other way round
+    slot: Tensor  # (total,): the place of each ragged slot in the packed data
+    packed: Tensor  # (total,): the inverse
 
     @staticmethod
     @untraced
     def of(sequence: PackedSequence) -> "Packing":
-        """From batch_sizes, which are on the CPU; nothing waits for a device.
+        """Make the orders from batch_sizes, which are on the CPU. Nothing waits for a device.
 
         >>> import torch
         >>> from fastrnn.sequences import Packing
@@ -212,7 +216,7 @@ class Packing(NamedTuple):
         """
         sizes, total = sequence.batch_sizes, len(sequence.data)
         B = int(sizes[0])
-        # A sequence is in the batches of the first steps: as many as there are with more rows than its place.
+        # Batch t has the sequences longer than t, longest first. Sequence b is in all batches with more than b rows.
         lengths = len(sizes) - torch.searchsorted(sizes.flip(0).contiguous(), torch.arange(B), right=True)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
         row = torch.repeat_interleave(torch.arange(B), lengths)

@@ -1,4 +1,4 @@
-"""What a module is, in one record that every path is handed."""
+"""The settings of a module, in one record that all paths receive."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from .kernels.arguments import NO_CLIP, PLAIN_STEPS
 
 
 class Stack(NamedTuple):
-    """Layers of a cell, as torch.nn's arguments describe them, and how ours are to run them."""
+    """Stacked layers of a cell: torch.nn's arguments, and how our backends should run them."""
 
     cell: str
     num_layers: int = 1
@@ -22,10 +22,10 @@ class Stack(NamedTuple):
     bidirectional: bool = False
     backend: str = "auto"
     checkpoint_every: int | None = None  # steps of a chunk
-    num_heads: int = 1  # N, blocks of W_hh
+    num_heads: int = 1  # N, the number of blocks of W_hh
     clip_grad_state: float | None = None
     clip_state: float | None = None
-    tie_directions: bool = False  # both directions have one set of parameters
+    tie_directions: bool = False  # both directions share one set of parameters
     drop_connect: float = 0.0
     zoneout: float = 0.0
 
@@ -39,34 +39,34 @@ class Stack(NamedTuple):
 
     @property
     def states(self) -> int:
-        """How many states a call takes and returns, h first."""
+        """How many states a call takes and returns. h is the first."""
         return len(CELLS[self.cell].states)
 
     @property
     def of_torch(self) -> bool:
-        """Whether torch has a kernel of such layers."""
+        """Whether torch has a kernel for such layers."""
         return self.of_cell.of_torch and self.num_heads == 1 and self.each_step == PLAIN_STEPS
 
     def of_each_direction(self, params: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Tied parameters, which are one direction's, for each direction in turn."""
+        """Repeat tied parameters, which are those of one direction, for each direction."""
         count = len(params) // self.num_layers
         layers = [params[i : i + count] for i in range(0, len(params), count)]
         return [param for of_layer in layers for param in (*of_layer, *of_layer)]
 
     @property
     def each_step(self) -> tuple[float, float, float]:
-        """As ops take it (kernels/arguments.py): clips of gradients through W_hh and of states, and zoneout."""
+        """The clips of gradient and state, and zoneout, as the ops take them (kernels/arguments.py)."""
         gradient, state = self.clip_grad_state, self.clip_state
         return NO_CLIP if gradient is None else gradient, NO_CLIP if state is None else state, self.zoneout
 
     @property
     def dropped(self) -> float:
-        """The share of a layer's output that does not reach the next layer in this call."""
+        """The share of a layer's output that dropout removes in this call."""
         return self.dropout if self.training else 0.0
 
     @property
     def drops_connections(self) -> bool:
-        """Whether elements of W_hh are dropped in this call."""
+        """Whether this call drops elements of W_hh."""
         return self.training and bool(self.drop_connect)
 
     @property
@@ -75,11 +75,11 @@ class Stack(NamedTuple):
         return self.training and bool(self.zoneout)
 
     def hidden(self, state: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """A state as torch takes and returns it: one tensor, or the LSTM's pair."""
+        """A state in torch's form: one tensor, or the LSTM's pair."""
         return state[0] if len(state) == 1 else state
 
     def torch_kernel(self, *sequences: Tensor, state: tuple[Tensor, ...], params: list[Tensor]) -> tuple[Tensor, ...]:
-        """torch's own kernel on dense input, or on packed data and batch sizes; output and the final states."""
+        """Run torch's own kernel, on dense input or on packed data and batch sizes. Return output and final states."""
         kernel = getattr(torch._VF, self.cell)
         options = (self.bias, self.num_layers, self.dropout, self.training, self.bidirectional)
         if len(sequences) == 2:

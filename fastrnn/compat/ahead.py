@@ -192,7 +192,7 @@ class _Other(threading.Thread):
             ask.close()
             if self.process.wait() and not self.idle_at_the_end:
                 self.errors.seek(0)
-                self.failed = self.errors.read().decode(errors="replace")[-2000:] or "without a word"
+                self.failed = self.errors.read().decode(errors="replace")[-2000:] or "it wrote no message"
 
     def finish(self) -> None:
         """Wait for the kernel that it compiles, if any; nothing is left to share."""

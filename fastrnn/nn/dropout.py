@@ -1,6 +1,6 @@
-"""What training drops: input between layers, and connections; of one seed the same in whatever order a call then runs.
+"""Dropout, DropConnect and zoneout. The same seed gives the same draws, in whatever order layers and chunks run.
 
-Of input one mask a layer, of connections (DropConnect, Wan et al. 2013) one a layer and direction.
+Dropout between layers has one mask a layer. DropConnect (Wan et al. 2013) has one a layer and direction.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,10 @@ from .layers import Step
 
 
 def drop_mask(x: Tensor, p: float) -> Tensor:
-    """Which elements of a layer's input (T, B, D*H) are kept.
+    """Draw which elements of a layer's input (T, B, D*H) are kept.
 
-    Drawn for all of time at once and layer by layer, in whatever order chunks then run: from one seed come the same
-    masks for the plain run, in chunks and as a wavefront. It is all that backward keeps, a byte an element, which is
-    what torch's own dropout keeps too.
+    The mask is drawn for all of time at once and layer by layer. The plain run, chunks and a wavefront therefore get
+    the same masks from the same seed. Backward keeps the mask only, a byte an element, as torch's own dropout does.
     """
     return torch.empty_like(x, dtype=torch.bool, memory_format=torch.contiguous_format).bernoulli_(1 - p)
 
@@ -28,13 +27,13 @@ def drop(x: Tensor, mask: Tensor, p: float) -> Tensor:
 
 
 def dropping(step: Step, masks: Sequence[Tensor], p: float) -> Step:
-    """The step of a layer of one direction whose input is dropped, outside of what is recomputed, chunk by chunk."""
+    """Wrap the step of a layer of one direction: it drops input, chunk by chunk. Recomputing stays inside."""
     chunks = iter(masks)
     return lambda xs, state, window: step((drop(xs[0], next(chunks), p),), state, window)
 
 
 def noise_of_chunks(noise: Tensor, T: int, K: int, B: int, directions: int) -> list[Tensor]:
-    """A layer's noise for chunks of K time steps, each direction's counted from its own start."""
+    """A layer's noise for chunks of K time steps, counted from each direction's own start."""
     if K >= T:
         return [noise]
     chunks = [(first, min(K, T - first)) for first in range(0, T, K)]
@@ -42,18 +41,18 @@ def noise_of_chunks(noise: Tensor, T: int, K: int, B: int, directions: int) -> l
 
 
 def zoning(step: Step, noises: Sequence[Tensor]) -> Step:
-    """The step of a layer with zoneout, outside of what is recomputed, chunk by chunk."""
+    """Wrap the step of a layer with zoneout: it gets its noise, chunk by chunk. Recomputing stays inside."""
     chunks = iter(noises)
     return lambda xs, state, window: step(xs, state, window._replace(noise=next(chunks)))
 
 
 def drop_connections(stack: Stack, params: Sequence[Tensor]) -> tuple[Stack, list[Tensor]]:
-    """A call's layers with elements of their W_hh dropped, which is all that it has to do with them: no kernel knows.
+    """Drop elements of each W_hh of a call. The rest of the call needs to know nothing of it.
 
         W_hh' = mask W_hh / (1 - p)
 
-    One mask a layer and direction, of tied directions too, for all chunks of time; they are a call's first random
-    numbers, so that tiers, which draw others or none, agree.
+    Each layer and direction has one mask for all chunks of time, even if directions are tied. These are the first
+    random numbers of a call, so all tiers draw the same ones, whether they draw others after these or not.
     """
     params, p = list(stack.of_each_direction(params) if stack.tie_directions else params), stack.drop_connect
     count = len(params) // (stack.num_layers * stack.directions)

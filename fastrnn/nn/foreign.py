@@ -1,8 +1,8 @@
-"""sLSTM cells of the packages xlstm and tirex-ts, whose recurrence convert makes ours: parameters and layouts stay.
+"""sLSTM cells of the packages xlstm and tirex-ts: after convert, our kernels run their recurrence.
 
-Such a cell takes the gates' input products and the state before, one tensor (4, B, H) of h, c, n and m. What lies
-around it (projections, convolution, norm) is its package's, and goes on as it is. The packages are never imported here:
-their classes are known by name, in a process that has imported them.
+Such a cell takes the input products of the gates and the state before, one tensor (4, B, H) of h, c, n and m. The
+package's code around a cell (projections, convolution, norm) is unchanged, and so are parameters and their layouts. The
+packages are never imported here. Their classes are found by name, if the process has imported them.
 
 Source: xlstm/blocks/slstm/cell.py of xlstm 2.0.6, tirex/models/slstm/cell.py of tirex-ts 1.4.2.
 """
@@ -24,39 +24,40 @@ from .validation import compute_dtype
 
 
 class Foreign:
-    """A cell of another package on ours: convert makes a class of this and of theirs, whose helpers go on.
+    """Base of the classes for other packages' cells. convert derives a class from one of these and from the cell's own.
 
-    It computes in its input's dtype, or autocast's, and its state is float32 beside 16 bits, where theirs is rounded.
+    The cell computes in its input's dtype, or in autocast's. Its state is float32 beside 16 bits, where the package
+    rounds.
     """
 
     config: Any
     _recurrent_kernel_: Tensor
     _bias_: Tensor
-    _permute_output: Any  # (T, B, H) to what theirs returns
+    _permute_output: Any  # the package's: (T, B, H) to the form that its forward returns
     fastrnn_backend: str
     fastrnn_checkpoint_every: int | None
     _cell = "slstm"
 
     def _weights(self) -> tuple[Tensor, Tensor]:
-        """W_hh (N, G*K, K) and b_hh (N, G*K) of N heads, functions of their parameters."""
+        """W_hh (N, G*K, K) and b_hh (N, G*K) for N heads, as functions of the cell's parameters."""
         raise NotImplementedError
 
     @staticmethod
     def _shape_of_kernel(N: int, G: int, K: int) -> tuple[int, ...]:
-        """Of their _recurrent_kernel_."""
+        """The expected shape of _recurrent_kernel_."""
         return N, G * K, K
 
     @staticmethod
     def _why_left(config: Any) -> str:
-        """Why convert leaves a cell of theirs with such a config as it is; empty if it does not."""
+        """Why convert leaves a cell with this config as it is; empty if it converts it."""
         return ""
 
     def _time_first(self, input: Tensor) -> Tensor:
-        """Their input as (T, B, G*N*K)."""
+        """The cell's input as (T, B, G*N*K)."""
         return input.transpose(0, 1)
 
     def _clip_grad_state(self) -> float | None:
-        """As of fastrnn.SLSTM."""
+        """As clip_grad_state in fastrnn.SLSTM."""
         return None
 
     def _stack(self) -> Stack:
@@ -66,16 +67,16 @@ class Foreign:
         )  # fmt: skip
 
     def plan(self, input: Tensor) -> Plan:
-        """The Plan that forward(input) follows."""
+        """Return the plan that forward(input) follows."""
         x, (N, _, K) = self._time_first(input), _heads(self.config)
         return calls.planned(self._stack(), N * K, x.shape[0], x.shape[1], x)
 
     def _run(self, input: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """input as theirs, (B, T, G*N*K) gate by gate; state (4, B, H). Their output, and the state after."""
+        """Run input (B, T, G*N*K), gate by gate, from state (4, B, H). Return the package's output and state."""
         N, G, K = _heads(self.config)
         if input.dim() != 3 or input.shape[-1] != N * G * K:
             got = tuple(input.shape)
-            raise ValueError(f"input: expected three dimensions, the last of {N * G * K} for {G} gates; got {got}")
+            raise ValueError(f"input: expected three dimensions, with {N * G * K} for {G} gates in the last; got {got}")
         x = self._time_first(input)
         x_gates = x.unflatten(-1, (G, N, K)).transpose(2, 3).flatten(2)  # head by head, as kernels read it
         expected = (4, x.shape[1], N * K)
@@ -86,15 +87,15 @@ class Foreign:
 
 
 def _heads(config: Any) -> tuple[int, int, int]:
-    """N, G and K."""
+    """N, G and K of a config."""
     return config.num_heads, config.num_gates, config.head_dim
 
 
 class OfXLSTM(Foreign):
-    """xlstm's cell in plain torch, `backend="vanilla"`: its kernel is (N, G*K, K) already, its bias flat (G, N, K)."""
+    """xlstm's cell in plain torch, backend="vanilla": its recurrent kernel is (N, G*K, K), its bias flat (G, N, K)."""
 
     def forward(self, input: Tensor, state: Tensor | None = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
-        """Run over all of time, as theirs, which does not read lengths."""
+        """Run over all of time, as xlstm's forward, which does not read lengths."""
         return self._run(input, state)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
@@ -107,17 +108,17 @@ class OfXLSTM(Foreign):
     @staticmethod
     def _why_left(config: Any) -> str:
         function = config.function
-        return "" if function == "slstm" else f"its function is {function!r}, of which only 'slstm' runs on ours"
+        return "" if function == "slstm" else f"its function is {function!r}, and fastrnn runs only 'slstm'"
 
 
 class OfXLSTMsCuda(OfXLSTM):
-    """xlstm's cell that compiles CUDA, `backend="cuda"`: its kernel is (N, K, G*K), its bias flat (N, G, K)."""
+    """xlstm's cell in CUDA, backend="cuda": its recurrent kernel is (N, K, G*K), and its bias flat (N, G, K)."""
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         return self._recurrent_kernel_.mT, self._bias_.view(self.config.num_heads, -1)
 
     def _clip_grad_state(self) -> float | None:
-        """What its kernels do, and its cell in plain torch does not."""
+        """Its CUDA kernels clip this gradient. xlstm's cell in plain torch does not."""
         return 0.0 if self.config.gradient_recurrent_cut else self.config.gradient_recurrent_clipval
 
     @staticmethod
@@ -128,20 +129,20 @@ class OfXLSTMsCuda(OfXLSTM):
     def _why_left(config: Any) -> str:
         clip = config.gradient_recurrent_clipval
         if clip is not None and clip < 1:  # h is between -1 and 1
-            return "its kernel clips h at gradient_recurrent_clipval too, which is below 1"
+            return "its kernel clips h too, at a gradient_recurrent_clipval below 1"
         return OfXLSTM._why_left(config)
 
 
 class OfTiRex(Foreign):
-    """TiRex's cell, of either backend: its kernel is (N, K, G*K), its bias flat (N, G, K), and f is 15 at most.
+    """TiRex's cell, of either backend: its recurrent kernel is (N, K, G*K), its bias flat (N, G, K), and f at most 15.
 
-    Theirs computes in bfloat16 whatever its input is.
+    TiRex computes in bfloat16, whatever the input's dtype.
     """
 
     _cell = SLSTM_CAPPED.name
 
     def forward(self, input: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Run over all of time, as theirs."""
+        """Run over all of time, as TiRex's forward."""
         return self._run(input, state)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
@@ -152,12 +153,12 @@ class OfTiRex(Foreign):
         return N, K, G * K
 
     def _stack(self) -> Stack:
-        if self._cell not in CELLS:  # as in a process that a model came to by pickle
+        if self._cell not in CELLS:  # a process that loaded the model by pickle never ran convert
             CELLS[self._cell] = SLSTM_CAPPED
         return super()._stack()
 
 
-# By module and name of theirs.
+# Our classes by the module and name of the package's class.
 _KNOWN: dict[tuple[str, str], type[Foreign]] = {
     ("xlstm.blocks.slstm.cell", "sLSTMCell_vanilla"): OfXLSTM,
     ("xlstm.blocks.slstm.cell", "sLSTMCell_cuda"): OfXLSTMsCuda,
@@ -166,26 +167,26 @@ _KNOWN: dict[tuple[str, str], type[Foreign]] = {
 
 
 def known() -> dict[type, type]:
-    """Their classes, as far as this process has imported them, with ours."""
+    """The other packages' classes that this process has imported, each with our class for it."""
     found = {(module, name): getattr(sys.modules.get(module), name, None) for module, name in _KNOWN}
     return {theirs: _KNOWN[key] for key, theirs in found.items() if isinstance(theirs, type)}
 
 
 def why_left(ours: type[Foreign], cell: Any, backend: str) -> str:
-    """Why a cell of theirs stays as it is, or nothing."""
+    """Why a cell of another package stays as it is; empty if it is converted."""
     if backend == "torch":
-        return "torch has no kernel of the sLSTM"
+        return "torch has no kernel for the sLSTM"
     if why := ours._why_left(cell.config):
         return why
     N, G, K = _heads(cell.config)
     expected, found = ours._shape_of_kernel(N, G, K), tuple(cell._recurrent_kernel_.shape)
-    return "" if found == expected else f"its recurrent kernel is {found}, and in the version that is known {expected}"
+    return "" if found == expected else f"its recurrent kernel is {found}, and fastrnn expects {expected}"
 
 
 def _recurrence(
     stack: Stack, x_gates: Tensor, weights: tuple[Tensor, Tensor], state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """x_gates (T, B, N*G*K), head by head; state (P, B, H) or None. y (T, B, H) and the state after."""
+    """Run x_gates (T, B, N*G*K), head by head, from state (P, B, H) or None. Return y (T, B, H) and the state after."""
     dtype = compute_dtype(x_gates)
     (T, B, _), (N, _, K), every = x_gates.shape, weights[0].shape, stack.checkpoint_every
     wide = stack.of_cell.state_dtype(dtype)
@@ -209,7 +210,7 @@ def _recurrence(
 def _step(
     stack: Stack, backend: str, weights: layers.Weights, xs: layers.Inputs, state: layers.State, window: Window = PLAIN
 ) -> tuple[Tensor, layers.State, tuple[Tensor, ...] | None]:
-    """Of x_gates, whose product is theirs."""
+    """A Step whose input is x_gates already, because the package computes the input's product."""
     W_hh, b_hh = weights()
     run = layers.by_reference if backend == "reference" else layer.by_op
     y, finals, steps = run(

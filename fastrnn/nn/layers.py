@@ -1,13 +1,14 @@
 """One layer: the input's product and the recurrence, over all of time or chunk by chunk.
 
-A Step runs a layer over some of time: from the inputs of its D directions and the state before, y and the state after.
+A Step runs a layer over some time steps. It takes the inputs of the layer's D directions and the state before, and
+returns y and the state after.
 
     x_gates = W_ih x + b_ih;    y, state = recurrence(x_gates, W_hh, b_hh, state)
 
-`in_chunks` walks time with a Step in chunks of K time steps, each from the state that the one before it left;
-`recomputed` makes a Step that keeps only its inputs and runs again in backward. Together they need gates for K steps
-and T/K states, instead of gates for T steps. Chunks are counted from each direction's own start: chunk j of direction
-1 is times T - (j+1)K to T - jK.
+`in_chunks` runs a Step over chunks of K time steps, each from the state that the chunk before left. `recomputed` makes
+a Step that keeps only its inputs and runs again in backward. Both together need gates for K steps and T/K states,
+instead of gates for T steps. Each direction counts chunks from its own start: chunk j of direction 1 is the times T -
+(j+1)K to T - jK.
 """
 
 import functools
@@ -30,26 +31,26 @@ from . import projection
 
 
 class State(NamedTuple):
-    """Of one layer, between steps."""
+    """The state of one layer between two steps."""
 
-    states: tuple[Tensor, ...] | None  # all of the cell's, (D, B, H) each, h first; None is zeros
-    h_0: Tensor | None = None  # of a projected layer before its first step: projection.py
+    states: tuple[Tensor, ...] | None  # all states of the cell, each (D, B, H), h first; None is zeros
+    h_0: Tensor | None = None  # in a projected layer, h before the first step (projection.py)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*(self.states or ()), *(() if self.h_0 is None else (self.h_0,)))
 
 
-Inputs = tuple[Tensor, ...]  # x of each direction, (K, B, I): the same times over all of time, other times in a chunk
-# y (K, B, D*H), the state after, and the other states of every step, like y each, where they are asked for. The state
-# is a State, and for torch's kernels a tuple of tensors (D, B, H).
+Inputs = tuple[Tensor, ...]  # x (K, B, I) of each direction: in a chunk the directions read different times
+# Returns y (K, B, D*H), the state after, and the other states of all steps, each shaped as y, if they are asked for.
+# The state is a State; for torch's kernels it is a tuple of tensors (D, B, H).
 Step = Callable[[Inputs, Any, Window], tuple[Tensor, Any, tuple[Tensor, ...] | None]]
-# Of one use of a layer: W_ih, W_hh, b_ih and b_hh if there are biases, W_hr if projected, of each direction in turn.
+# Returns a layer's parameters for one use, direction by direction: W_ih, W_hh, with biases b_ih and b_hh, W_hr last.
 Weights = Callable[[], list[Tensor]]
 
 
 def weights_of(params: Sequence[Tensor], dtype: torch.dtype, chunked: bool) -> Weights:
-    """A layer's parameters in the dtype to compute in; gradients of many chunks are summed in fp32, or fp64."""
+    """A layer's parameters in the dtype to compute in. Gradients of many chunks are summed in fp32, or in fp64."""
     rounded = [p if p.dtype == dtype else p.to(dtype) for p in params]
     if not chunked or dtype.itemsize > 2:
         return lambda: rounded
@@ -58,7 +59,7 @@ def weights_of(params: Sequence[Tensor], dtype: torch.dtype, chunked: bool) -> W
 
 
 class _Rounded(torch.autograd.Function):
-    """The second tensor; its gradient goes to the first, in fp32, where autograd sums those of all uses."""
+    """Return the second tensor, and send its gradient to the first in fp32. Autograd then sums there over all uses."""
 
     @staticmethod
     def forward(ctx, exact: Tensor, rounded: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ class _Rounded(torch.autograd.Function):
 
 
 def windows_of(call: Any, dtype: torch.dtype) -> list[Window]:
-    """What a checked call's options say to each layer."""
+    """Make each layer's Window from the options of a checked call."""
     stack, (lengths, cu_seqlens, reset, reset_state, cell_states) = call.stack, call.options
     T, B, D, ragged = call.route.T, call.route.B, stack.directions, cu_seqlens is not None
     if call.rows is not None:
@@ -93,7 +94,7 @@ def windows_of(call: Any, dtype: torch.dtype) -> list[Window]:
 
 
 def _of_layer(state: Tensor, n: int, sizes: tuple[int, int], dtype: torch.dtype, by_step: bool, ragged: bool) -> Tensor:
-    """Of a reset_state, what layer n starts anew from, as Window.starts."""
+    """Layer n's part of a reset_state, in the form of Window.starts."""
     D, B = sizes
     own = state.narrow(-3, n * D, D).to(dtype)
     own = own.expand(*own.shape[:-2], 1 if by_step and ragged else B, -1)
@@ -104,14 +105,14 @@ def _of_layer(state: Tensor, n: int, sizes: tuple[int, int], dtype: torch.dtype,
 
 
 def step_of(stack: Stack, backend: str, weights: Weights) -> Step:
-    """The Step of a layer by a backend: "torch", "reference" or a tier."""
+    """Make the Step of a layer for a backend: "torch", "reference" or a tier."""
     if backend == "torch":
         return functools.partial(_torch_step, stack, weights)
     return functools.partial(_step, stack, backend, weights)
 
 
 def by_role(params: Sequence[Tensor], directions: int) -> list[Sequence[Tensor]]:
-    """W_ih, W_hh, b_ih, b_hh and W_hr of each direction, as far as a layer has them."""
+    """Group a layer's parameters: W_ih of each direction, W_hh of each, and b_ih, b_hh and W_hr if there are any."""
     per_direction = len(params) // directions
     return [params[role::per_direction] for role in range(per_direction)]
 
@@ -144,21 +145,21 @@ def _step(
 
 
 def layer_of(stack: Stack, backend: str) -> Layer:
-    """A layer of a stack, by a backend."""
+    """The record that the ops take of a stack's layers."""
     return Layer(stack.cell, backend, stack.directions, stack.num_heads, stack.each_step)
 
 
 def by_head(stack: Stack, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Weights or biases of each direction whose row g*H + n*K + k goes to n*G*K + g*K + k.
+    """Reorder the rows of weights or biases: row g*H + n*K + k moves to n*G*K + g*K + k, in each direction.
 
-    So x_gates comes head by head from its product, as kernels read it: it costs least in the weights.
+    x_gates then leaves its product head by head, as the kernels read it. Reordering costs least in the weights.
     """
     shape = (stack.of_cell.gates, stack.num_heads, -1)
     return [tensor.unflatten(0, shape).transpose(0, 1).flatten(0, 2) for tensor in tensors]
 
 
 def _product(xs: Inputs, W_ih: Sequence[Tensor], b_ih: Sequence[Tensor] | None) -> tuple[tuple, Tensor]:
-    """x_gates (K, B, D*G*H), and the x, W_ih and b_ih of which it was made in one product, where there was one."""
+    """x_gates (K, B, D*G*H), and the x, W_ih and b_ih of its product if one product made it."""
     if all(x is xs[0] for x in xs):
         source = xs[0], joined(W_ih), joined(b_ih)
         return source, linear(*source)
@@ -169,7 +170,7 @@ def _product(xs: Inputs, W_ih: Sequence[Tensor], b_ih: Sequence[Tensor] | None) 
 
 @profiling.inside("recurrence")
 def by_reference(of_layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states: Any, window: Window) -> Any:
-    # Differentiable any number of times: needs no source.
+    # The reference is differentiable any number of times, so it does not need the source.
     (W_hh, b_hh), K = recurrent, recurrent[0][0].shape[-1]
     R = of_layer.directions * of_layer.heads
     y, finals, steps = reference.run(
@@ -186,7 +187,7 @@ def by_reference(of_layer: Layer, x_gates: Tensor, source: tuple, recurrent: tup
 def _torch_step(
     stack: Stack, weights: Weights, xs: Inputs, state: tuple[Tensor, ...], window: Window = PLAIN
 ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-    """By torch's own kernel, each direction on its own: its bidirectional one walks the same times both ways."""
+    """Run torch's own kernel, once for each direction: its bidirectional kernel gives both the same times."""
     params, outputs, finals = weights(), [], []
     per_direction = len(params) // len(xs)
     alone = Stack(stack.cell, bias=stack.bias, training=stack.training)
@@ -200,17 +201,17 @@ def _torch_step(
 
 
 def recomputed(step: Step) -> Step:
-    """The step, keeping nothing for backward but its inputs: backward runs it again."""
+    """The same step, but it keeps only its inputs for backward, and backward runs it again."""
     return functools.partial(checkpoint, step, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
 
 def split(x: Tensor, K: int, directions: int) -> list[Inputs]:
-    """x (T, B, I) in chunks of K time steps, counted from each direction's own start; the last may be shorter."""
+    """Cut x (T, B, I) into chunks of K time steps, counted from each direction's own start. The last may be shorter."""
     T = x.shape[0]
     if K >= T:
         return [(x,) * directions]
     lengths = [min(K, T - start) for start in range(0, T, K)]
-    # Of one split all gradients are joined at once; a slice's own gradient would be as long as x.
+    # One split joins all its gradients at once. A slice's gradient would be as long as x.
     ahead = x.split(lengths)
     if directions == 1:
         return [(chunk,) for chunk in ahead]
@@ -218,7 +219,7 @@ def split(x: Tensor, K: int, directions: int) -> list[Inputs]:
 
 
 def join(ys: Sequence[Tensor], directions: int) -> Tensor:
-    """y (T, B, D*H) of its chunks (K, B, D*H): the inverse of `split`."""
+    """Make y (T, B, D*H) from its chunks (K, B, D*H). This is the inverse of `split`."""
     if len(ys) == 1:
         return ys[0]
     by_direction = zip(*(y.chunk(directions, -1) for y in ys), strict=True)
@@ -229,9 +230,9 @@ def join(ys: Sequence[Tensor], directions: int) -> Tensor:
 def in_chunks(
     step: Step, x: Tensor, state: Any, K: int, directions: int, window: Window = PLAIN
 ) -> tuple[Tensor, Any, list[Tensor]]:
-    """Run a layer over x (T, B, I) in chunks of K time steps; y (T, B, D*H), the final state, and others like y.
+    """Run a layer over x (T, B, I) in chunks of K time steps. Return y (T, B, D*H), the final and other states.
 
-    A window that is not plain is cut along time for layers of one direction only. Ragged x (total, I) is one chunk.
+    A Window that is not plain can be cut along time in layers of one direction only. Ragged x (total, I) is one chunk.
     """
     ys, cs = [], []
     for chunk, xs in enumerate(split(x, K, directions)):

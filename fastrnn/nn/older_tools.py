@@ -1,7 +1,7 @@
-"""What torch's older tools ask of a layer: torch.fx, torch.jit.script, and eager quantization (torch.ao.quantization).
+"""Support for torch's older tools: torch.fx, torch.jit.script, and eager quantization (torch.ao.quantization).
 
-They know torch.nn's layers by their classes. torch.jit.trace and both ONNX exporters need nothing of this; how a model
-is exported with each is in docs/deploying.md.
+They find torch.nn's layers by class. torch.jit.trace and both ONNX exporters need nothing of this. docs/deploying.md
+shows how to export a model with each tool.
 """
 
 import functools
@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def leaf(function: F) -> F:
-    """A decorator: torch.fx.symbolic_trace writes a call of the function down, and does not look inside."""
+    """A decorator for functions: torch.fx.symbolic_trace records the call, and does not trace inside."""
 
     @functools.wraps(function)
     def call(input: Any, *args: Any, **kwargs: Any) -> Any:
@@ -27,14 +27,16 @@ def leaf(function: F) -> F:
 
 
 def leaf_module(forward: F) -> F:
-    """The same for a module's forward: a call of the module, as of torch.nn's."""
+    """The same for a module's forward: torch.fx records a call of the module, as it does for torch.nn's."""
 
     @functools.wraps(forward)
     def call(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(input, Proxy):
             tracer: Any = input.tracer
             if getattr(tracer, "root", None) is self:
-                raise NotImplementedError("torch.fx takes a recurrent layer as a leaf: trace the module that holds it")
+                raise NotImplementedError(
+                    "torch.fx cannot trace a recurrent layer itself: trace the module that has it"
+                )
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
         return forward(self, input, *args, **kwargs)
 
@@ -42,14 +44,14 @@ def leaf_module(forward: F) -> F:
 
 
 class OlderTools:
-    """Refuses torch.jit.script in one line, and gives eager quantization torch.nn's layer to swap for its own."""
+    """Refuse torch.jit.script in one line, and give eager quantization a torch.nn layer that it can swap."""
 
     _torch: Any
 
     def __prepare_scriptable__(self) -> Any:
         name = type(self).__name__
         raise NotImplementedError(
-            f"torch.jit.script cannot compile fastrnn.{name}: script fastrnn.revert(model), whose layers are torch.nn's"
+            f"torch.jit.script cannot compile fastrnn.{name}: script fastrnn.revert(model), which has torch.nn's layers"
         )
 
     @property
@@ -60,7 +62,7 @@ class OlderTools:
 
     @qconfig.setter
     def qconfig(self, config: Any) -> None:
-        """How eager quantization is to swap this layer, None for not at all: it looks classes up by identity."""
+        """Set how eager quantization swaps this layer; None to leave it. It knows torch's classes only, so revert."""
         from .convert import revert
 
         self.__dict__["qconfig"] = config = _asked().get(self._torch) if config is None else config
@@ -73,7 +75,7 @@ class OlderTools:
 
 
 def _asked() -> dict[Any, Any]:
-    """What is to be quantized, by class or name: torch.ao.quantization, which sets qconfig, has it in a variable."""
+    """The dictionary of what is to be quantized. torch.ao.quantization, which sets qconfig, has it in a variable."""
     frame = sys._getframe(2)
     while frame.f_back and frame.f_code.co_name == "__setattr__":  # of torch.nn.Module and RNNBase
         frame = frame.f_back

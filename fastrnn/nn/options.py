@@ -1,7 +1,7 @@
-"""What a call says of its sequences beside input and state: lists and arrays made tensors, and everything checked.
+"""A call's options about its sequences. Lists and arrays become tensors here, and everything is checked.
 
-Nothing here may turn a size or a tensor into a Python value while torch.compile or torch.export traces it: the graph
-would then hold for that value alone.
+Nothing here may turn a size or a tensor into a Python value while torch.compile or torch.export traces. The graph would
+then hold for that value alone.
 """
 
 from typing import Any, NamedTuple
@@ -17,20 +17,20 @@ from .validation import tensors_of
 
 
 class Options(NamedTuple):
-    """What a call says of its sequences, beside input and state; PLAIN where it says nothing.
+    """What a call says about its sequences, beside input and state. PLAIN says nothing.
 
-    Checked, tensors are on the input's device.
+    After the checks, all tensors are on the input's device.
     """
 
-    lengths: Any = None  # (B,); a tensor, a list or an array, as the two below; checked, a tensor
+    lengths: Any = None  # (B,): a tensor, a list or an array, like the next two; a tensor after the checks
     cu_seqlens: Any = None  # (N + 1,)
     reset: Any = None  # (T, B) or (total,)
-    reset_state: Any = None  # a tensor, or a tuple of all states; checked, a tuple or None
+    reset_state: Any = None  # a tensor, or a tuple of all states; a tuple or None after the checks
     cell_states: bool = False
 
     @property
     def plain(self) -> bool:
-        """Whether it says nothing; torch.compile may make PLAIN another tuple."""
+        """Whether no option is set. torch.compile may copy PLAIN, so comparing by identity is not enough."""
         return self is PLAIN or (not self.cell_states and all(given is None for given in self[:-1]))
 
     @staticmethod
@@ -50,7 +50,7 @@ PLAIN = Options()
 
 
 def as_tensors(options: Options, input: Tensor, stack: Stack) -> Options:
-    """The same with tensors in the place of lists and arrays, and reset_state a tuple."""
+    """The same options, with tensors in place of lists and arrays, and reset_state as a tuple."""
     lengths, cu_seqlens, reset, reset_state, cell_states = options
     if lengths is not None:
         lengths = _integers("lengths", lengths, input)
@@ -68,9 +68,10 @@ def as_tensors(options: Options, input: Tensor, stack: Stack) -> Options:
 
 
 def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[int, ...]) -> tuple[int, int]:
-    """T, or total of a ragged input, and B; of options as tensors, everything is checked but their values.
+    """Check everything but the values of the options, which are tensors here. Return T and B.
 
-    sizes: of h, and of the other states, which is another where h is projected.
+    T is the total of all steps if the input is ragged. sizes are the last sizes of h and of the other states; they
+    differ if h is projected.
     """
     lengths, cu_seqlens, reset, reset_state, cell_states = options
     if cu_seqlens is not None:
@@ -96,7 +97,7 @@ def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[in
         )
     if reset_state is not None:
         if reset is None:
-            raise ValueError("reset_state: expected None without reset, which says where it is taken")
+            raise ValueError("reset_state: expected None without reset, which says where segments begin; got a state")
         _check_reset_state(reset_state, input, stack, T, B, sizes, len(slots))
     if cell_states and stack.states == 1:
         raise ValueError(f"return_cell_states: expected False for {stack.cell!r}, which has no cell state; got True")
@@ -106,9 +107,10 @@ def check_options(options: Options, input: Tensor, stack: Stack, sizes: tuple[in
 def checked_values(
     options: Options, input: Tensor, T: int, batch_first: bool, observed: bool
 ) -> tuple[Options, Tensor | None]:
-    """The same on the input's device, with time first; and the table of sequences, if the host knows it.
+    """Check the values. Return the options on the input's device with time first, and the table of sequences or None.
 
-    Values are checked on the CPU; on a GPU, where that would have to wait, by an assertion on the device.
+    Values on the CPU are checked at once, and give the table. Values on a GPU are checked there, by an assertion that
+    does not make the CPU wait.
     """
     lengths, cu_seqlens, reset, *others = options
     rows, given = None, lengths if cu_seqlens is None else cu_seqlens
@@ -141,11 +143,11 @@ _LENGTHS, _CU_SEQLENS = "lengths: expected 0 to T", "cu_seqlens: expected not to
 
 
 def _as_tensor(name: str, given: Any, dtype: torch.dtype) -> Tensor:
-    """A tensor of what may be a list or a NumPy array; empty ones say nothing of their dtype, and have this."""
+    """Make a tensor of a list or a NumPy array. An empty one has no dtype of its own and gets this one."""
     if isinstance(given, Tensor):
         return given
     try:
-        # A copy has no negative strides, as an array sorted backwards has, and is torch's to keep.
+        # Copy: torch takes no negative strides, which a reversed array has, and the caller may change the array later.
         found = torch.as_tensor(given.copy() if isinstance(given, np.ndarray) else given)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"{name}: expected a tensor, a list or an array of {dtype}; got {given!r:.200}") from None
@@ -153,7 +155,7 @@ def _as_tensor(name: str, given: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _moved(name: str, tensor: Tensor, device: torch.device) -> Tensor:
-    """On the input's device. A CUDA graph would copy again from where the host's tensor lay when it was captured."""
+    """Move a tensor to the input's device. Refuse while a CUDA graph is captured: replays would read stale memory."""
     if tensor.device != device and _capturing(device):
         raise ValueError(f"{name}: expected a tensor on {device} while a CUDA graph is captured; got it on the CPU")
     return tensor.to(device, non_blocking=True)
@@ -178,14 +180,14 @@ def _integers(name: str, given: Any, input: Tensor) -> Tensor:
 
 
 def _check_values(right: Tensor, expected: str, size: int, got: Tensor) -> None:
-    """Raise where values are not right; size, which belongs behind the text, may be a symbol: no traced text has it."""
+    """Raise where values are wrong. size may be a symbol, so only Python's error has it, not the device's assertion."""
     if not torch.compiler.is_compiling():
-        if transforming():  # each call of a vmap has values of its own: all are looked at
+        if transforming():  # under vmap each call has other values: check all of them
             right, got = _unwrapped(right).all(), _unwrapped(got)
         if got.device.type == "cpu":
             try:
                 wrong = not right
-            except RuntimeError:  # make_fx and the like: there are no values yet
+            except RuntimeError:  # under make_fx and similar tracers there are no values yet
                 pass
             else:
                 if wrong:
@@ -195,7 +197,7 @@ def _check_values(right: Tensor, expected: str, size: int, got: Tensor) -> None:
 
 
 def _unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor inside of torch.func's wrappers."""
+    """The tensor inside torch.func's wrappers."""
     functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
@@ -205,17 +207,17 @@ def _unwrapped(tensor: Tensor) -> Tensor:
 def _check_reset_state(
     given: tuple[Tensor, ...], input: Tensor, stack: Stack, T: int, B: int, sizes: tuple[int, ...], slot_dims: int
 ) -> None:
-    """Each (states, B or 1, H), or by step (T, states, B or 1, H), (total, states, 1, H) if ragged."""
+    """Check each state: (states, B or 1, H), or one a step: (T, states, B or 1, H), ragged (total, states, 1, H)."""
     states = stack.num_layers * stack.directions
     rows = (B,) if slot_dims == 2 else (1,)
-    for state, H in zip(given, sizes, strict=False):  # h, and c, of another size where h is projected
+    for state, H in zip(given, sizes, strict=False):  # h and c, whose sizes differ if h is projected
         by_row, by_step = (states, B, H), (T, states, *rows, H)
         expected = by_step if state.dim() == 4 else by_row
         fits = state.dim() in (3, 4) and state.shape[-1] == H and state.shape[-3] == states
         fits = fits and state.shape[-2] in (1, expected[-2]) and (state.dim() == 3 or state.shape[0] == T)
         if not fits or state.dim() != given[0].dim():
             raise ValueError(
-                f"reset_state: expected {by_row}, or by step {by_step}, with 1 for {B} where all sequences share it; "
+                f"reset_state: expected {by_row}, or {by_step} for one a step, where {B} may be 1; "
                 f"got {tuple(state.shape)}"
             )
         if state.device != input.device or not state.is_floating_point():

@@ -1,4 +1,4 @@
-"""The ways a call may go: a checked call takes the first path that is for it."""
+"""The ways in which a call may run. A checked call takes the first one that applies."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,19 +18,19 @@ from .calls import Call, as_tuple, backend_of, checked, until_launched
 from .dropout import drop, drop_connections, drop_mask, dropping, noise_of_chunks, zoning
 from .options import PLAIN, Options
 
-# Output, the final states, and c of every step where it is asked for.
+# Output, the final states, and the other states of every step if they are asked for.
 Found = tuple[Any, ...]
 
 
 def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options: Options = PLAIN) -> Found:
-    """Output, the final states as a tuple and, where they are asked for, the cell states of every step.
+    """Return output, the final states as a tuple and, if they are asked for, the cell states of every step.
 
-    Where the driver refuses a kernel that backend="auto" chose, the call plans and runs again: the planner leaves it
-    out then. Inside torch.compile a launch is too late for that: the error passes, and the next call plans anew.
+    If the driver refuses a kernel that backend="auto" chose, the call plans and runs again, without that kernel. Inside
+    torch.compile a launch comes too late for that: the error passes, and the next call plans anew.
     """
     noise = None
     if stack.drops_connections or stack.zones_out:
-        checked(stack, input, hx, params, options, _choose)  # before a random number is drawn
+        checked(stack, input, hx, params, options, _choose)  # a wrong call must draw no random number
         if stack.drops_connections:
             stack, params = drop_connections(stack, params)
         if stack.zones_out:
@@ -47,13 +47,13 @@ def _once(
     if noise is not None:
         call = call._replace(noise=noise)
     if backend_of(call.route.chosen) == "torch" and stops_at_torchs_kernels():
-        # torch.compile breaks its graph here; of a NamedTuple torch 2.11 hands on nothing there.
+        # torch.compile breaks its graph here. torch 2.11 loses a NamedTuple at such a break, so these are plain tuples.
         return _run_untraced(tuple(stack), input, hx, params, tuple(options))
     return call.route.path(call)
 
 
 def _no_step(call: Call) -> Found:
-    """All sequences are empty: run one step, which is padding of all, and leave it out."""
+    """All sequences are empty: run one step of padding, and drop its output."""
     x = call.input.unsqueeze(1).expand(-1, call.route.B, -1) if call.ragged else call.x
     none = torch.zeros(call.route.B, dtype=torch.int64, device=x.device)
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1))
@@ -81,7 +81,7 @@ def _missing(call: Call) -> Found:
 
 
 def _segments(call: Call) -> Found:
-    """Lengths, resets and cell states by torch's kernels."""
+    """Lengths, resets and cell states with torch's kernels."""
     lengths, cu_seqlens, reset, reset_state, cell_states = call.options
     output, finals, c = segments.run(
         call.stack, call.x, call.state, call.params,
@@ -91,13 +91,13 @@ def _segments(call: Call) -> Found:
 
 
 def _torchs(call: Call) -> Found:
-    """All layers by torch's own kernel, in one call."""
+    """All layers in one call of torch's own kernel."""
     output, *finals = call.stack.torch_kernel(call.input, state=call.state, params=list(call.params))
     return output, tuple(finals)
 
 
 def _straight(call: Call) -> Found:
-    """Layer by layer, each in one launch over all of time."""
+    """One layer after the other, each in one launch over all of time."""
     stack, route, x = call.stack, call.route, call.x
     D, L, p, options, hx = stack.directions, stack.num_layers, stack.dropped, call.options, call.hx
     params = [param.to(route.dtype) for param in call.params] if route.casts else call.params
@@ -125,7 +125,7 @@ def _straight(call: Call) -> Found:
 
 
 def _readable(call: Call, x: Tensor) -> Tensor:
-    """Input without what stands in its padding: even NaN must not reach a product, for 0 * NaN is NaN in dW_ih."""
+    """The input with zeros for its padding, which may hold NaN. In dW_ih, 0 * NaN would be NaN."""
     lengths = call.options.lengths
     if lengths is None or not torch.is_grad_enabled():
         return x
@@ -134,15 +134,15 @@ def _readable(call: Call, x: Tensor) -> Tensor:
 
 
 def _layered(call: Call) -> Found:
-    """Layer by layer in chunks, or as a wavefront of chunks; projected layers, and the reference, in one piece too."""
+    """One layer after the other in chunks, or as a wavefront of chunks. Projected layers and the reference too."""
     stack, backend = call.stack, call.backend
     x = call.x
-    if backend != "torch":  # which narrows by itself where autocast wants it
+    if backend != "torch":  # torch's kernels follow autocast by themselves
         x = x.to(call.route.dtype)
     dtype, wave = x.dtype, _chunk_of_wave(call)
     K = wave or stack.checkpoint_every
-    # From chunk to chunk of a kernel the state is fp32, as it is from step to step.
-    wide = stack.of_cell.state_dtype(dtype)  # x's, where torch's cells compute in autocast's dtype by themselves
+    # Kernels carry the state in fp32 from chunk to chunk, as they do from step to step.
+    wide = stack.of_cell.state_dtype(dtype)  # with backend "torch" dtype is still the input's, before autocast
     between = torch.float32 if K and call.route.chosen.kernel and dtype.itemsize == 2 else wide
     per_layer = len(call.params) // stack.num_layers
     weights = [
@@ -172,7 +172,7 @@ def _layered(call: Call) -> Found:
 
 
 def _first_states(call: Call, backend: str, dtype: torch.dtype, zeros_given: bool) -> list[Any]:
-    """Each layer's state before the first step; zeros are None where the kernel may know of none."""
+    """Each layer's state before the first step. Zeros are None where the kernel can do without them."""
     D, count = call.stack.directions, call.stack.num_layers
     if call.hx is None and backend != "torch" and not zeros_given:
         return [layers.State(None)] * count
@@ -181,12 +181,12 @@ def _first_states(call: Call, backend: str, dtype: torch.dtype, zeros_given: boo
         return of_layers
     if call.route.P == call.route.H:
         return [layers.State(of_layer) for of_layer in of_layers]
-    # A projected layer's recurrence is of m and c (projection.py).
+    # The recurrence of a projected layer has the states m and c (projection.py).
     return [layers.State((torch.zeros_like(c), c), None if call.hx is None else h) for h, c in of_layers]
 
 
 def _as_asked(call: Call, n: int, finals: tuple, weights: layers.Weights) -> tuple[Tensor, ...]:
-    """The final states of a layer, (D, B, H) each: of a projected one, h of m."""
+    """The final states of a layer, each (D, B, H). In a projected layer h follows from m."""
     D = call.stack.directions
     if call.route.P == call.route.H:
         return finals
@@ -221,7 +221,7 @@ def _wavefront(
 
 
 def _chunk_of_wave(call: Call) -> int | None:
-    """torch.compile does not trace streams; nor are sequences cut for a wavefront."""
+    """The chunk of a wavefront in steps, or None. torch.compile does not trace streams, and sequences are never cut."""
     return call.route.chosen.wavefront if call.options.plain and not torch.compiler.is_compiling() else None
 
 
@@ -235,7 +235,7 @@ def _is_straight(call: Call) -> bool:
     return call.backend in TIERS and not chunks and call.route.P == call.route.H
 
 
-# The first one that applies is taken.
+# A call takes the first path whose condition it meets.
 PATHS: tuple[tuple[Callable[[Call], bool], Callable[[Call], Found]], ...] = (
     (lambda call: call.route.T == 0, _no_step),
     (_lacks_chunks, _missing),

@@ -85,7 +85,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
     def _tie(self) -> None:
         """Remove the parameters of direction 1, which uses those of direction 0."""
         if not self.bidirectional:
-            raise ValueError("tie_directions: expected False where bidirectional is, got True")
+            raise ValueError("tie_directions: expected False for a layer of one direction, got True")
         self.tie_directions = True
         for name in self._flat_weights_names:
             if name.endswith("_reverse"):

@@ -1,4 +1,4 @@
-"""One time step of a module, for input that arrives step by step; the state goes in and out."""
+"""One time step of a module, for input that arrives step by step. The caller keeps the state."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ from .validation import check_rank
 
 
 def step(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
-    """What fastrnn.RNN, GRU and LSTM have as `step`."""
+    """Run the `step` of a module."""
     if module.bidirectional:
         raise ValueError(
-            f"{module._name}.step: expected a layer of one direction; got a bidirectional one, "
-            "whose other direction begins with the last time step, which a stream has not reached"
+            f"{module._name}.step: expected a layer of one direction; got a bidirectional one. "
+            "Its second direction starts at the last time step, which a stream has not reached"
         )
     if input.dim() not in (1, 2):
         name = module._name
         raise ValueError(f"{name}.step: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    # Nothing stays on chip between calls: "auto" takes torch's cells, which have least to do beside the products.
+    # Nothing stays on chip between two calls, so "auto" takes torch's cells: they do the least beside the products.
     if (
         module.backend in ("auto", "torch")
         and not module.proj_size
@@ -32,7 +32,7 @@ def step(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
 
 
 def _by_cells(module: Any, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
-    """By torch's cells, layer by layer."""
+    """Run torch's cells, layer by layer."""
     pair, batched = module.mode == "LSTM", input.dim() == 2
     x = input if batched else input.unsqueeze(0)
     if hx is None:
@@ -69,7 +69,7 @@ _CELLS = {mode: getattr(torch._VF, f"{mode.lower()}_cell") for mode in ("LSTM", 
 
 
 def _fit(module: Any, x: Tensor, dtype: torch.dtype, states: tuple[Tensor, ...]) -> bool:
-    """Whether all is as it mostly is, which is faster to see than what may be wrong, or is not."""
+    """Whether sizes and dtypes are right. This test is cheap; `_check` finds out what is wrong."""
     sizes = (module.num_layers, x.shape[0], module.hidden_size)
     if x.shape[1] != module.input_size or x.dtype != dtype:
         return False
@@ -77,7 +77,7 @@ def _fit(module: Any, x: Tensor, dtype: torch.dtype, states: tuple[Tensor, ...])
 
 
 def _check(module: Any, input: Tensor, hx: Any, x: Tensor, states: Any) -> None:
-    """The errors of torch.nn's forward."""
+    """Raise the errors of torch.nn's forward."""
     check_rank(module._name, input.unsqueeze(0), hx)
     time = 1 if module.batch_first else 0
     module.check_forward_args(x.unsqueeze(time), states if len(states) > 1 else states[0], None)

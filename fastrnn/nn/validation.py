@@ -1,4 +1,4 @@
-"""Checks of shape, dtype and device before anything runs; torch.nn's own error types and texts where it has them.
+"""Checks of shape, dtype and device before anything runs, with torch.nn's error types and texts where it has them.
 
 Source of those texts: torch/nn/modules/rnn.py and aten/src/ATen/native/RNN.cpp of torch 2.13.
 """
@@ -12,19 +12,19 @@ from torch import Tensor
 from ..planning.arguments import check_heads, check_share
 from ..stack import Stack
 
-# Devices that autocast knows. Asked on import: torch.compile cannot trace the question before torch 2.12.
+# The devices that autocast supports. Found on import, because torch.compile before 2.12 cannot trace the call.
 _AUTOCAST_DEVICES = frozenset(
     kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(kind)
 )
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:
-    """The dtype to compute in: autocast's where it is on, as torch.nn's on CUDA; float64 is never narrowed by it."""
+    """The dtype to compute in: autocast's if it is on, as for torch.nn on CUDA. Autocast never narrows float64."""
     return torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype
 
 
 def _autocasts(input: Tensor) -> bool:
-    """Whether input, parameters and states are cast to autocast's dtype, which any of them may have already."""
+    """Whether autocast casts input, parameters and states. Any of them may have its dtype already."""
     kind = input.device.type
     if kind not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(kind):
         return False
@@ -32,7 +32,7 @@ def _autocasts(input: Tensor) -> bool:
 
 
 def check_rank(name: str, input: Tensor, hx: "Tensor | tuple[Tensor, Tensor] | None") -> None:
-    """Input of a module is (T, B, I) or, unbatched, (T, I); the state has as many dimensions."""
+    """Check that a module's input is (T, B, I) or, unbatched, (T, I), and that the state has as many dimensions."""
     if input.dim() not in (2, 3):
         tensor = " tensor" if name == "RNN" else ""
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
@@ -54,15 +54,15 @@ def check_rank(name: str, input: Tensor, hx: "Tensor | tuple[Tensor, Tensor] | N
 
 
 def check_params(stack: Stack, params: Sequence[Tensor]) -> None:
-    """The flat list of weights: of each layer and direction weight_ih, weight_hh, and bias_ih, bias_hh, weight_hr."""
+    """Check the list of parameters. A layer and direction has weight_ih, weight_hh, bias_ih, bias_hh, weight_hr."""
     gates, num_layers, directions, bias = stack.of_cell.gates, stack.num_layers, stack.directions, stack.bias
     if not isinstance(num_layers, int) or num_layers < 1:
         raise ValueError(f"num_layers: expected a positive int, got {num_layers!r}")
     if stack.tie_directions and not stack.bidirectional:
-        raise ValueError("tie_directions: expected False where bidirectional is, got True")
+        raise ValueError("tie_directions: expected False for a layer of one direction, got True")
     check_share("drop_connect", stack.drop_connect)
     check_share("zoneout", stack.zoneout)
-    own = 1 if stack.tie_directions else directions  # directions with parameters of their own
+    own = 1 if stack.tie_directions else directions  # directions that have their own parameters
     per_direction = 4 if bias else 2
     if stack.cell == "lstm" and len(params) == num_layers * own * (per_direction + 1):
         per_direction += 1  # the LSTM's weight_hr
@@ -95,12 +95,12 @@ def check_params(stack: Stack, params: Sequence[Tensor]) -> None:
 
 
 def tensors_of(states: int) -> str:
-    """What a state is that so many tensors make."""
+    """How an error names a state of this many tensors."""
     return {1: "a tensor", 2: "a pair of tensors"}.get(states, f"a tuple of {states} tensors")
 
 
 def check_state(state: Sequence[Any], states: int) -> None:
-    """One tensor, the LSTM's two, or a tuple of more."""
+    """Check that a state is one tensor, the LSTM's two, or a tuple of more."""
     if len(state) != states and states == 2:
         raise RuntimeError("lstm expects two hidden states")
     if len(state) != states or not all(isinstance(s, Tensor) for s in state):
@@ -117,9 +117,10 @@ def check_call(
     may_be_empty: bool,
     wide: bool,
 ) -> None:
-    """Input of check_options' T, and a state, against the weights; dtypes and devices of all.
+    """Check input and state against the parameters, and the dtypes and devices of all tensors.
 
-    of_state: rows, B, and the size of each; where they are wide, they may be float32 beside 16 bits.
+    of_state: the state's rows, B, and the last size of each tensor. T is what check_options found. If wide is True,
+    states may be float32 beside 16-bit input.
     """
     W_ih, (rows, B, sizes) = params[0], of_state
     cast = _autocasts(input)

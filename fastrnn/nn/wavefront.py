@@ -4,9 +4,9 @@
     layer 0  chunk 0 chunk 1 chunk 2
     layer 1          chunk 0 chunk 1 chunk 2
 
-Each layer has a CUDA stream of its own, which keeps its chunks in order; an event of (layer - 1, chunk) is all that
-(layer, chunk) waits for beside. The kernels are those of any other run. Backward is a wavefront too, from the other
-end: autograd runs each chunk's gradient on the stream of its forward, and waits for what it needs.
+Each layer has its own CUDA stream, which keeps its chunks in order. (layer, chunk) waits for one event besides: the end
+of (layer - 1, chunk). Kernels are those of any other run. Backward is a wavefront too, from the other end: autograd
+runs the gradient of each chunk on the stream of its forward pass.
 
 Source: Appleyard et al. 2016 (arXiv:1604.01946), section 3.3.
 """
@@ -25,7 +25,7 @@ from .layers import State, Step
 
 
 def order(layers: int, chunks: int) -> Iterator[tuple[int, int]]:
-    """(layer, chunk) in the order to issue them: by diagonals, which need nothing of each other.
+    """Yield (layer, chunk) in the order to issue them: by diagonals, whose members do not depend on each other.
 
     >>> from fastrnn.nn.wavefront import order
     >>> list(order(2, 3))
@@ -43,10 +43,11 @@ def run(
     reads: Sequence[Sequence[Tensor]] = (),
     streams: Sequence[torch.cuda.Stream] = (),
 ) -> tuple[list[Tensor], list[State]]:
-    """Run layers of one direction over the chunks xs, each (K, B, I); y of the last layer by chunk, and final states.
+    """Run layers of one direction over the chunks xs, each (K, B, I). Return the last layer's ys and final states.
 
-    streams has one for each layer, or none: everything then runs where the caller is, in the same order. reads names
-    what each layer's step reads beside input and state. The caller's stream may use what is returned.
+    streams has one stream for each layer, or none: then everything runs on the caller's stream, in the same order.
+    reads lists the tensors that each layer's step reads beside input and state. The caller's stream may use the
+    results.
     """
     waiting, finals = [deque(xs), *(deque[Tensor]() for _ in steps)], list(states)
     finished: dict[tuple[int, int], Any] = {}  # event by (layer, chunk)
@@ -74,7 +75,7 @@ def run(
 
 
 def _record(stream: torch.cuda.Stream, *tensors: Tensor | None) -> None:
-    """Tell the allocator that a stream uses these: their memory is not given away before it is done with them."""
+    """Tell the allocator that a stream uses these tensors, so it does not reuse their memory too early."""
     for tensor in tensors:
         if tensor is not None:
             tensor.record_stream(stream)
@@ -82,5 +83,5 @@ def _record(stream: torch.cuda.Stream, *tensors: Tensor | None) -> None:
 
 @functools.cache
 def streams_of(device: torch.device, layers: int) -> tuple[torch.cuda.Stream, ...]:
-    """The same streams for every call: the allocator keeps memory apart by stream."""
+    """The same streams for every call, because the allocator keeps a pool of memory for each stream."""
     return tuple(torch.cuda.Stream(device) for _ in range(layers))

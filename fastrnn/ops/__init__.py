@@ -1,4 +1,4 @@
-"""The recurrence as a torch.library op, and what launches, differentiates and transforms it."""
+"""The recurrence as a torch.library op, with the code that launches, differentiates and transforms it."""
 
 from .library import recurrence
 

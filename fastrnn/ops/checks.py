@@ -1,4 +1,4 @@
-"""Checks of the bare op's arguments, before anything runs."""
+"""Checks of the op's arguments, before anything runs."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from ..sequences import Sequences
 def check_recurrence(
     cell: Cell, x_gates: Tensor, given: dict[str, Tensor | None], sequences: Sequences | None, by_step: bool, heads: int
 ) -> None:
-    """Arguments of the bare op, so that no kernel reads outside of a tensor.
+    """Check the arguments of fastrnn.ops.recurrence, so that no kernel reads outside a tensor.
 
-    given: W_hh, b_hh, h_0, c_0, reset_h and reset_c by name; c_0 and reset_c have all states beside h.
+    given: W_hh, b_hh, h_0, c_0, reset_h and reset_c by name. c_0 and reset_c have all states beside h.
     """
     gates, others = cell.gates, len(cell.states) - 1
     has_c = others > 0

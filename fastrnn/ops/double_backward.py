@@ -1,10 +1,10 @@
-"""The gradients' own gradients: a slow path in plain torch, run only where second derivatives are taken.
+"""Gradients of gradients: a slow path in plain torch, which runs only where second derivatives are taken.
 
-The kernels' backward pass computes d = J^T g, with J the Jacobian of the results with respect to x_gates, W_hh, b_hh,
-state_0 and starts, and g their upstream gradients. Its own gradients need J as a function: the reference recurrence is
-run again, and differentiated twice, by torch.func, so that its transforms can take this too. x_gates is not kept for
-this (it is as large as the saved gates), but computed again, x_gates = W_ih x + b_ih, from what the graph of that
-product keeps anyway. (Where W_ih is frozen, x is kept.)
+The kernels' backward pass computes d = J^T g. J is the Jacobian of the results with respect to x_gates, W_hh, b_hh,
+state_0 and starts, and g are the upstream gradients. Differentiating d needs J as a function: the reference recurrence
+runs again, and torch.func differentiates it twice, so that its transforms work here too. x_gates is as large as the
+saved gates, so it is not kept: x_gates = W_ih x + b_ih is computed again from tensors that the graph of this product
+keeps anyway. (Where W_ih is frozen, x is kept.)
 """
 
 from typing import Any
@@ -18,17 +18,17 @@ from ..cells import CELLS
 from ..sequences import Sequences
 from .schema import BackwardArgs, BackwardResults
 
-UPSTREAM = ("dy", "d_finals", "d_steps")  # of the reference's results, in their order
+UPSTREAM = ("dy", "d_finals", "d_steps")  # upstream gradients, in the order of the reference's results
 SOURCE = ("x", "W_ih", "b_ih")
 RECURRENT = ("W_hh", "b_hh", "state_0", "starts")
-# Of what the backward pass gives gradients of, and under which name.
+# The arguments that the backward pass has gradients for, and the names of these.
 WANTED = {"x_gates": "d_x_gates", "W_hh": "dW_hh", "b_hh": "db_hh", "state_0": "d_state_0", "starts": "d_starts"}
 
 
 def differentiate(args: BackwardArgs, second: BackwardResults) -> dict[str, Tensor]:
-    """Gradients of the backward pass with respect to its arguments, by name; themselves differentiable.
+    """Differentiate the backward pass: its gradients by the argument's name, differentiable in turn.
 
-    second: what comes from above for its results, None where nothing does. Of args y, saved and steps are not read.
+    second has the upstream gradients of its results, or None. y, saved and steps of args are not read.
 
     >>> import torch
     >>> from fastrnn.ops.schema import BackwardArgs, BackwardResults
@@ -76,5 +76,5 @@ def differentiate(args: BackwardArgs, second: BackwardResults) -> dict[str, Tens
 
 
 def _by_recurrence(states: Tensor, heads: int) -> Tensor:
-    """(..., D, N*K) as the op has it, (..., D*N, K)."""
+    """(..., D, N*K) in the op's form, (..., D*N, K)."""
     return states.unflatten(-1, (heads, -1)).flatten(-3, -2) if heads > 1 else states

@@ -1,8 +1,8 @@
 """Allocate outputs and launch the kernels of both passes.
 
-`forward` and `backward` run the two ops, whose states are one tensor; `launch_forward` and `launch_backward` are what
-they and layer.py share: there states are a tensor each, h first, all are contiguous, and of a tensor's shape only the
-memory matters.
+`forward` and `backward` run the two ops, whose states are one tensor. `launch_forward` and `launch_backward` serve them
+and layer.py. These take one tensor for each state, h first. All tensors are contiguous, and of their shapes only the
+order in memory matters.
 """
 
 import torch
@@ -17,14 +17,14 @@ from .sums import Steps, bias_gradient, weight_gradient
 
 
 def allocate_forward(args: Args) -> Results:
-    """Outputs, unwritten; one that this cell or call lacks has no elements."""
+    """Allocate the outputs, without values. An output that this cell or call lacks has no elements."""
     cell, x_gates = CELLS[args.cell], args.x_gates
     *slots, R, _, K = x_gates.shape
     B = slots[1] if args.rows is None else args.rows.shape[1]
     saved, wide = cell.saved if args.save else 0, cell.state_dtype(x_gates.dtype)
-    # Beside h, of all steps: all states, or as many as backward reads.
+    # How many states beside h are kept for all steps: all of them, or those that backward reads.
     others = len(cell.states) - 1 if args.all_steps else max(cell.kept_places) if args.save else 0
-    # Kernels write no frozen slot: outputs are zero there.
+    # Kernels do not write frozen slots, and outputs are zero there.
     allocate = x_gates.new_zeros if args.rows is not None else x_gates.new_empty
     if args.state_0 is not None:
         finals = torch.empty_like(args.state_0, memory_format=torch.contiguous_format)
@@ -57,7 +57,7 @@ def launch_forward(prepared: Prepared, inputs: Inputs, outputs: Outputs, sequenc
     if prepared.kernels is None:  # an empty batch needs no kernel
         return
     if inputs.b_hh is None and prepared.kernels.plan.dialect == "tile Triton":
-        # Without b_hh, LLVM aborts the process at the LSTM in full fp32 (Triton 3.9.0, an assertion of its vectorizer).
+        # Without b_hh, LLVM aborts the process for the LSTM in full fp32 (an assertion in Triton 3.9.0's vectorizer).
         inputs = inputs._replace(b_hh=inputs.W_hh.new_zeros(inputs.W_hh.numel() // prepared.K))
     if sequences.reset is not None:
         sequences = sequences._replace(reset=_in_bytes(sequences.reset))
@@ -65,7 +65,7 @@ def launch_forward(prepared: Prepared, inputs: Inputs, outputs: Outputs, sequenc
 
 
 def allocate_backward(args: BackwardArgs) -> BackwardResults:
-    """Gradients, unwritten; one that is not wanted has no elements."""
+    """Allocate the gradients, without values. A gradient that is not wanted has no elements."""
     *slots, R, K = args.y.shape
     gates = args.W_hh.shape[1]
 
@@ -85,7 +85,7 @@ def allocate_backward(args: BackwardArgs) -> BackwardResults:
 def backward(args: BackwardArgs) -> BackwardResults:
     """Run the persistent backward kernel of a tier, then dW_hh (R, G*K, K) as one product, db_hh (R, G*K) as one sum.
 
-    Products and sums accumulate in fp32 in a fixed order, so that a run can be repeated bit by bit.
+    Products and sums add in fp32 in a fixed order, so a run repeats bit by bit.
     """
     args = contiguous(args)
     prepared, y, starts = prepare(args), args.y, args.starts
@@ -111,9 +111,9 @@ def backward(args: BackwardArgs) -> BackwardResults:
 
 
 def allocate_gates(prepared: Prepared, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """d_x_gates (slots, R*G*K) and, for a cell that splits its last gate, d_rec_last (slots, R*K).
+    """Allocate d_x_gates (slots, R*G*K) and, for a cell that splits its last gate, d_rec_last (slots, R*K).
 
-    There the gradient of the recurrent share differs from d_x_gates: of the GRU's n it is d_n * r.
+    In such a cell the last gate's recurrent gradient differs from d_x_gates: for the GRU's n it is d_n * r.
     """
     allocate, units = y.new_empty if rows is None else y.new_zeros, prepared.recurrences * prepared.K
     d_x_gates = allocate(prepared.count, prepared.cell.gates * units)
@@ -123,14 +123,14 @@ def allocate_gates(prepared: Prepared, y: Tensor, rows: Tensor | None) -> tuple[
 def launch_backward(
     prepared: Prepared, read: Saved, into: Gradients, sequences: Sequences, by_step: bool
 ) -> Tensor | None:
-    """Launch the backward kernel; returns h_0 as it saw that, None for zeros.
+    """Launch the backward kernel. Return h_0 as the kernel saw it, or None for zeros.
 
-    read.before and read.kept are all states, and the kernel gets those that its cell keeps; so it is with starts.
+    read.before, read.kept and sequences.starts have all states. The kernel gets only those that its cell keeps.
     """
     y, places, h_0 = read.kept[0], prepared.places, None
     before = None
     if read.before is not None:
-        # States inside a sequence were rounded when they were kept; those before it must be, to be what they are there.
+        # Forward rounded the states inside a sequence when it kept them. Round the first states in the same way.
         h_0 = read.before[0].to(y.dtype)
         wide = prepared.cell.state_dtype(y.dtype)
         before = tuple([read.before[place].to(wide) if place else h_0 for place in places])
@@ -144,7 +144,7 @@ def launch_backward(
 
 
 def of_starts(prepared: Prepared, rows: Tensor | None, d_start: Tensor) -> Tensor:
-    """The gradient (D, B, N*K) of what a state started anew from, of that of every slot, (*slots, R, K)."""
+    """Sum the gradients of every slot's restart, (*slots, R, K), to that of the state after resets, (D, B, N*K)."""
     if d_start.numel() == 0:
         return d_start.new_zeros(prepared.of_state)
     whole = d_start.view(*prepared.slots, prepared.D, prepared.N * prepared.K)

@@ -2,9 +2,9 @@
 
     x_gates = W_ih x + b_ih;    y, finals = recurrence(x_gates, W_hh, b_hh, states)
 
-That is how a layer runs in eager mode: every operator, every view and every node of the graph costs the host
-microseconds, of which a short call has few. Where somebody looks at operators (a compiler, an exporter, a mode, a
-transform), and for gradients of gradients, the product and the ops of library.py do the same.
+Layers run this way in eager mode. Each operator, view and node of the graph costs the CPU microseconds, and a short
+call lasts only a few. Where something must see single operators (a compiler, exporter, mode or transform), and for
+gradients of gradients, the product and the ops of library.py run instead.
 """
 
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ from . import launch, library, prepared, sums
 from .prepared import Prepared
 from .schema import Args, BackwardArgs
 
-# y (*slots, D*H), the final states (D, B, H) and, where they are asked for, the other states of all steps.
+# y (*slots, D*H), the final states (D, B, H) and, if they are asked for, the other states of all steps.
 Found = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]
 
 
 class Layer(NamedTuple):
-    """What a layer is, beside its tensors."""
+    """What defines a layer, beside its tensors."""
 
     cell: str
     backend: str  # a tier
@@ -35,27 +35,27 @@ class Layer(NamedTuple):
     each_step: tuple[float, float, float] = PLAIN_STEPS  # kernels/arguments.py
 
     def prepare(self, slots: tuple[int, ...], B: int, K: int, like: Tensor) -> Prepared:
-        """For slots (T, B), or (total,); like has the dtype and the device."""
+        """Prepare calls for slots (T, B) or (total,). like has the dtype and the device."""
         return prepared.of_sizes(
             self.cell, self.backend, slots, B, (self.directions, self.heads, K), like, self.each_step
         )
 
 
 class Call(NamedTuple):
-    """A call of a layer: what it was prepared for, and how its tensors are counted."""
+    """A call of a layer: its Prepared, and how many tensors of each kind it has."""
 
     layer: Layer
     prepared: Prepared
     by_step: bool
     all_steps: bool
-    # Behind x: as many first states (none for zeros), as many that states start anew from, and weights.
+    # How many tensors follow x: first states (0 for zeros), states after resets, and weights.
     states: int
     starts: int
     weights: int
     noise: Tensor | None  # of zoneout in training
 
     def split(self, given: Sequence[Any]) -> tuple[Any, Any, Any, list[Any]]:
-        """Of x, the first states, what they start anew from, and the weights by role, or what belongs to them."""
+        """Split a list into x, first states, states after resets, and weights by role; the list may be of gradients."""
         first, D = 1 + self.states, self.layer.directions
         second = first + self.starts
         roles = [given[i : i + D] for i in range(second, second + self.weights, D)]
@@ -70,10 +70,10 @@ def run(
     window: Window,
     ready: Prepared | None = None,
 ) -> Found:
-    """Run a layer over x (T, B, I), or (total, I).
+    """Run a layer over x (T, B, I) or (total, I).
 
-    weights: W_ih of each direction, W_hh of each and, with biases, b_ih of each and b_hh of each; in heads, theirs one
-    behind the other, each gate by gate. ready: what was prepared for a call that nobody observes.
+    weights: W_ih of each direction, W_hh of each and, with biases, b_ih of each and b_hh of each. With heads, each has
+    its heads one after the other, and each head its gates. ready: the Prepared of a call that nothing observes.
     """
     states, starts = states or (), window.starts or ()
     tensors = (x, *states, *starts, *weights)
@@ -96,13 +96,14 @@ def run(
     return outputs[0], outputs[1:count], outputs[count:] or None
 
 
-# Bytes of x_gates from which a layer is two nodes in training. One node gives back what forward saved only when it has
-# all gradients, that of x too: the peak is higher by that. Kernels of such sizes run for long, and hide the host.
+# If x_gates has more bytes than this, a layer is two nodes in training. One node frees what forward saved only after it
+# has all gradients, that of x too, so its peak memory is higher. Kernels of such sizes run so long that they hide what
+# two nodes cost the CPU.
 LARGE = 64 << 20
 
 
 def by_op(layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states: Any, window: Window) -> Found:
-    """The same by the op; source: the x, W_ih and b_ih of x_gates; recurrent: W_hh and b_hh of each direction."""
+    """Run the layer by the op. source: the x, W_ih and b_ih of x_gates. recurrent: W_hh and b_hh of each direction."""
     (W_hh, b_hh), (rows, reset) = recurrent, window.sequences if window.sequences is not None else (None, None)
     R, K = layer.directions * layer.heads, W_hh[0].shape[-1]
     (x, W_ih, b_ih), starts = source, stacked(window.starts)
@@ -121,7 +122,7 @@ def by_op(layer: Layer, x_gates: Tensor, source: tuple, recurrent: tuple, states
 def _forward(
     call: Call, rows: Tensor | None, reset: Tensor | None, tensors: Sequence[Tensor], save: bool
 ) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[Tensor, ...]]:
-    """The outputs; and what else backward needs: the saved tiles, and the other states of all steps."""
+    """Return the outputs, and what else backward needs: the saved tiles, and the other states of all steps."""
     ready, cell = call.prepared, call.prepared.cell
     x, states, starts, (W_ih, W_hh, *b) = call.split(tensors)
     b_ih, b_hh = (joined(b[0]), joined(b[1]).contiguous()) if b else (None, None)
@@ -163,7 +164,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *d_others: Tensor | None) -> Any:
-        # Where gradients of these gradients may be wanted, or somebody looks, the ops have some.
+        # The ops' results have gradients themselves, and tools can see the ops.
         tensors = ctx.saved_tensors
         find = _by_op if torch.is_grad_enabled() or library.observed(tensors[:1]) else _by_launch
         return find(ctx.call, tensors, ctx.needs_input_grad, dy, d_others)
@@ -172,7 +173,7 @@ class _Node(torch.autograd.Function):
 def _by_launch(
     call: Call, tensors: Sequence[Any], needs: Sequence[bool], dy: Tensor | None, d_others: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of all inputs of the node, None where it is not needed."""
+    """Gradients of all inputs of the node; None where one is not needed."""
     ready, P = call.prepared, len(call.prepared.cell.states)
     x, states, starts, (W_ih, W_hh, *_) = call.split(tensors)
     rows, reset, y, saved, *steps = tensors[1 + call.states + call.starts + call.weights :]
@@ -206,11 +207,11 @@ def _by_launch(
 def _by_op(
     call: Call, tensors: Sequence[Any], needs: Sequence[bool], dy: Tensor | None, d_others: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """The same by operators that have gradients."""
+    """The same gradients by operators, which have gradients themselves."""
     layer, ready, P = call.layer, call.prepared, len(call.prepared.cell.states)
     x, states, starts, (W_ih, W_hh, *b) = call.split(tensors)
     rows, reset, *of_steps = tensors[1 + call.states + call.starts + call.weights :]
-    # Functions of the other tensors, by which double backward differentiates.
+    # These are functions of the other tensors. Double backward differentiates by those.
     detached: list[Any] = [None if tensor is None else tensor.detach() for tensor in of_steps]
     y, saved, *steps = detached
     need_x, _, _, (need_W_ih, need_W_hh, *need_b) = call.split(needs[3:])
@@ -246,15 +247,15 @@ def _by_op(
 def of_product(
     d_gates: Tensor, x: Tensor, W_ih: Sequence[Tensor], need_x: bool, need_W: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of x and of W_ih, all directions of it, from those of their product."""
+    """Gradients of x and of all directions' W_ih, from the gradient of their product."""
     dx = (d_gates @ joined(W_ih)).view(x.shape) if need_x else None
     return dx, d_gates.T @ x.flatten(0, -2) if need_W else None
 
 
 def _in_order(call: Call, needs: Sequence[bool], found: tuple) -> tuple[Tensor | None, ...]:
-    """In the order of the inputs, of gradients of x, of states, of starts, and of W_ih, W_hh, b_ih and b_hh.
+    """Put gradients into the order of the node's inputs: x, states, starts, then W_ih, W_hh, b_ih and b_hh.
 
-    These four are of all directions, one behind the other.
+    Each of the last four comes for all directions at once, one after the other.
     """
     dx, d_states, d_starts, (*d_roles,) = found
     D = call.layer.directions
@@ -265,7 +266,7 @@ def _in_order(call: Call, needs: Sequence[bool], found: tuple) -> tuple[Tensor |
 
 
 def complete(gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
-    """Contiguous, with zeros for those that are None; None if all are."""
+    """Make all gradients contiguous, with zeros for None. None if all are None."""
     given = [gradient for gradient in gradients if gradient is not None]
     if not given:
         return None
@@ -273,12 +274,12 @@ def complete(gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
 
 
 def joined(tensors: Sequence[Tensor] | None) -> Any:
-    """(N*R, ...) of N tensors (R, ...); itself where there is one."""
+    """Concatenate N tensors (R, ...) to (N*R, ...). One tensor is returned itself."""
     return None if tensors is None else tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def stacked(tensors: Sequence[Tensor] | None) -> Any:
-    """(N, ...) of N tensors; a view where there is one."""
+    """Stack N tensors to (N, ...). One tensor is returned as a view."""
     return None if tensors is None else tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
 
 

@@ -1,7 +1,7 @@
 """The torch.library ops of the persistent recurrence, with autograd, double backward and formulas for flop counters.
 
-fastrnn::recurrence             forward over all of time fastrnn::recurrence_backward    its gradients;
-double_backward.py, a slow path in torch, differentiates them again
+    fastrnn::recurrence             forward over all of time
+    fastrnn::recurrence_backward    its gradients; double_backward.py differentiates them again, slowly, in torch
 
 schema.py has the ops' arguments, and launch.py runs them.
 """
@@ -89,7 +89,7 @@ def _double_backward(ctx, *second):
         )
     if args.clip_gradient >= 0:
         raise NotImplementedError(
-            "second derivatives with clip_grad_state are missing: a gradient that was clipped is no function's gradient"
+            "second derivatives with clip_grad_state are missing: a clipped gradient is not the gradient of a function"
         )
     gradients = double_backward.differentiate(args, BackwardResults(*second))
     return NO_BACKWARD_GRADIENTS._replace(**gradients)
@@ -133,7 +133,7 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def run(args: Args) -> Results:
     """Run the recurrence by its op, with gradients. args.save is set here."""
     if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-        raise NotImplementedError("ONNX has no form of fastrnn's kernels: export fastrnn.revert(model)")
+        raise NotImplementedError("ONNX has no operator for fastrnn's kernels: export fastrnn.revert(model)")
     # Each level of nested transforms may want gradients or not, so under transforms save always.
     transforming = torch_func.transforming()
     # torch.jit.trace records the answer for all later calls, and traces once more under no_grad to check itself.

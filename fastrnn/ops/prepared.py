@@ -1,4 +1,4 @@
-"""A recurrence of given sizes, prepared to be launched: what depends on sizes, dtype and device alone is found once."""
+"""A recurrence prepared for launches: everything that follows from sizes, dtype and device is found once."""
 
 import math
 from typing import Any
@@ -18,19 +18,19 @@ NOT_READY: tuple[Any, tuple] = (None, ())
 
 
 class Kernels:
-    """Both passes of a tier for a Request: the plan, and what was compiled and launched so far."""
+    """Both passes of a tier for a Request: the plan, and the kernels that were compiled and launched so far."""
 
     def __init__(self, request: Request, tier: str) -> None:
         self.request, self.tier = request, tier
         self.cell, self.plan = request.of_cell, planner.kernel_for(request, tier)
         self.grid = (*self.plan.grid, 1, 1)[:3]
-        self.tuned = tuning.TUNED.get(request.spec.arch)  # by which it was planned
-        # By what a launch was compiled for: the compiled kernel and its constants.
+        self.tuned = tuning.TUNED.get(request.spec.arch)  # the plan depends on it
+        # Compiled kernels with their constants. The key is everything that Triton compiles a kernel for.
         self.launched: dict[tuple, tuple[Any, tuple]] = {}
 
     @profiling.inside("recurrence", traced=False)
     def launch(self, which: str, T: int, ragged: bool, by_step: bool, groups: tuple) -> None:
-        """Launch the kernel of a pass over T steps, with groups of pointers as in kernels/arguments.py."""
+        """Launch the kernel of a pass over T steps. groups are the groups of pointers in kernels/arguments.py."""
         if self.tier == "cooperative":
             groups = (*groups, self._exchange(which, groups[0].W_hh))
         if interpreter.ENABLED:
@@ -54,7 +54,7 @@ class Kernels:
             self.launched[key] = self._first_launch(which, groups, T, ragged, by_step)
 
     def _first_launch(self, which: str, groups: tuple, T: int, ragged: bool, by_step: bool) -> tuple[Any, tuple]:
-        """Launch through Triton's binder; what launches like this one may go by from now on."""
+        """Launch through Triton's binder. Return what later launches like this one can use."""
         request = self.request
         function, constants = self._function(which, groups, ragged, by_step)
         arguments = (*groups, T, request.B, *constants)
@@ -64,16 +64,16 @@ class Kernels:
         except Exception as error:
             driver.refuse(error, self.tier, request.cell, request.H, request.dtype, self.plan, request.spec)
             raise
-        from ..compat import launcher  # which needs Triton
+        from ..compat import launcher  # imported late, because it needs Triton
 
         return launcher.ready(compiled), (*constants, options["FORM"])
 
     def _options(self, which: str, function: Any, arguments: tuple) -> dict[str, Any]:
-        """Options of the launch, and the Form, of the first choice that spills no register."""
+        """The launch options, and the Form, of the first choice that spills no register."""
         plan = self.plan
         options: dict[str, Any] = {"num_warps": plan.warps, "num_ctas": plan.ctas, "enable_fp_fusion": True}
         if self.tier == "cooperative":
-            # The driver refuses a grid whose programs cannot all be resident, instead of leaving it to hang.
+            # With this option the driver refuses a grid whose programs cannot all be resident. Without, it would hang.
             options["launch_cooperative_grid"] = True
 
         def as_launched(choice: dict[str, Any]) -> dict[str, Any]:
@@ -86,18 +86,18 @@ class Kernels:
 
     @property
     def _module(self) -> Any:
-        if self.plan.dialect == "Gluon":  # imported only here: Triton before 3.6 lacks what it needs
+        if self.plan.dialect == "Gluon":  # imported late: Triton before 3.6 lacks Gluon features that it needs
             from ..kernels.gluon import cooperative, resident
         else:
             from ..kernels.tile import cooperative, resident
         return cooperative if self.tier == "cooperative" else resident
 
     def _form(self, which: str, choice: dict[str, Any]) -> Any:
-        """What the tier's planner chose, and this choice of its own."""
+        """The kernel's Form: what the planner chose, and this choice's own members."""
         return self._module.Form(**self.plan.form, **{name: value for name, value in choice.items() if name.isupper()})
 
     def _function(self, which: str, groups: tuple, ragged: bool, by_step: bool) -> tuple[Any, tuple]:
-        """The kernel of a pass, and its constants but the Form."""
+        """The kernel of a pass, and its constants except the Form."""
         cell, request, own_lengths = self.cell, self.request, groups[2].rows is not None
         sizes = Sizes(
             cell.gates, len(cell.states), len(cell.kept), cell.saved, request.D, request.N, request.H,
@@ -107,7 +107,7 @@ class Kernels:
         return getattr(self._module, which), (cell.kernel(which), sizes)
 
     def _exchange(self, which: str, like: Tensor) -> Exchange:
-        """Where programs hand on h, of even and of odd steps, and the grid barrier's counters, zero at every launch."""
+        """The buffers that pass h on, for even and odd steps, and the grid barrier's counters, zero at every launch."""
         from ..kernels.barrier import COUNTER_STRIDE
 
         _, batch_tiles, R = self.plan.grid
@@ -116,7 +116,7 @@ class Kernels:
 
 
 class Prepared:
-    """What a call of either pass goes by, beside its tensors."""
+    """Everything that a call of either pass needs, beside its tensors."""
 
     def __init__(
         self,
@@ -129,22 +129,22 @@ class Prepared:
     ):
         self.cell, self.slots = cell, slots
         self.B, self.D, self.N, self.K = B, D, N, K = sizes
-        self.clip_h = clip_h  # how far a step sees h
+        self.clip_h = clip_h  # a step reads h clipped to this; negative for no clip
         self.kernels = kernels  # None where B is 0
-        self.count = math.prod(slots)  # of (T, B), or (total,)
-        self.bytes = self.count * D * N * K * cell.gates * dtype.itemsize  # of x_gates
+        self.count = math.prod(slots)  # T * B, or total
+        self.bytes = self.count * D * N * K * cell.gates * dtype.itemsize  # the size of x_gates
         self.recurrences, self.of_y, self.of_state = D * N, (*slots, D * N * K), (D, B, N * K)
         self.places = cell.kept_places
-        # States beside h that are kept of all steps: as many as backward reads, or all; and another dtype of theirs.
+        # How many states beside h are kept for all steps: as many as backward reads, or all. wide is their dtype.
         self.kept, self.others = max(self.places), len(cell.states) - 1
         self.wide: dict[str, Any] = {"dtype": cell.state_dtype(dtype)} if cell.wide else {}
         self.ragged = len(slots) == 1
-        # Of ragged sequences, which the table bounds, a mean.
+        # For ragged sequences T is a mean: the table of sequences bounds each one.
         self.T = slots[0] if not self.ragged else max(1, slots[0] // max(B, 1))
 
 
 def prepare(args: Args | BackwardArgs) -> Prepared:
-    """Of an op's arguments."""
+    """Prepare a call from an op's arguments."""
     like = args.x_gates if isinstance(args, Args) else args.y
     *slots, R, K = like.select(-2, 0).shape if isinstance(args, Args) else like.shape
     B = slots[1] if args.rows is None else args.rows.shape[1]
@@ -161,7 +161,7 @@ def of_sizes(
     like: Tensor,
     each_step: tuple[float, float, float] = PLAIN_STEPS,
 ) -> Prepared:
-    """Of slots (T, B) or (total,), and D, N and K; like has the dtype and the device."""
+    """Prepare a call for slots (T, B) or (total,), and sizes (D, N, K). like has the dtype and the device."""
     (D, N, K), kernels = sizes, None
     if B > 0:
         request = Request(
@@ -171,12 +171,12 @@ def of_sizes(
         kernels = _kernels.get(key)
         if kernels is None:
             kernels = _kernels[key] = Kernels(request, tier)
-    of_h = each_step[1] if len(CELLS[cell].states) == 1 else NO_CLIP  # of a cell with c that is clipped, and h is not
+    of_h = each_step[1] if len(CELLS[cell].states) == 1 else NO_CLIP  # a cell with a c clips c, not h
     return Prepared(CELLS[cell], kernels, slots, (B, D, N, K), like.dtype, of_h)
 
 
 def _planned_by(request: Request) -> tuple:
-    """What a plan depends on beside its request; the cell and its tuning may be registered anew."""
+    """Everything beside the request that a plan depends on. The cell and its tuning may be registered anew."""
     return planner.kernel_for, id(tuning.TUNED.get(request.spec.arch)), id(request.of_cell)
 
 
@@ -184,12 +184,12 @@ _kernels: dict[tuple, Kernels] = {}
 
 
 def forget() -> None:
-    """Plan and compile anew from now on."""
+    """Drop all plans and compiled kernels, so that later calls plan and compile anew."""
     _kernels.clear()
 
 
 def _pointers(groups: tuple) -> tuple:
-    """What Triton compiles pointers for: dtypes, and which are multiples of 16; None where there is none."""
+    """What Triton compiles pointers for: the dtype, and whether the address is a multiple of 16; or None."""
     found: list[Any] = []
     for group in groups:
         for member in group:

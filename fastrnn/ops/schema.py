@@ -1,8 +1,8 @@
-"""What goes in and out of the recurrence's two ops, named once.
+"""The arguments and results of the recurrence's two ops, each named once.
 
-torch.library's schemas are flat: a NamedTuple here is one, and whatever handles an op's arguments or gradients does so
-by these names. P states of a cell are one tensor, h first; R = D * N recurrences of K units run side by side, D
-directions of N heads. slots are (T, B), or (total,) of ragged sequences.
+torch.library's schemas are flat lists. A NamedTuple here is one of them, and all code that handles an op's arguments or
+gradients uses these names. The P states of a cell are one tensor, h first. R = D * N recurrences of K units run side by
+side: D directions of N heads. slots are (T, B), or (total,) for ragged sequences.
 """
 
 import inspect
@@ -23,13 +23,13 @@ class Args(NamedTuple):
     b_hh: Tensor | None  # (R, G*K)
     state_0: Tensor | None  # (P, D, B, N*K); None is zeros
     cell: str
-    save: bool  # what backward needs
+    save: bool  # whether to keep what backward needs
     backend: str
-    # x_gates was made of these three. They are only passed on to double backward.
+    # x_gates is the product of these three. Only double backward reads them.
     x: Tensor | None = None
     W_ih: Tensor | None = None
     b_ih: Tensor | None = None
-    # Of sequences.Sequences, and what states start anew from, (P, D, B, N*K) or by_step (P, *slots, D, N*K)
+    # The members of sequences.Sequences, and the states after resets: (P, D, B, N*K), or by_step (P, *slots, D, N*K).
     rows: Tensor | None = None
     reset: Tensor | None = None
     starts: Tensor | None = None
@@ -43,7 +43,7 @@ class Args(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Results of fastrnn::recurrence; what a cell or call lacks has no elements."""
+    """Results of fastrnn::recurrence. A result that a cell or call lacks has no elements."""
 
     y: Tensor  # (*slots, R, K)
     finals: Tensor  # as state_0
@@ -82,7 +82,7 @@ class BackwardArgs(NamedTuple):
 
 
 class BackwardResults(NamedTuple):
-    """Gradients; what is not wanted has no elements."""
+    """Gradients. One that is not wanted has no elements."""
 
     d_x_gates: Tensor
     dW_hh: Tensor
@@ -91,13 +91,13 @@ class BackwardResults(NamedTuple):
     d_starts: Tensor
 
 
-# The dimension of B in dense tensors (T, B, ...) that are not named here is 1.
+# The dimension of B in each tensor. It is 1, as in (T, B, ...), for dense tensors that are not listed here.
 OF_STATES = ("state_0", "starts", "finals", "steps", "d_finals", "d_steps", "d_state_0", "d_starts")
 BATCH_DIMS: dict[str, int] = dict.fromkeys(OF_STATES, 2)
 
 
 def define(name: str, arguments: Any, results: Any, run: Callable, fake: Callable) -> Any:
-    """A torch.library op with the schema of two NamedTuples; run and fake take the one and return the other."""
+    """Make a torch.library op with the schema of two NamedTuples. run and fake take the first and return the second."""
 
     def flat(*args: Any) -> tuple[Tensor, ...]:
         return tuple(run(arguments(*args)))
@@ -112,7 +112,7 @@ def define(name: str, arguments: Any, results: Any, run: Callable, fake: Callabl
 
 
 def contiguous(args: Any) -> Any:
-    """The same arguments with every tensor contiguous, as kernels want them."""
+    """The same arguments with every tensor contiguous, because kernels require it."""
     strided = [
         name
         for name, arg in zip(args._fields, args, strict=True)

@@ -1,8 +1,8 @@
-"""Gradients of W_hh and b_hh: sums over all slots of what the backward kernel wrote.
+"""Gradients of W_hh and b_hh: sums over all slots of the backward kernel's output.
 
     dW_hh = sum of d_rec (x) h_prev;    db_hh = sum of d_rec
 
-d_rec is d_x_gates, (slots, R*G*K), but for the last gate of a cell that splits it: d_rec_last, (slots, R*K).
+d_rec is d_x_gates, (slots, R*G*K). In a cell that splits its last gate, that gate's part is d_rec_last, (slots, R*K).
 """
 
 from typing import Any, NamedTuple
@@ -17,20 +17,20 @@ from .prepared import Prepared
 
 
 class Steps(NamedTuple):
-    """h of all steps, and before the first ones."""
+    """h of all steps, and h before the first ones."""
 
     prepared: Prepared
-    y: Tensor  # of the memory (slots, R, K)
+    y: Tensor  # (slots, R, K) in memory
     h_0: Tensor | None  # (D, B, N*K), None for zeros
     sequences: Any  # kernels/arguments.py
     by_step: bool
 
 
 def bias_gradient(d_x_gates: Tensor, d_rec_last: Tensor | None, K: int, of_x: Tensor | None = None) -> Tensor:
-    """db_hh (R*G*K,); of_x is the sum of d_x_gates, where it is known."""
+    """db_hh (R*G*K,). of_x is the sum of d_x_gates, if the caller has it."""
     of_x = d_x_gates.sum(0) if of_x is None else of_x
     if d_rec_last is None:
-        return of_x.clone()  # b_ih's gradient is a tensor of its own
+        return of_x.clone()  # the gradients of b_ih and b_hh must not share memory
     of_last, R = d_rec_last.sum(0), d_rec_last.shape[1] // K
     if R == 1:
         return torch.cat((of_x[:-K], of_last))
@@ -39,10 +39,10 @@ def bias_gradient(d_x_gates: Tensor, d_rec_last: Tensor | None, K: int, of_x: Te
 
 @profiling.inside("weight gradients", traced=False)
 def weight_gradient(steps: Steps, d_x_gates: Tensor, d_rec_last: Tensor | None) -> Tensor:
-    """dW_hh (R*G*K, K), each recurrence and each part of its gates written to its place.
+    """dW_hh (R*G*K, K). Each recurrence, and each part of its gates, is written to its place.
 
-    h_prev is y one step before, h_0 at the start. Plain sequences need no copy of it: the start is a product of its
-    own, and y only shifted.
+    h_prev is y one step before, and h_0 at the start. For plain sequences it is not copied: the start is its own
+    product, and y is only shifted.
     """
     R, K, limit = steps.prepared.recurrences, steps.prepared.K, steps.prepared.clip_h
     if limit >= 0:
@@ -59,7 +59,7 @@ def weight_gradient(steps: Steps, d_x_gates: Tensor, d_rec_last: Tensor | None) 
 
 
 def _clipped(steps: Steps, limit: float) -> Steps:
-    """h as the next steps saw it."""
+    """The same steps, with h clipped as the next steps read it."""
     starts = steps.sequences.starts
     starts = None if starts is None else (starts[0].clamp(-limit, limit),)
     h_0 = None if steps.h_0 is None else steps.h_0.clamp(-limit, limit)
@@ -68,7 +68,7 @@ def _clipped(steps: Steps, limit: float) -> Steps:
 
 
 def _sum(steps: Steps, r: int, d_rec: Tensor, first: int, h_prev: Tensor, out: Tensor) -> None:
-    """Of the columns of d_rec from the first on; each view is one operation, for the host's sake."""
+    """Sum over the columns of d_rec from `first` on. Each view is one operation, to save time on the CPU."""
     prepared, rows = steps.prepared, out.shape[0]
     columns, count = d_rec.shape[1], d_rec.shape[0]
     at = first + d_rec.storage_offset()
@@ -89,10 +89,10 @@ def _sum(steps: Steps, r: int, d_rec: Tensor, first: int, h_prev: Tensor, out: T
 
 
 def _is_shifted(steps: Steps) -> bool:
-    """Whether h_prev is y one step before, or zeros where a segment begins: frozen slots have zeros in y, and in d_rec.
+    """Whether h_prev is y one step before, or zeros where a segment begins. Frozen slots have zeros in y and in d_rec.
 
-    Not so where segments begin with a state, where slots are ragged, and where sequences end, and direction 1 begins,
-    with an h_0 at other times.
+    It is not if segments begin with a state, or if slots are ragged. It is not either if sequences end at different
+    times and there is an h_0, because direction 1 then reads h_0 at different times.
     """
     rows, _, starts = steps.sequences[:3]
     return starts is None and (rows is None or (not steps.prepared.ragged and steps.h_0 is None))
@@ -105,7 +105,7 @@ def _own(state: Tensor, r: int, prepared: Prepared) -> Tensor:
 
 
 def _h_prev(steps: Steps, r: int) -> Tensor:
-    """The h before every slot (slots, K), a view or a copy; where y is shifted, before those with a step before."""
+    """The h before every slot (slots, K), as a view or a copy. If y is shifted, without the slots at the start."""
     prepared, (rows, reset, starts) = steps.prepared, steps.sequences[:3]
     R, N, K, direction = prepared.recurrences, prepared.N, prepared.K, r // prepared.N
     if _is_shifted(steps):

@@ -1,12 +1,13 @@
 """torch.func over the recurrence's ops: grad, vjp, jacrev and vmap, in any nesting.
 
-torch.library's own autograd stops at torch.func's transforms, since the autograd.Function that it makes has no
-setup_context. `function` makes one that has, of the same parts, which runs wherever a transform is active.
+torch.library's own autograd does not work under torch.func's transforms, because its autograd.Function has no
+setup_context. `function` makes one that has it, from the same parts. It runs wherever a transform is active.
 
-torch.vmap runs N calls at once. Where weights are the same in all of them, they are one call with a batch of N * B
-sequences, in one launch. Where each has weights of its own (an ensemble), or gradients of weights are wanted of each
-(per-sample gradients), the calls run one after the other: a kernel keeps one W_hh on chip, and its gradient is one sum
-over the whole batch. So do sequences of their own lengths: where each stands is said for one batch.
+torch.vmap runs N calls at once. If all have the same weights, they become one call with a batch of N * B sequences, in
+one launch. The calls run one after the other if each has its own weights (an ensemble), or if each needs gradients of
+the weights (per-sample gradients): a kernel keeps one W_hh on chip, and its gradient is one sum over the whole batch.
+Calls whose sequences have their own lengths also run one after the other, because a table of sequences describes one
+batch.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,9 @@ from torch.autograd import forward_ad
 
 from .schema import BATCH_DIMS
 
-SHARED = ("W_hh", "b_hh", "W_ih", "b_ih")  # tensors without a batch
-PLACES = ("rows", "noise")  # what is said of the places of one batch
-SUMS = ("needs_dW", "needs_db")  # arguments that ask for sums over the batch
+SHARED = ("W_hh", "b_hh", "W_ih", "b_ih")  # these tensors have no batch dimension
+PLACES = ("rows", "noise")  # these refer to slots of one batch
+SUMS = ("needs_dW", "needs_db")  # these ask for sums over the batch
 
 
 def transforming() -> bool:
@@ -29,9 +30,9 @@ def transforming() -> bool:
 
 
 def function(op: Any, described: Any, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
-    """An op with its autograd as a Function that transforms can take, registered for torch.vmap too.
+    """Make a Function of an op and its autograd that transforms accept, and register it for torch.vmap.
 
-    described: the NamedTuples of its arguments and of its results, schema.py.
+    described: the NamedTuples of its arguments and results (schema.py).
 
     >>> import torch
     >>> from fastrnn.ops import recurrence
@@ -63,7 +64,7 @@ def function(op: Any, described: Any, setup_context: Callable, backward: Callabl
 
 
 def _vmap(call: Callable, described: Any, N: int, in_dims: tuple, args: tuple) -> tuple[tuple[Tensor, ...], tuple]:
-    """Outputs of N calls, and which of their dimensions is N."""
+    """Run N calls. Return their outputs, and the dimension of each that counts the calls."""
     arguments, results = described
     # Arguments that are left out have their defaults.
     given = list(zip(arguments._fields, args, in_dims, strict=False))
@@ -75,7 +76,7 @@ def _vmap(call: Callable, described: Any, N: int, in_dims: tuple, args: tuple) -
     outputs = call(*(value if name in SHARED else _one_batch(name, N, value, dim) for name, value, dim in given))
     whole, dims = [], []
     for name, output in zip(results._fields, outputs, strict=True):
-        dim = None if output.dim() == 1 else BATCH_DIMS.get(name, 1)  # what this cell or call lacks has no elements
+        dim = None if output.dim() == 1 else BATCH_DIMS.get(name, 1)  # 1-D: this cell or call lacks it
         whole.append(output if dim is None else output.unflatten(dim, (N, output.shape[dim] // N)))
         dims.append(dim)
     return tuple(whole), tuple(dims)
@@ -86,7 +87,7 @@ def _of_call(n: int, value: Any, dim: int | None) -> Any:
 
 
 def _one_batch(name: str, N: int, value: Any, dim: int | None) -> Any:
-    """A tensor that has N as dimension dim, or is the same in all calls, with N * B in the place of B."""
+    """Merge the calls' dimension into the batch: N * B in place of B. A tensor without it is repeated for all calls."""
     if not isinstance(value, Tensor) or value.dim() - (dim is not None) == 1:
         return _of_call(0, value, dim)
     place = BATCH_DIMS.get(name, 1)

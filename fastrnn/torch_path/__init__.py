@@ -1,1 +1,1 @@
-"""Lengths, resets and cell states by torch's own kernels, where none of ours runs."""
+"""Lengths, resets and cell states with torch's own kernels, where none of ours runs."""

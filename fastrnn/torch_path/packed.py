@@ -1,13 +1,13 @@
-"""torch's kernels over a packed batch: as dense blocks on a CPU, and elsewhere by its own packed form.
+"""torch's kernels over a packed batch: as dense blocks on a CPU, and elsewhere in its own packed form.
 
-A packed batch lists step 0 of all sequences, the longest first, then step 1 of those that have it, and so on. From one
-sequence's end to the next's it is dense, a block (steps, sequences, I) without padding: as many blocks as there are
+A packed batch lists step 0 of all sequences, the longest first, then step 1 of those that have it, and so on. Between
+the ends of two sequences it is dense: a block (steps, sequences, I) without padding. There are as many blocks as
 different lengths.
 
-On a CPU torch's packed form slices each step out of the whole batch, and each slice's gradient is as long as the batch:
-backward costs the square of the steps. Nor has it a fused LSTM, as dense batches have (oneDNN's). But it has less to do
-where no gradient is wanted and blocks are short or not fused, takes projections without a warning, and autocast on CPUs
-where oneDNN lacks bfloat16. bench/segments.py measures both.
+On a CPU, torch's packed form cuts each step out of the whole batch, and the gradient of each slice is as long as the
+batch: backward costs the square of the steps. Nor does it have oneDNN's fused LSTM, which dense batches use. The packed
+form still wins in some cases: without gradients where blocks are short or have no fused kernel, with projections, which
+warn in dense form, and under autocast on CPUs where oneDNN lacks bfloat16. bench/segments.py measures both forms.
 
 Source: aten/src/ATen/native/RNN.cpp of torch (PackedLayer, use_mkldnn).
 """
@@ -21,21 +21,21 @@ from torch.nn.functional import dropout
 
 from ..stack import Stack
 
-# Of a block, on the average, for which oneDNN's LSTM beats the packed form without gradients; the GRU and the RNN have
-# nothing fused to gain. `python -m bench.segments --blocks` measures it; docs/performance.md has the table.
+# Without gradients, oneDNN's fused LSTM beats the packed form from this mean number of steps in a block on. There is no
+# fused GRU or RNN. `python -m bench.segments --blocks` measures it; docs/performance.md has the table.
 FUSED, LEAST_STEPS = ("lstm",), 3
 
-State = tuple[Tensor, ...]  # (h,) or (h, c), each (L*D, S, H) of S sequences; of a block (1, those that go on, H)
+State = tuple[Tensor, ...]  # (h,) or (h, c), each (L*D, S, H) for S sequences; in a block (1, the live ones, H)
 Kernel = Callable[[Tensor, State], tuple[Tensor, State]]  # one layer, one direction of a block
 
 
 def run(
     stack: Stack, data: Tensor, batch_sizes: Tensor, state: State, params: Sequence[Tensor]
 ) -> tuple[Tensor, State]:
-    """Run all layers over a packed batch of S sequences, M steps in all; nothing is validated.
+    """Run all layers over a packed batch of S sequences with M steps in all. Nothing is validated.
 
-    data (M, I) and batch_sizes (longest,), on the CPU, are those of a torch.nn.utils.rnn.PackedSequence; state, each
-    (L*D, S, H), and params as in segments.run. Returns output (M, D*H) and the final states, as state.
+    data (M, I) and batch_sizes (longest,), on the CPU, are those of a torch.nn.utils.rnn.PackedSequence. state, each
+    (L*D, S, H), and params are those of segments.run. Returns output (M, D*H) and the final states, shaped as state.
 
     >>> import torch
     >>> from fastrnn.stack import Stack
@@ -58,7 +58,7 @@ def run(
     for layer in range(stack.num_layers):
         if layer:
             data = dropout(data, stack.dropout, stack.training)
-        # Of one split all gradients are joined at once.
+        # One split joins all its gradients at once. A slice's gradient would be as long as data.
         parts = data.split([B * steps for B, steps in shapes])
         blocks = [part.unflatten(0, (steps, B)) for part, (B, steps) in zip(parts, shapes, strict=True)]
         outputs = []
@@ -77,11 +77,11 @@ def run(
 
 
 def on_its_own(params: Sequence[Tensor], bias: bool) -> list[Tensor]:
-    """Parameters of some of a module's layers or directions, as torch's kernels for GPUs may take them.
+    """The parameters of a part of a module's layers or directions, in a form that is safe for torch's GPU kernels.
 
-    Where the first one begins the memory that all of a module's share, and the others follow as cuDNN wants, torch
-    gives cuDNN that memory. It does not look at what stands where biases would be: without biases, the next layer's
-    weights, which are added as if they were biases. A copy of the first parameter has memory of its own.
+    All parameters of a module may lie in one block of memory. If the first one given begins that block, torch hands the
+    block to cuDNN. It does not check for biases: without them, cuDNN would add the next layer's weights as if they were
+    biases. A copy of the first parameter lies elsewhere.
 
     Source: try_get_weight_buf in aten/src/ATen/native/cudnn/RNN.cpp.
     """
@@ -89,7 +89,7 @@ def on_its_own(params: Sequence[Tensor], bias: bool) -> list[Tensor]:
 
 
 def in_blocks(cell: str, data: Tensor, state: State, params: Sequence[Tensor], steps: float) -> bool:
-    """Whether dense blocks are faster, of so many steps on the average, than torch's packed form."""
+    """Whether dense blocks, with so many steps on average, are faster than torch's packed form."""
     projected = state[0].shape[-1] != state[-1].shape[-1]
     if data.device.type != "cpu" or projected or torch.is_autocast_enabled("cpu"):
         return False
@@ -98,7 +98,7 @@ def in_blocks(cell: str, data: Tensor, state: State, params: Sequence[Tensor], s
 
 
 def _ahead(kernel: Kernel, blocks: Sequence[Tensor], state: State) -> tuple[list[Tensor], State]:
-    """Forward in time: the shortest sequences end at each block's end, and leave their final states."""
+    """Run forward in time. At each block's end the shortest sequences end, and leave their final states."""
     ys, ended = [], []
     for x, later in zip(blocks, [*(block.shape[1] for block in blocks[1:]), 0], strict=True):
         y, state = kernel(x, state)
@@ -109,7 +109,7 @@ def _ahead(kernel: Kernel, blocks: Sequence[Tensor], state: State) -> tuple[list
 
 
 def _back(kernel: Kernel, blocks: Sequence[Tensor], state: State) -> tuple[list[Tensor], State]:
-    """From the end: sequences that are a block shorter join at each block's end, with their first states."""
+    """Run from the end. At each block's end the sequences that are one block shorter join, with their first states."""
     sizes = [0, *(block.shape[1] for block in reversed(blocks))]
     joining = zip(*(s.split([now - before for before, now in pairwise(sizes)], 1) for s in state), strict=True)
     state = tuple(s[:, :0] for s in state)

@@ -1,17 +1,17 @@
-"""Rows of unequal length, resets and cell states by torch's own kernels, with no loop in Python over time or rows.
+"""Rows of unequal length, resets and cell states with torch's own kernels, without a Python loop over time or rows.
 
-A reset cuts its row in two segments, which are sequences of their own. All S segments of all rows, M real steps in all,
-go as one packed batch, the longest first, through torch's kernels (packed.py); outputs go back to their places,
-and a row's final state is that of its last segment (direction 1, which walks time from its end: of its first). Padding
-is in no segment, so that nothing of it is ever read.
+A reset cuts its row into two segments, which become two sequences. All S segments of all rows have M real steps. They
+go through torch's kernels as one packed batch, the longest first (packed.py). Then outputs go back to their places. A
+row's final state is that of its last segment. (Direction 1 walks time from its end: there it is that of the first.)
+Padding is in no segment, so it is never read.
 
-torch's kernels keep no cell states. They follow from its output, since all gates of all steps are one product:
+torch's kernels do not return cell states. These follow from the output, since one product gives all gates of all steps:
 
     i, f, g = W_ih x_t + b_ih + W_hh h_prev + b_hh,  i, f = sigmoid(i), sigmoid(f),  g = tanh(g)
     c_t = f c_{t-1} + i g
 
-and c_t is linear in c_{t-1}: a scan of logarithmic depth. It runs over all segments laid end to end, (M, H), and not
-over (longest, S, H): one long segment among many short ones would make that mostly padding.
+c_t is linear in c_{t-1}, so this is a scan of logarithmic depth. It runs over all segments laid end to end, (M, H).
+(longest, S, H) would be mostly padding for one long segment among many short ones.
 
 Source: G. Blelloch, "Prefix sums and their applications", CMU-CS-90-190, 1990 (the scan, and segments in it).
 """
@@ -31,17 +31,17 @@ from .packed import State
 
 
 class Walk(NamedTuple):
-    """A direction's way through each row's steps. What is said of segments is in the packed batch's order of them."""
+    """How one direction walks through the rows' steps. Segments are in the order of the packed batch."""
 
-    packed: Tensor  # (M,) places in the packed batch of the steps walked: row by row, direction 1 all backwards
-    starts: Tensor  # (S,) which of these steps are the segments' first
-    from_hx: Tensor  # (S,) bool: the segment's first state is its row's hx; else it is a reset's
-    resets: Tensor  # (S,) index, as reset's first, of the reset that the segment starts from if not from hx
-    finals: Tensor  # (S,) bool: the segment's last state is its row's
+    packed: Tensor  # (M,): the place of each walked step in the packed batch; row by row, backwards in direction 1
+    starts: Tensor  # (S,): the index among the walked steps of each segment's first step
+    from_hx: Tensor  # (S,) bool: whether the segment starts from its row's hx, or else after a reset
+    resets: Tensor  # (S,): the index along reset's first dimension of the reset that the segment starts from
+    finals: Tensor  # (S,) bool: whether the segment's last state is its row's final state
 
 
 class Segments(NamedTuple):
-    """Of S segments: rows (S,), the packed batch's places (M,) in the batch's steps, its sizes, and the walks."""
+    """S segments: the row of each (S,), the slot of each packed step (M,), the packed batch's sizes, and the walks."""
 
     rows: Tensor
     places: Tensor
@@ -62,16 +62,16 @@ def run(
     reset_state: State | None = None,
     cell_states: bool = False,
 ) -> tuple[Tensor, State, Tensor | None]:
-    """Run all layers by torch's kernel over rows of unequal length, cut at resets; nothing is validated here.
+    """Run all layers with torch's kernel over rows of unequal length, cut at resets. Nothing is validated here.
 
-    x (T, B, I), or with cu_seqlens (B+1,) ragged: (total, I). state: h_0, or h_0 and c_0, each (L*D, B, H) (h_0 of an
-    LSTM with proj_size P: (L*D, B, P)). params as torch.nn.LSTM.parameters(). lengths (B,), each 0 to T, or None for T.
-    reset bool (T, B), or (total,): the state before that step is reset_state, or zeros without it; direction 1, coming
-    from the step, takes it before the step ahead. reset_state as state, each broadcastable to (L*D, B, H), or per step
-    to (T, L*D, B, H), ragged (total, L*D, 1, H). Any dtype that torch's kernel takes; differentiable as that is.
+    x: (T, B, I), or ragged (total, I) with cu_seqlens (B+1,). state: h_0, or h_0 and c_0, each (L*D, B, H); with
+    proj_size P, h_0 is (L*D, B, P). params: as torch.nn.LSTM.parameters(). lengths: (B,), each 0 to T, or None for T.
+    reset: bool (T, B) or (total,). The state before that step is reset_state, or zeros. Direction 1, which comes from
+    the other side, takes it after that step. reset_state: as state, each broadcastable to (L*D, B, H), or one a
+    step: (T, L*D, B, H), ragged (total, L*D, 1, H). Dtypes and derivatives are those of torch's kernel.
 
-    Returns output (T, B, D*H), or (total, D*H), 0 in padding; the final states, as state (a row of length 0 keeps its
-    own); and with cell_states, of an LSTM, c_t of the last layer (T, B, D*H) or (total, D*H), else None.
+    Returns output (T, B, D*H) or (total, D*H), with 0 in padding, and the final states, shaped as state. A row of
+    length 0 keeps its state. Third, c_t of the last layer, shaped as output, for an LSTM with cell_states; else None.
 
     >>> import torch
     >>> from fastrnn.stack import Stack
@@ -123,21 +123,21 @@ def run(
 def _cut(
     x: Tensor, B: int, D: int, lengths: Tensor | None, cu_seqlens: Tensor | None, reset: Tensor | None
 ) -> Segments:
-    """The segments of B rows, in the order that torch's kernel wants: the longest first."""
+    """Cut B rows into segments, in the order that torch's kernel requires: the longest first."""
     device = x.device
     if cu_seqlens is not None:
         lengths = cu_seqlens.to(device).diff()
         places = torch.arange(x.shape[0], device=device)
         row = torch.arange(B, device=device).repeat_interleave(lengths)
         t = places - cu_seqlens.to(device)[row]
-        when = places  # as reset is indexed: by time, or by place in a ragged batch
+        when = places  # the index into reset: a time, or in a ragged batch a place
     else:
         T = x.shape[0]
         lengths = torch.full((B,), T, device=device) if lengths is None else lengths.to(device)
         row, t = (torch.arange(T, device=device) < lengths[:, None]).nonzero(as_tuple=True)
         places = t * B + row
         when = t
-    # All real steps (M,) lie row by row now. A segment begins at a row's start and at resets.
+    # Now all real steps (M,) are listed row by row. A segment begins at a row's start and at resets.
     M = row.shape[0]
     begins = t == 0
     resets = torch.zeros_like(begins) if reset is None else reset.to(device).flatten()[places]
@@ -175,7 +175,7 @@ def _initial(segments: Segments, hx: Tensor, reset_state: Tensor | None) -> Tens
         else:
             per_step = reset_state if reset_state.dim() == 4 else reset_state.unsqueeze(0)
             per_step = per_step.expand(-1, hx.shape[0], -1, hx.shape[2])[:, d::D]
-            # What is broadcast stays so: the gradient would be as large as what is indexed.
+            # Do not expand broadcast states: their gradient would be as large as the expanded tensor.
             when = walk.resets.clamp(max=per_step.shape[0] - 1)
             other = per_step[when, :, segments.rows.clamp(max=per_step.shape[2] - 1)].transpose(0, 1)
         states.append(torch.where(walk.from_hx[:, None], of_rows, other))
@@ -188,7 +188,7 @@ def _final(segments: Segments, hx: Tensor, of_segments: Tensor) -> Tensor:
     states = []
     for d, walk in enumerate(segments.walks):
         which = walk.finals.nonzero().squeeze(1)
-        own = hx[d::D].to(of_segments.dtype)  # what a row of length 0 keeps
+        own = hx[d::D].to(of_segments.dtype)  # a row of length 0 keeps this
         states.append(own.index_copy(1, segments.rows[which], of_segments[d::D].index_select(1, which)))
     return torch.stack(states, 1).flatten(0, 1)
 
@@ -196,18 +196,18 @@ def _final(segments: Segments, hx: Tensor, of_segments: Tensor) -> Tensor:
 def _cell_states(
     segments: Segments, x: Tensor, y: Tensor, initial: Sequence[Tensor], params: Sequence[Tensor], bias: bool
 ) -> list[Tensor]:
-    """c_t (M, H) of one layer for each direction, in the order of its walk; x (M, I) and y (M, D*H) are packed."""
+    """c_t (M, H) of one layer for each direction, in the order of its walk. x (M, I) and y (M, D*H) are packed."""
     D = len(segments.walks)
     states = []
     for d, (walk, h) in enumerate(zip(segments.walks, y.chunk(D, -1), strict=True)):
         W_ih, W_hh, *b = params[d * len(params) // D : (d + 1) * len(params) // D]
         b_ih, b_hh = b[:2] if bias else (None, None)
-        ifg = 3 * W_hh.shape[0] // CELLS["lstm"].gates  # rows of the gates that c takes; o comes last
+        ifg = 3 * W_hh.shape[0] // CELLS["lstm"].gates  # c needs the rows of i, f and g; o comes last
         h_0, c_0 = (s[d].to(y.dtype) for s in initial)
         h_prev = h.index_select(0, walk.packed).roll(1, 0).index_copy(0, walk.starts, h_0)
         gates = linear(x.index_select(0, walk.packed), W_ih[:ifg], None if b_ih is None else b_ih[:ifg])
         gates = gates + linear(h_prev, W_hh[:ifg], None if b_hh is None else b_hh[:ifg])
-        # Products of many f are taken in fp32 at least, as the kernels carry c.
+        # Multiply many f in fp32 at least: the kernels carry c in fp32 too.
         i, f, g = (gates.float() if gates.dtype.itemsize == 2 else gates).chunk(3, -1)
         i, f, g = i.sigmoid(), f.sigmoid(), g.tanh()
         added = (i * g).index_add(0, walk.starts, f.index_select(0, walk.starts) * c_0.to(f.dtype))
@@ -217,13 +217,13 @@ def _cell_states(
 
 
 class _Scan(torch.autograd.Function):
-    """c_t = f_t c_{t-1} + b_t over all segments end to end; where a segment starts, c_t = b_t. f and b (M, H).
+    """c_t = f_t c_{t-1} + b_t over all segments, end to end. Where a segment starts, c_t = b_t. f and b are (M, H).
 
-    Backward is the same scan from the end, and so differentiable in turn:
+    Backward is the same scan from the end, so it is differentiable too:
 
         db_t = dc_t + f_{t+1} db_{t+1},  df_t = db_t c_{t-1}
 
-    starts (M, 1) masks, and is not multiplied by: a NaN stays in its own segment.
+    starts (M, 1) is a mask. It is never multiplied, so that a NaN stays in its segment.
     """
 
     @staticmethod
@@ -238,13 +238,13 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dc: Tensor) -> tuple[Tensor, Tensor, None]:
         f, starts, c = ctx.saved_tensors
-        # The step after the last is the first: it starts a segment as well.
+        # roll makes the first step follow the last. It starts a segment too, so nothing passes over.
         db = _Scan.apply(f.roll(-1, 0).flip(0), dc.flip(0), starts.roll(-1, 0).flip(0)).flip(0)
         return (db * c.roll(1, 0)).masked_fill(starts, 0), db, None
 
 
 def _scan(f: Tensor, b: Tensor, starts: Tensor) -> Tensor:
-    """Pairs of steps make a scan half as long, which gives c after each pair; one step more gives c in between."""
+    """Scan pairs of steps, which is half as long and gives c after each pair. One more step gives c inside pairs."""
     if b.shape[0] < 2:
         return b.clone()
 

@@ -161,15 +161,12 @@ def test_which_of_xlstms_are_left_and_why():
     with pytest.warns(fastrnn.FallbackWarning) as warned:
         fastrnn.convert(model)
     said = str(warned[0].message)
-    assert "lstm: its function is 'lstm', of which only 'slstm' runs on ours" in said
+    assert "lstm: its function is 'lstm', and fastrnn runs only 'slstm'" in said
     assert "own: Own is a subclass of sLSTMCell_vanilla" in said
-    assert "clips: its kernel clips h at gradient_recurrent_clipval too" in said
-    assert (
-        f"layout: its recurrent kernel is ({N}, {4 * K}, {K}), and in the version that is known ({N}, {K}, {4 * K})"
-        in said
-    )
+    assert "clips: its kernel clips h too, at a gradient_recurrent_clipval" in said
+    assert f"layout: its recurrent kernel is ({N}, {4 * K}, {K}), and fastrnn expects ({N}, {K}, {4 * K})" in said
     assert {name for name, cell in model.items() if type(cell) is not before[name]} == {"fits"}
-    with pytest.warns(fastrnn.FallbackWarning, match="torch has no kernel of the sLSTM"):
+    with pytest.warns(fastrnn.FallbackWarning, match="torch has no kernel for the sLSTM"):
         fastrnn.convert(pair("xlstm")[0], backend="torch")
 
 
@@ -229,7 +226,7 @@ def test_a_refused_launch_is_planned_again_by_auto_only(kind, monkeypatch):
 def test_bad_input_of_xlstms():
     cell = fastrnn.convert(pair("xlstm")[0])
     for shape in ((2, 5, 4 * H - 1), (2, 4 * H)):
-        said = f"input: expected three dimensions, the last of {4 * H} for 4 gates; got {shape}"
+        said = f"input: expected three dimensions, with {4 * H} for 4 gates in the last; got {shape}"
         with pytest.raises(ValueError, match=re.escape(said)):
             cell(torch.randn(shape))
     with pytest.raises(ValueError, match=rf"state: expected \(4, 2, {H}\), got \(4, 3, {H}\)"):

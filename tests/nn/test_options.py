@@ -185,7 +185,7 @@ BAD = {
     "reset_state without reset": ({"reset_state": torch.zeros(1, 3, 6)}, "reset_state: expected None without reset"),
     "reset_state of another size": (
         {"reset": R, "reset_state": torch.zeros(1, 3, 5)},
-        "reset_state: expected (1, 3, 6), or by step (5, 1, 3, 6), with 1 for 3 where all sequences share it; got"),
+        "reset_state: expected (1, 3, 6), or (5, 1, 3, 6) for one a step, where 3 may be 1; got"),
     "a pair of reset states": (
         {"reset": R, "reset_state": (torch.zeros(1, 3, 6),) * 2}, "reset_state: expected a tensor, as hx"),
     "cell states of a GRU": ({"return_cell_states": True}, "return_cell_states: expected False for 'gru'"),

@@ -55,12 +55,12 @@ def test_copies_and_lists(device):
 
 
 def test_what_cannot_be_tied_is_refused():
-    with pytest.raises(ValueError, match="tie_directions: expected False where bidirectional is, got True"):
+    with pytest.raises(ValueError, match="tie_directions: expected False for a layer of one direction, got True"):
         fastrnn.GRU(3, 8, tie_directions=True)
     params = list(fastrnn.GRU(3, 8, bidirectional=True).parameters())
     with pytest.raises(ValueError, match="expected 1 layers x 1 directions x 4 tensors, 4 in all; got 8"):
         fastrnn.gru(torch.zeros(2, 1, 3), None, params, bidirectional=True, tie_directions=True)
-    with pytest.raises(ValueError, match="tie_directions: expected False where bidirectional is, got True"):
+    with pytest.raises(ValueError, match="tie_directions: expected False for a layer of one direction, got True"):
         fastrnn.gru(torch.zeros(2, 1, 3), None, params[:4], tie_directions=True)
 
 

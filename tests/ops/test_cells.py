@@ -162,8 +162,8 @@ RIGHT = {
 @pytest.mark.parametrize(
     ("wrong", "text"),
     (
-        ({"name": "lstm"}, "name: expected a new one, beside 'lstm', 'gru', .*'slstm'.*; got 'lstm'"),
-        ({"name": 7}, "name: expected a new one.*; got 7"),
+        ({"name": "lstm"}, "name: expected a new name, other than 'lstm', 'gru', .*'slstm'.*; got 'lstm'"),
+        ({"name": 7}, "name: expected a new name.*; got 7"),
         ({"gates": 0}, "gates: expected an int of at least 1; got 0"),
         ({"gates": 2.0}, "gates: expected an int of at least 1; got 2.0"),
         ({"saved": -1}, "saved: expected an int of at least 0; got -1"),
