@@ -1,11 +1,11 @@
-"""Command line: what would run, what the compiler makes of it, and what this machine can run.
+"""Show which kernel would run, what the compiler makes of it, how long it takes, and what this machine can run.
 
     python -m fastrnn plan --cell lstm --hidden 128 --batch 64 --steps 1000 --dtype bfloat16 --arch sm_90
     python -m fastrnn inspect --cell lstm --hidden 256 --batch 16 --dtype bfloat16 --arch sm_90
     python -m fastrnn profile --cell lstm --hidden 512 --batch 16 --seq 1024,4096,16384,65536 --compare torch
     python -m fastrnn doctor
 
-None needs a GPU; of plan and inspect, --cell, --hidden, --dtype, --arch and --precision take several values.
+No command needs a GPU. In plan and inspect, --cell, --hidden, --dtype, --arch and --precision take several values.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .planning.tiers import TIERS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 if it did, 1 if no kernel is planned for anything that was asked, 2 where it says why not."""
+    """Run a command. Return 0 if it ran, 1 if there is no kernel for anything that was asked, 2 after an error."""
     arguments = sys.argv[1:] if arguments is None else arguments
     args = _parser().parse_args(arguments)
     try:
@@ -41,73 +41,85 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m fastrnn", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="command")
-    planner = commands.add_parser("plan", help="which kernel would run, in which tiles, and why")
+    planner = commands.add_parser("plan", help="show which kernel would run, its tiles, and why")
     planner.set_defaults(run=_plan)
-    inspect = commands.add_parser("inspect", help="what the compiler makes of a kernel; needs no GPU")
+    inspect = commands.add_parser("inspect", help="show what the compiler makes of a kernel, and simulate a time step")
     inspect.set_defaults(run=_inspect)
-    profile = commands.add_parser("profile", help="time and memory of long sequences, on the device at hand")
+    profile = commands.add_parser("profile", help="measure time and memory of long sequences on this machine")
     profile.set_defaults(run=_profile)
     _add_profile_options(profile)
-    doctor = commands.add_parser("doctor", help="what is installed, and which backends can run here")
+    doctor = commands.add_parser("doctor", help="show what is installed, and which backends can run here")
     doctor.set_defaults(run=_doctor)
 
     dtypes = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
     for command in (planner, inspect):
         command.add_argument("--cell", nargs="+", choices=list(CELLS), required=True)
-        command.add_argument("--hidden", nargs="+", type=int, required=True, metavar="H")
-        command.add_argument("--batch", type=int, default=16, metavar="B")
+        command.add_argument("--hidden", nargs="+", type=int, required=True, metavar="H", help="hidden units")
+        command.add_argument("--batch", type=int, default=16, metavar="B", help="sequences (default: 16)")
         command.add_argument("--directions", type=int, choices=(1, 2), default=1)
         _add_heads(command)
         command.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
         archs = [arch for arch in SPECS if arch != "interpreter"]
         command.add_argument("--arch", nargs="+", choices=archs, default=["sm_90"])
         command.add_argument("--backend", choices=["auto", *TIERS], default="auto")
-        help = "of float32 products (default: torch's setting)"
+        help = "precision of float32 products (default: torch's setting)"
         command.add_argument("--precision", nargs="+", choices=("ieee", "tf32"), default=[torch_precision()], help=help)
-        command.add_argument("--steps", type=int, default=3, metavar="T", help="length of the sequence")
+        command.add_argument("--steps", type=int, default=3, metavar="T", help="time steps (default: 3)")
     inspect.add_argument("--pass", dest="which", choices=("forward", "backward", "both"), default="both")
-    inspect.add_argument("--execute", action="store_true", help="run the compiled PTX on the CPU, and compare")
-    inspect.add_argument("--measure", action="store_true", help="time it on the GPU at hand as well")
-    help = "of a step's time the six bounds alone, and no simulation: a quick look"
+    inspect.add_argument(
+        "--execute", action="store_true", help="run the compiled PTX on the CPU, and check the results"
+    )
+    inspect.add_argument("--measure", action="store_true", help="also time it on this machine's GPU")
+    help = "show only six lower bounds of a step's time, without a simulation: a quick look"
     inspect.add_argument("--bounds", action="store_true", help=help)
-    help = "show a simulated step: warps, what they wait for, how busy each pipe is; FILE gets a picture (matplotlib)"
+    help = (
+        "show a simulated step: each warp, what it waits for, how busy each pipe is; FILE gets a picture (matplotlib)"
+    )
     inspect.add_argument("--timeline", nargs="?", const="", metavar="FILE", help=help)
-    help = "simulate the step again with one resource free at a time, and print the cycles of each"
+    help = "simulate the step again with one resource made free at a time, and print the cycles"
     inspect.add_argument("--what-if", action="store_true", help=help)
-    inspect.add_argument("--seed", type=int, default=0, help="of the tensors and of the schedule (--execute)")
-    inspect.add_argument("--json", action="store_true", help="one JSON object a pass and line")
+    inspect.add_argument("--seed", type=int, default=0, help="seed of the tensors and of the schedule (--execute)")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object a line, for each pass")
     inspect.add_argument("--dump", type=Path, metavar="DIR", help="write ttgir, llir, ptx, cubin, sass (amdgcn, hsaco)")
     return parser
 
 
 def _add_profile_options(profile: argparse.ArgumentParser) -> None:
     profile.add_argument("--cell", choices=list(CELLS), required=True)
-    profile.add_argument("--hidden", type=int, required=True, metavar="H")
-    profile.add_argument("--batch", type=int, default=16, metavar="B")
-    profile.add_argument("--seq", required=True, metavar="T,T,...", help="lengths of the sequence")
-    profile.add_argument("--input", type=int, metavar="I", help="features of the input (default: H)")
-    profile.add_argument("--layers", type=int, default=1, metavar="L")
+    profile.add_argument("--hidden", type=int, required=True, metavar="H", help="hidden units")
+    profile.add_argument("--batch", type=int, default=16, metavar="B", help="sequences (default: 16)")
+    profile.add_argument("--seq", required=True, metavar="T,T,...", help="sequence lengths, in time steps")
+    profile.add_argument("--input", type=int, metavar="I", help="input features (default: H)")
+    profile.add_argument("--layers", type=int, default=1, metavar="L", help="stacked layers (default: 1)")
     profile.add_argument("--directions", type=int, choices=(1, 2), default=1)
     _add_heads(profile)
     profile.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
     profile.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     profile.add_argument("--backend", choices=BACKENDS, default="auto")
-    profile.add_argument("--checkpoint-every", type=int, metavar="K", help="of fastrnn's layer, in steps")
-    profile.add_argument("--compare", nargs="+", choices=BACKENDS, default=[], help="backends beside it")
-    profile.add_argument("--json", action="store_true", help="one JSON object a length and backend")
-    profile.add_argument("--trace", type=Path, metavar="FILE", help="write a trace of the shortest, for Perfetto")
-    profile.add_argument("--plot", type=Path, metavar="FILE", help="write time and memory over T")
-    profile.add_argument("--nvtx", action="store_true", help="run the shortest once with NVTX ranges, for Nsight")
+    profile.add_argument("--checkpoint-every", type=int, metavar="K", help="checkpoint_every of fastrnn's layer")
+    profile.add_argument("--compare", nargs="+", choices=BACKENDS, default=[], help="backends to measure beside it")
+    profile.add_argument(
+        "--json", action="store_true", help="print one JSON object a line, for each length and backend"
+    )
+    profile.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write a trace of the shortest sequence, for Perfetto"
+    )
+    profile.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of time and memory over T")
+    profile.add_argument(
+        "--nvtx", action="store_true", help="run the shortest sequence once with NVTX ranges, for Nsight"
+    )
 
 
 def _add_heads(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--heads", "--num-heads", type=int, default=1, metavar="N", help="blocks of W_hh")
+    command.add_argument(
+        "--heads", "--num-heads", type=int, default=1, metavar="N", help="heads, which are blocks of W_hh (default: 1)"
+    )
 
 
 def _asked(args: argparse.Namespace) -> Iterator[dict]:
-    """The arguments of `compile.Problem`, one for each combination that was asked for."""
+    """Yield the arguments of `compile.Problem` for each combination that was asked for."""
     for arch, cell, hidden, dtype in itertools.product(args.arch, args.cell, args.hidden, args.dtype):
-        # Precision is float32's, and there is only one where there is no tf32.
+        # Only float32 has precisions, and only devices with tf32 have two.
         several = dtype == "float32" and DeviceSpec.named(arch).has_tf32
         for precision in args.precision if several else ["ieee"]:
             yield {
@@ -131,7 +143,7 @@ def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
 
 
 def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
-    if interpreter.ENABLED:  # decorated kernels are interpreted in this process: compile in one where they are not
+    if interpreter.ENABLED:  # this process interprets kernels: compile in another one
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         return subprocess.run([sys.executable, "-m", "fastrnn", *arguments], env=environment).returncode
     from .inspect.compile import PASSES, Problem
@@ -167,7 +179,7 @@ def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
 def _profile(args: argparse.Namespace, arguments: list[str]) -> int:
     from .inspect import profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reports every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints every start and stop
     lengths = [int(text) if text.strip().isdecimal() else 0 for text in args.seq.split(",")]
     if 0 in lengths:
         raise ValueError(f"seq: expected positive numbers of steps, as 1024,4096; got {args.seq!r}")

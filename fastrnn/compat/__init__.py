@@ -1,1 +1,1 @@
-"""What fastrnn knows of Triton's and torch's insides: one file a subject, with the versions that it was read in."""
+"""Everything that depends on the internals of Triton and torch. Each file names the versions it was read in."""

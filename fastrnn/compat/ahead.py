@@ -1,11 +1,11 @@
-"""Kernels compiled before the first launch that needs them, several at once: by this process and by others.
+"""Compile kernels before the first launch that needs them, several at once, in this process and in others.
 
-`asking` runs calls of which no kernel of ours is launched, and collects what first_without_spills was asked;
-`compile_all` compiles that into Triton's cache on disk, and loads it. A process with torch starts in the time of some
-three kernels: this one begins at once, and others take from what is left as soon as they are up.
+`asking` runs calls without launching our kernels, and collects what first_without_spills was asked. `compile_all`
+compiles these kernels into Triton's cache on disk, and loads them. A process with torch starts in the time of about
+three kernels. This process therefore begins at once, and the others take from the rest as soon as they are up.
 
-Uses JITFunction.run and .warmup, make_backend and its backends' add_stages, and triton.runtime.driver,
-read in 3.6 to 3.9.
+Uses JITFunction.run and .warmup, make_backend and its backends' add_stages, and triton.runtime.driver, read in 3.6 to
+3.9.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ STARTS_IN = 3  # kernels that this process compiles while another one starts
 
 
 class Kernel(NamedTuple):
-    """What was asked, with Pointers for tensors, on a device by Triton's number."""
+    """What first_without_spills was asked, with Pointers in place of tensors, and Triton's number of the device."""
 
     asked: spills.Asked
     device: int
@@ -47,12 +47,12 @@ def _driver() -> Any:
     return driver.active
 
 
-Form = tuple[Kernel, dict]  # and one of its choices
+Form = tuple[Kernel, dict]  # a kernel, and one of its choices
 
 
 @contextlib.contextmanager
 def asking(instead: Callable[[tuple], object]) -> Iterator[list[Kernel]]:
-    """While the block runs, launch none of our kernels but call instead(arguments); which were asked for, each once."""
+    """Launch none of our kernels inside the block, but call instead(arguments). Yields a list of the kernels."""
     from triton.runtime.jit import JITFunction
 
     found: list[Kernel] = []
@@ -75,11 +75,11 @@ def asking(instead: Callable[[tuple], object]) -> Iterator[list[Kernel]]:
 
 
 def compile_all(kernels: list[Kernel], processes: int) -> int:
-    """Compile and load what first_without_spills will choose; return how many forms Triton's caches did not have."""
+    """Compile and load what first_without_spills will choose. Return how many compilations Triton's caches lacked."""
     kernels = [kernel for kernel in kernels if not spills.is_chosen(kernel.asked)]
     first = [(kernel, kernel.asked.choices[0]) for kernel in kernels]
     count = _compile(first, processes)
-    # Only the driver counts the registers that spill, and this process has it. All other forms are tried at once then.
+    # Only the driver counts spilled registers, and this process has it. If one spills, compile all its other forms.
     spilling = [kernel for kernel, choice in first if spills.spilled_registers(kernel.compiled(choice))]
     count += _compile([(kernel, choice) for kernel in spilling for choice in kernel.asked.choices[1:]], processes)
     for kernel in kernels:
@@ -119,7 +119,7 @@ class _MissingError(Exception):
 
 
 def _is_cached(kernel: Kernel, choice: dict) -> bool:
-    """Whether Triton has a kernel, in memory or on disk, without the stages of its compiler."""
+    """Whether Triton has a kernel in memory or on disk. The compiler's stages do not run."""
     from triton.compiler.compiler import make_backend
 
     def stop(*args: Any) -> None:
@@ -135,7 +135,7 @@ def _is_cached(kernel: Kernel, choice: dict) -> bool:
 
 
 class _Pickler(pickle.Pickler):
-    """Of kernels and their steps only the names."""
+    """Pickles kernels and their steps by name."""
 
     def reducer_override(self, found: Any) -> Any:
         from triton.runtime.jit import JITFunction
@@ -165,7 +165,7 @@ class _Other(threading.Thread):
 
     def __init__(self, shared: deque[tuple[Form, bytes]]) -> None:
         super().__init__(daemon=True)
-        # Where fastrnn, and a cell of one's own, was imported from, whatever the folder. No GPU: it needs none.
+        # The other process gets this one's sys.path, to import fastrnn and the user's cells. It needs no GPU.
         start = f"import sys; sys.path[:] = {sys.path!r}; from fastrnn.compat import ahead; ahead.serve()"
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (the thread closes it)
         self.process = subprocess.Popen(
@@ -180,7 +180,7 @@ class _Other(threading.Thread):
         ask, answer = self.process.stdin, self.process.stdout
         assert ask and answer
         with ask, answer, self.errors:
-            while answer.read(1):  # it is up, or has compiled one
+            while answer.read(1):  # the process is up, or has compiled a kernel
                 self.busy = True
                 try:
                     _, pickled = self.shared.popleft()
@@ -195,17 +195,17 @@ class _Other(threading.Thread):
                 self.failed = self.errors.read().decode(errors="replace")[-2000:] or "it wrote no message"
 
     def finish(self) -> None:
-        """Wait for the kernel that it compiles, if any; nothing is left to share."""
-        if not self.busy:  # or not even up
+        """Wait for the kernel that the process compiles, if any. Nothing is left to share."""
+        if not self.busy:  # it waits for a kernel, or is not up yet
             self.idle_at_the_end = True
             self.process.kill()
         self.join()
 
 
 def serve() -> None:
-    """Compile what comes by standard input, until it ends: what the other process does."""
+    """Compile what comes through standard input until it ends. The other processes run this."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever a compiler prints
+    os.dup2(2, 1)  # what a compiler prints must not mix with the answers
     answers.write(b".")
     while True:
         try:

@@ -1,4 +1,4 @@
-"""functools.lru_cache for what torch.compile meets: it looks past such a cache anyway, but warns of it."""
+"""functools.lru_cache for functions that torch.compile meets. It ignores such caches anyway, but warns about them."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 
 
 def cached(function: Callable) -> Any:
-    """A decorator: keep the last 1024 results, but where torch.compile traces.
+    """A decorator: keep the last 1024 results. While torch.compile traces, keep none.
 
     >>> from fastrnn.compat.cached import cached
     >>> calls = []

@@ -1,8 +1,8 @@
 """Run an interpreted kernel with all its programs alive at once, as a cooperative launch does on a GPU.
 
-Triton's interpreter runs one program after the other, so that a grid barrier would wait for ever. Here every program is
-a thread and a baton says which one runs; it changes hands at atomics (and wherever a test adds a `hand_over`), by a
-choice that the caller makes, so that a schedule can be repeated. A wait that nobody can end is an error, not a hang.
+Triton's interpreter runs one program after the other, so a grid barrier would wait for ever. Here every program is a
+thread, and a baton says which one runs. The baton changes hands at atomics (and wherever a test adds a `hand_over`).
+The caller chooses the next program, so a schedule can be repeated. A wait that nobody can end is an error, not a hang.
 
 Uses runtime/interpreter.py of Triton, read in 3.9.0 (GridExecutor.fn, interpreter_builder, create_atomic_rmw,
 create_masked_load), beside fastrnn/compat/interpreter.py.
@@ -24,21 +24,21 @@ Choice = Callable[[Sequence[Program], Program | None], Program]
 
 
 def round_robin(alive: Sequence[Program], last: Program | None) -> Program:
-    """The program after the last one: every one gets its turn."""
+    """The program after the last one, so that every program gets its turn."""
     return next((program for program in alive if last is not None and program > last), alive[0])
 
 
 class Baton:
-    """Which of the programs runs; passes on by `choose`. Polls are counted to tell a deadlock from a wait."""
+    """Says which program runs, and passes on by `choose`. It counts polls, to tell a deadlock from a wait."""
 
     def __init__(self, grid: Program, choose: Choice) -> None:
         self.alive = [(x, y, z) for x in range(grid[0]) for y in range(grid[1]) for z in range(grid[2])]
         self.choose, self.holder, self.error = choose, None, None
         self.changed = threading.Condition()
-        self.polls: Counter[Program] = Counter()  # since anything changed that a program could wait for
+        self.polls: Counter[Program] = Counter()  # since the last change that a program could wait for
 
     def hand_over(self, polled: bool = False) -> None:
-        """Let another program run; polled says that this one only looked whether it may go on."""
+        """Let another program run. polled means that this program only looked whether it may go on."""
         with self.changed:
             me = self.holder
             assert me is not None
@@ -53,7 +53,7 @@ class Baton:
             self._wait_for(me)
 
     def run(self, program: Callable[[], None]) -> None:
-        """Run the program for every index to its end, or until one fails."""
+        """Run the program for every index until all end or one fails."""
 
         def live(me: Program) -> None:
             try:
@@ -69,7 +69,7 @@ class Baton:
                 self.polls.clear()
                 self._pass_on()
 
-        # Each thread gets the caller's context, and with it numpy's error state.
+        # Each thread gets the caller's context, because numpy's error state is in it.
         threads = [
             threading.Thread(target=contextvars.copy_context().run, args=(live, me), daemon=True) for me in self.alive
         ]

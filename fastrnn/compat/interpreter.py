@@ -1,10 +1,11 @@
-"""Triton's interpreter with bfloat16 made right, so that the CPU computes what a GPU would, and made faster.
+"""Triton's interpreter with correct bfloat16, so that the CPU computes what a GPU would, and with less overhead.
 
-Two faults of triton/runtime/interpreter.py, read in 3.9.0 (the same in 3.5 to 3.8): `create_dot` multiplies the
-uint16 that bfloat16 is stored in as integers, and the cast from float32 truncates where hardware rounds to nearest
-even. And each call of a function in a kernel patches all of triton.language again, a third of the time (`_patch_lang`):
-here the launch does it once. Triton 3.5 and 3.6 moreover make a loop's bound of an array of one element by `int`, which
-numpy 2.4 and later refuse. All use of the interpreter's internals is in this file and in concurrent_interpreter.py.
+It corrects two faults of triton/runtime/interpreter.py, read in 3.9.0 (the same in 3.5 to 3.8). `create_dot` multiplies
+the uint16 that bfloat16 is stored in as integers. The cast from float32 truncates where hardware rounds to nearest
+even. It is faster too: each call of a function in a kernel patches all of triton.language again (`_patch_lang`), a
+third of the time. Here the launch does that once. Triton 3.5 and 3.6 moreover convert a loop's bound, an array of one
+element, by `int`, which numpy 2.4 and later refuse. Only this file and concurrent_interpreter.py use the interpreter's
+internals.
 """
 
 import os
@@ -21,7 +22,7 @@ ENABLED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on",
 
 @contextmanager
 def corrected() -> Iterator[None]:
-    """Correct the interpreter while the block runs; nothing happens where kernels are compiled."""
+    """Correct the interpreter inside the block. Nothing happens where kernels are compiled."""
     if not ENABLED:
         yield
         return
@@ -33,13 +34,13 @@ def corrected() -> Iterator[None]:
 
     def patch_lang(fn):
         langs = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
-        if any(tl.core.is_builtin(lang.load) for lang in langs):  # not patched yet: fn is what is launched
+        if any(tl.core.is_builtin(lang.load) for lang in langs):  # not patched yet: fn is the kernel itself
             return plain_patch(fn)
 
     plain_patch_tensor = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, *scope):
-        plain_patch_tensor(tensor, *scope)  # and what the scope puts back later is what was there before
+        plain_patch_tensor(tensor, *scope)  # first, so that the scope later restores Triton's own method
         tensor.__index__ = lambda self: self.handle.data.item()
 
     plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
@@ -59,7 +60,7 @@ def corrected() -> Iterator[None]:
             return TensorHandle(exact, tl.float32)
         return plain_cast(self, src, dst_type)
 
-    # exp overflows to inf on purpose (kernels/activations.py); a GPU says nothing, numpy would warn.
+    # exp overflows to inf on purpose (kernels/activations.py). A GPU is silent there, but numpy would warn.
     with (
         np.errstate(over="ignore"),
         mock.patch.multiple(interpreter, _patch_lang=patch_lang, _patch_lang_tensor=patch_lang_tensor),

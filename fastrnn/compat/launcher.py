@@ -1,12 +1,12 @@
-"""A kernel launched again: what was compiled for a call like this one, without Triton's binder of arguments.
+"""Launch a compiled kernel again, without Triton's binder of arguments.
 
-`function[grid](...)` looks at each argument, makes a key of them and of the options, and finds the compiled kernel by
-it: some 60 us for our groups of pointers. A caller that knows that a launch is like an earlier one hands the arguments
-to the compiled kernel itself. It must know all that Triton compiles for: dtypes, which pointers are None, which are
-multiples of 16, constants, options, device.
+`function[grid](...)` looks at each argument, makes a key of arguments and options, and finds the compiled kernel by
+this key. That takes some 60 us for our groups of pointers. A caller that knows that a launch is like an earlier one
+hands the arguments to the compiled kernel itself. It must know everything that Triton compiles for: dtypes, which
+pointers are None, which are multiples of 16, constants, options, device.
 
-Uses CompiledKernel.run, .function and .packed_metadata, JITFunction.run and triton.knobs, read in 3.6 to 3.9. Where a
-hook of Triton's is set (its profiler's, a debugger's) or JITFunction.run is another, nothing is ready.
+Uses CompiledKernel.run, .function and .packed_metadata, JITFunction.run and triton.knobs, read in 3.6 to 3.9. If a hook
+of Triton's is set (by its profiler, a debugger) or JITFunction.run was replaced, nothing is ready.
 """
 
 from typing import Any
@@ -17,30 +17,30 @@ from triton.runtime.jit import JITFunction
 
 
 class Ready:
-    """A compiled kernel, and the driver that it is loaded with."""
+    """A compiled kernel, and the driver that loaded it."""
 
     def __init__(self, compiled: Any) -> None:
         self.driver: Any = driver.active
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
 
     def usable(self) -> bool:
-        """Whether a launch may go by it now."""
+        """Whether a launch may use it now."""
         return self.driver is driver.active and ordinary()
 
     def launch(self, grid: tuple[int, int, int], arguments: tuple) -> None:
-        """Launch on the current stream; arguments are all of the kernel's parameters, in order, constants too."""
+        """Launch on the current stream. arguments has all of the kernel's parameters in order, constants too."""
         x, y, z = grid
         stream = self.driver.get_current_stream(self.driver.get_current_device())
         self.run(x, y, z, stream, self.function, self.metadata, None, None, None, *arguments)
 
 
 def ready(compiled: Any) -> Ready | None:
-    """What launches like this one may go by, None where Triton gave nothing to launch by."""
+    """What launches like this one can use. None if Triton's result cannot be launched directly."""
     return Ready(compiled) if ordinary() and hasattr(compiled, "packed_metadata") else None
 
 
 def ordinary() -> bool:
-    """Whether Triton launches as it does by itself."""
+    """Whether nothing changes how Triton launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     hooked = (enter and enter.calls) or (leave and leave.calls)
     return not hooked and JITFunction.run.__module__ == JITFunction.__module__

@@ -1,4 +1,4 @@
-"""Triton's compiler, asked before a launch: which way of compiling a kernel spills no register.
+"""Ask Triton's compiler before a launch which way of compiling a kernel spills no register.
 
 Uses JITFunction.warmup and CompiledKernel.n_spills of Triton, read in 3.9.0 (the same in 3.6 to 3.8).
 """
@@ -16,10 +16,10 @@ _chosen: dict[tuple, dict[str, Any]] = {}
 
 @dataclass(frozen=True)
 class Pointer:
-    """What compiles as a tensor does, and holds no memory."""
+    """Compiles as a tensor does, and holds no memory."""
 
     dtype: torch.dtype
-    address: int  # 16 for all multiples of it, as far as the compiler knows
+    address: int  # 16 stands for every multiple of 16: the compiler sees no other difference
 
     def data_ptr(self) -> int:
         return self.address
@@ -48,19 +48,19 @@ class Asked(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """What all that compiles alike has in common."""
+        """Equal for all launches that compile to the same kernel."""
         return self.function, self.device, tuple(self.options.items()), tuple(map(as_compiled, self.arguments))
 
     def options_of(self, choice: dict) -> dict[str, Any]:
-        """Options and constants of a launch by one of the choices."""
+        """Options and constants of a launch with one of the choices."""
         return self.options | self.as_launched(choice)
 
     def compiled(self, choice: dict) -> Any:
-        """Triton's CompiledKernel of one of the choices; compiled now, where Triton's caches have none."""
+        """Triton's CompiledKernel for one of the choices. It is compiled now if Triton's caches do not have it."""
         return self.function.warmup(*self.arguments, grid=self.grid, **self.options_of(choice))
 
 
-# While kernels are only asked for (ahead.py), who is told of it.
+# Called with each question instead of compiling, while ahead.py collects kernels.
 listener: Callable[[Asked], None] | None = None
 
 
@@ -73,10 +73,10 @@ def first_without_spills(
     options: dict,
     as_launched: Callable[[dict], dict] = dict,
 ) -> dict[str, Any]:
-    """Launch options of the first of the choices with which no register spills; else of that with the fewest.
+    """The launch options of the first choice that spills no register, or else of the one with the fewest spills.
 
-    Asked once for all that compiles alike: a thread's registers are known to the compiler only at the end, and whether
-    a choice spills follows no rule that was found.
+    The compiler is asked once for all launches that compile alike. It knows a thread's registers only at its end, and
+    no rule was found for which choice spills.
     """
     asked = Asked(function, device, choices, arguments, grid, options, as_launched)
     if listener is not None:
@@ -99,12 +99,12 @@ def is_chosen(asked: Asked) -> bool:
 
 
 def taken(name: str) -> list[dict[str, Any]]:
-    """The choices taken so far for kernels of a name: "forward" or "backward", whose choices may look alike."""
+    """The choices taken so far for kernels of a name, "forward" or "backward". Their choices may look alike."""
     return [choice for (function, *_), choice in _chosen.items() if function.__name__ == name]
 
 
 def as_compiled(argument: Any) -> Hashable:
-    """What Triton compiles an argument for: a tensor's dtype, and whether it lies at a multiple of 16 bytes."""
+    """What Triton compiles an argument for: a tensor's dtype, and whether its address is a multiple of 16 bytes."""
     if isinstance(argument, torch.Tensor | Pointer):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, tuple):  # of pointers, or of constants
@@ -114,7 +114,7 @@ def as_compiled(argument: Any) -> Hashable:
 
 @cached
 def triton_version() -> tuple[int, int]:
-    """(3, 9) of Triton 3.9.0."""
+    """Triton's version as two numbers: (3, 9) for 3.9.0."""
     import triton
 
     major, minor, *_ = triton.__version__.split(".")
@@ -122,6 +122,6 @@ def triton_version() -> tuple[int, int]:
 
 
 def spilled_registers(compiled: Any) -> int:
-    """Registers a thread that a compiled kernel keeps in local memory: the driver counts when it loads the kernel."""
+    """Registers of a thread that a kernel keeps in local memory. The driver counts them when it loads the kernel."""
     compiled._init_handles()
     return compiled.n_spills

@@ -1,1 +1,1 @@
-"""What a user calls: modules and functions with torch.nn's arguments, and the layers that they stack."""
+"""The modules and functions that a user calls, with torch.nn's arguments, and the layers that they stack."""
