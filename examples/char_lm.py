@@ -4,10 +4,12 @@
     python examples/char_lm.py --device cuda            on the persistent Triton kernels, in bfloat16
     python examples/char_lm.py --cell gru --resume      continue an interrupted run, exactly
 
-Bytes are tokens. The text is cut into --batch parallel streams, read in windows of --window bytes; the recurrent state
-is carried from window to window and gradients stop there (truncated backpropagation through time). Written to --out:
-checkpoint.pt, metrics.json and curve.png. Without a GPU, one training step then runs through the Triton kernels in the
-interpreter too, and its loss and gradients are compared.
+Bytes are tokens. The text is cut into --batch parallel streams, which are read in windows of --window bytes. The
+recurrent state passes from window to window, and gradients stop there (truncated backpropagation through time). Without
+a GPU, one training step also runs through the Triton kernels in the interpreter, and its loss and gradients are
+compared.
+
+--out gets checkpoint.pt, metrics.json and curve.png.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from torch.nn.functional import cross_entropy
 
 import fastrnn
 
-# What a checkpoint must agree on to be continued exactly.
+# A run continues a checkpoint exactly only if these agree.
 CONFIG = (
     "cell",
     "hidden",
@@ -47,7 +49,7 @@ CONFIG = (
 
 class CharLM(nn.Module):
     def __init__(self, rnn: nn.Module, embedding: int, hidden: int) -> None:
-        """rnn: of (T, B, embedding) and a state, or None, to (T, B, hidden) and the next state."""
+        """rnn takes (T, B, embedding) and a state or None, and returns (T, B, hidden) and the next state."""
         super().__init__()
         self.embed = nn.Embedding(256, embedding)
         self.rnn: Any = rnn
@@ -66,7 +68,7 @@ def detach(state):
 
 
 def load_streams(batch: int, window: int) -> tuple[Tensor, Tensor]:
-    """Training and validation bytes as (length, batch): every column is a piece of contiguous text."""
+    """Load training and validation bytes as (length, batch). Every column is a piece of contiguous text."""
     text = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
     split = int(0.9 * len(data))
@@ -83,7 +85,7 @@ def load_streams(batch: int, window: int) -> tuple[Tensor, Tensor]:
 
 
 def window_at(streams: Tensor, index: int, window: int) -> tuple[Tensor, Tensor, bool]:
-    """Inputs and targets of a window, and whether it is the first of a pass over the text."""
+    """Return inputs and targets of a window, and whether it is the first of a pass over the text."""
     windows = (len(streams) - 1) // window
     start = (index % windows) * window
     return streams[start : start + window], streams[start + 1 : start + window + 1], start == 0
@@ -107,7 +109,7 @@ class Trainer:
         return LAYERS[args.cell](args.embedding, args.hidden, **options)
 
     def loss(self, inputs: Tensor, targets: Tensor, state):
-        """Mean cross entropy in bits per byte, and the state after the window."""
+        """Return the mean cross entropy in bits per byte, and the state after the window."""
         kind = torch.device(self.args.device).type
         with torch.autocast(kind, getattr(torch, self.args.dtype), enabled=self.args.dtype != "float32"):
             logits, state = self.model(inputs, state)
@@ -162,7 +164,7 @@ class Trainer:
 
 
 def train(trainer: Trainer, out: Path) -> bool:
-    """Train to --steps; False if Ctrl-C stopped it, after the step that was under way."""
+    """Train to --steps. Return False if Ctrl-C stopped it. The current step is finished first."""
     args, interrupted = trainer.args, []
 
     def on_interrupt(*_: object) -> None:
@@ -205,7 +207,7 @@ def plot(history: list[dict]) -> Figure:
 
 @torch.no_grad()
 def sample(trainer: Trainer, length: int, temperature: float = 0.7, prompt: bytes = b"The ") -> str:
-    """Text that the model writes after the prompt."""
+    """Write text after the prompt with the model."""
     device = trainer.args.device
     generator = torch.Generator().manual_seed(trainer.args.seed)
     trainer.model.eval()
@@ -220,7 +222,7 @@ def sample(trainer: Trainer, length: int, temperature: float = 0.7, prompt: byte
 
 
 def check_kernels(args: argparse.Namespace) -> None:
-    """One training step of the trained model, on torch's kernel and on the persistent ones: they must agree."""
+    """Run one training step of the trained model on torch's kernel and on the persistent ones. They must agree."""
     args.window, args.batch, args.dtype = 8, 4, "float32"
     trainer = Trainer(args)
     trainer.model.load_state_dict(torch.load(args.out / "checkpoint.pt", weights_only=True)["model"])
@@ -239,14 +241,14 @@ def check_kernels(args: argparse.Namespace) -> None:
     print(f"  torch's CPU kernel                  loss {loss:.6f} bits per character")
     print(f"  Triton kernels in the interpreter   loss {loss_kernel:.6f} bits per character")
     print(f"  largest difference of a gradient    {off:.1e} of the largest gradient")
-    # fp32 carries 7 digits; sums over 8 steps and 4 streams lose less than two of them.
+    # fp32 has 7 digits. Sums over 8 steps and 4 streams lose less than two of them.
     if not (abs(loss - loss_kernel) < 1e-5 * loss and off < 1e-5):
         raise SystemExit("the Triton kernels disagree with torch")
     print("  they agree")
 
 
 def add_training(made: argparse.ArgumentParser, steps: int, eval_every: int) -> None:
-    """The arguments of a Trainer beside those of the network; the numbers are defaults."""
+    """Add the arguments of a Trainer, except those of the network. The numbers are defaults."""
     made.add_argument("--hidden", type=positive, default=128)
     made.add_argument("--batch", type=positive, default=32, help="parallel streams of text")
     made.add_argument("--window", type=positive, default=64, help="bytes between gradient cuts")
@@ -254,7 +256,9 @@ def add_training(made: argparse.ArgumentParser, steps: int, eval_every: int) -> 
     made.add_argument("--lr", type=rate, default=4e-3)
     made.add_argument("--clip", type=rate, default=1.0, help="largest norm of the gradient")
     made.add_argument("--eval-every", type=positive, default=eval_every)
-    made.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the products; bfloat16 on a GPU")
+    made.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the products (default: bfloat16 on a GPU)"
+    )
     made.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out")
 
 
@@ -265,11 +269,11 @@ def with_dtype(args: argparse.Namespace) -> argparse.Namespace:
 
 def arguments() -> argparse.Namespace:
     made = parser(__doc__, "runs/char_lm")
-    made.set_defaults(threads=torch.get_num_threads())  # torch's choice: the times above are of it
+    made.set_defaults(threads=torch.get_num_threads())  # torch's choice, which the times above were measured with
     made.add_argument("--cell", choices=list(LAYERS), default="lstm")
     made.add_argument("--embedding", type=positive, default=64)
     made.add_argument("--layers", type=positive, default=1)
-    made.add_argument("--dropout", type=fraction, default=0.0, help="between layers")
+    made.add_argument("--dropout", type=fraction, default=0.0, help="dropout between layers")
     add_training(made, steps=3000, eval_every=500)
     made.add_argument("--sample", type=int, default=400, help="characters to write at the end")
     made.add_argument(

@@ -1,12 +1,13 @@
-"""Classify handwritten digits read pixel by pixel, by a bidirectional GRU (scikit-learn's digits).
+"""Classify handwritten digits, read pixel by pixel, with a bidirectional GRU (scikit-learn's digits).
 
     python examples/classify.py                         a minute and a half on a CPU core, with torch's CPU kernel
     python examples/classify.py --device cuda           on the persistent Triton kernels
 
-An image of 8 x 8 is a sequence of T = 64 numbers, row after row: nothing tells the network which pixels are neighbours
-in the column, 8 steps apart. It reads them in both directions, and the two final states, each of which has seen the
-whole image, are classified. A quarter of the images is kept for the test. Written to --out: metrics.json and
-confusion.png.
+An image of 8 x 8 pixels is a sequence of T = 64 numbers, row after row. Neighbours in a column are 8 steps apart, and
+nothing tells the network so. It reads the sequence in both directions. Each of the two final states has seen the whole
+image, and both together are classified. A quarter of the images is for the test.
+
+--out gets metrics.json and confusion.png.
 """
 
 import argparse
@@ -32,15 +33,15 @@ class Classifier(nn.Module):
         self.head = nn.Linear(2 * hidden, 10)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """pixels (T, B, 1) to logits (B, 10)."""
-        if self.training:  # there are few images: no two epochs show quite the same
+        """Return logits (B, 10) for pixels (T, B, 1)."""
+        if self.training:  # there are few images, so no two epochs should show the same
             pixels = pixels + 0.1 * torch.randn_like(pixels)
         _, h_n = self.gru(pixels)  # (2, B, H)
         return self.head(self.drop(torch.cat(h_n.unbind(0), -1)))
 
 
 def load(seed: int, device: str) -> list[Tensor]:
-    """Training and test pixels (T, N, 1) from -1 to 1, and their digits (N,)."""
+    """Load training and test pixels (T, N, 1) from -1 to 1, and their digits (N,)."""
     images, digits = load_digits(return_X_y=True)
     parts = train_test_split(images, digits, test_size=0.25, random_state=seed % 2**32, stratify=digits)
     x_train, x_test, y_train, y_test = map(torch.from_numpy, parts)
@@ -49,7 +50,7 @@ def load(seed: int, device: str) -> list[Tensor]:
 
 
 def train(model: Classifier, x: Tensor, y: Tensor, args: argparse.Namespace) -> list[float]:
-    """The mean loss of every epoch."""
+    """Train, and return the mean loss of every epoch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     steps = args.epochs * math.ceil(len(y) / args.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps)
@@ -82,7 +83,7 @@ def main() -> None:
     made.add_argument("--hidden", type=positive, default=64)
     made.add_argument("--epochs", type=positive, default=40)
     made.add_argument("--batch", type=positive, default=32)
-    made.add_argument("--lr", type=rate, default=1e-2, help="the largest: it rises, then falls")
+    made.add_argument("--lr", type=rate, default=1e-2, help="largest learning rate: it rises, then falls")
     args = parse(made)
     x_train, x_test, y_train, y_test = load(args.seed, args.device)
     model = Classifier(args.hidden, args.backend).to(args.device)

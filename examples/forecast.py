@@ -1,14 +1,16 @@
-"""Forecast carbon dioxide in the air, a year ahead and with intervals, by a GRU (Mauna Loa, weekly; statsmodels' co2).
+"""Forecast carbon dioxide in the air a year ahead, with intervals, by a GRU (Mauna Loa, weekly; statsmodels' co2).
 
     python examples/forecast.py                         half a minute on a CPU core, with torch's CPU kernel
     python examples/forecast.py --device cuda           on the persistent Triton kernels
 
-What is forecast is the growth over a year, z[t] = y[t] - y[t - 52], which has neither trend nor season. At every week t
-the GRU, having read z up to t, gives three quantiles (5%, 50%, 95%) of z[t + 1] to z[t + 52], and y[t + h] is z[t + h]
-more than a year before: known at t. It learns by the quantile (pinball) loss on the first 55% of the weeks; on the next
-15%, which it has not seen, the intervals are widened until 90% of the truth is inside (Romano, Patterson and Candes
-2019: conformalized quantile regression); every week of the rest is a test. Baselines: last year again (z = 0), and last
-year and its growth again (z[t + h] = z[t]). Written to --out: metrics.json and forecast.png.
+The GRU forecasts the growth over a year, z[t] = y[t] - y[t - 52], which has neither trend nor season. At every week t
+it has read z up to t, and gives three quantiles (5%, 50%, 95%) of z[t + 1] to z[t + 52]. Adding y a year earlier, which
+is known at t, gives y. The first 55% of the weeks train it with the quantile (pinball) loss. On the next 15%, unseen in
+training, the intervals are widened until 90% of the truth is inside (Romano, Patterson and Candes 2019: conformalized
+quantile regression). All other weeks are the test. The baselines are last year again (z = 0), and last year with its
+growth again (z[t + h] = z[t]).
+
+--out gets metrics.json and forecast.png.
 """
 
 import argparse
@@ -37,7 +39,7 @@ class Forecaster(nn.Module):
         self.head = nn.Linear(hidden, YEAR * len(QUANTILES))
 
     def forward(self, features: Tensor) -> Tensor:
-        """features (T, B, 3) to quantiles (T, B, YEAR, 3) of the growth in the year that follows each week."""
+        """Return quantiles (T, B, YEAR, 3) of the growth in the year after each week, for features (T, B, 3)."""
         h, _ = self.gru(features)
         middle, below, above = self.head(h).unflatten(-1, (3, YEAR)).unbind(-2)
         below, above = nn.functional.softplus(below), nn.functional.softplus(above)  # quantiles never cross
@@ -45,19 +47,19 @@ class Forecaster(nn.Module):
 
 
 def load() -> pd.Series:
-    """Parts per million, every week from 1958 to 2001; the 59 weeks that lack a measurement are interpolated."""
+    """Parts per million, every week from 1958 to 2001. 59 weeks without a measurement are interpolated."""
     return co2.load_pandas()["data"]["co2"].interpolate()
 
 
 def pinball(forecast: Tensor, truth: Tensor) -> Tensor:
-    """Mean over all of max(q e, (q - 1) e), e = truth - forecast: least where forecast (..., 3) are the quantiles."""
+    """The mean of max(q e, (q - 1) e), e = truth - forecast. It is least if forecast (..., 3) has the quantiles."""
     q = forecast.new_tensor(QUANTILES)
     e = truth.unsqueeze(-1) - forecast
     return torch.maximum(q * e, (q - 1) * e).mean()
 
 
 def train(model: Forecaster, features: Tensor, growth: Tensor, args: argparse.Namespace) -> None:
-    """On windows of features (T, 3) and growth (T,), all of whose targets are given."""
+    """Train on windows of features (T, 3) and growth (T,) whose targets are all known."""
     following = following_year(growth)
     starts = len(following) - args.window + 1
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -73,7 +75,7 @@ def train(model: Forecaster, features: Tensor, growth: Tensor, args: argparse.Na
 
 
 def plot(series: pd.Series, forecast: np.ndarray, by_horizon: dict[str, list[float]], first: str) -> Figure:
-    """forecast (YEAR, 3) is that of the series' last year."""
+    """Plot the series' last year with its forecast (YEAR, 3), and the errors by horizon."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     ahead = series.index[-YEAR:]
@@ -93,7 +95,7 @@ def plot(series: pd.Series, forecast: np.ndarray, by_horizon: dict[str, list[flo
 
 
 def following_year(growth: Tensor) -> Tensor:
-    """(T - YEAR, YEAR) of growth (T,): what week t is asked for; a view."""
+    """Return the targets of every week, (T - YEAR, YEAR), as a view of growth (T,)."""
     return growth[1:].unfold(0, YEAR, 1)
 
 
@@ -101,13 +103,15 @@ def main() -> None:
     made = parser(__doc__, "runs/forecast")
     made.add_argument("--hidden", type=positive, default=32)
     made.add_argument("--steps", type=positive, default=200)
-    made.add_argument("--batch", type=positive, default=32, help="windows of a step")
-    made.add_argument("--window", type=positive, default=3 * YEAR, help="weeks; forecasts of the first third are free")
+    made.add_argument("--batch", type=positive, default=32, help="windows in a training step")
+    made.add_argument(
+        "--window", type=positive, default=3 * YEAR, help="weeks in a window; forecasts in its first third do not count"
+    )
     made.add_argument("--lr", type=rate, default=3e-3)
     args = parse(made)
     series = load()
     measured = torch.tensor(series.to_numpy(), dtype=torch.float32, device=args.device)
-    y, growth = measured[YEAR:], measured[YEAR:] - measured[:-YEAR]  # of the weeks that have a year before them
+    y, growth = measured[YEAR:], measured[YEAR:] - measured[:-YEAR]  # only weeks with a year before them
     learnt, calibrated = int(0.55 * len(y)), int(0.7 * len(y))
     if args.window > learnt - YEAR:
         made.error(f"--window {args.window}: expected at most {learnt - YEAR}, what there is to learn from")
@@ -121,7 +125,7 @@ def main() -> None:
     fastrnn.explain(model.gru, torch.empty(args.window, args.batch, 3, device=args.device))
     train(model, features[:learnt], z[:learnt], args)
 
-    with torch.no_grad():  # one run over all weeks: what is known at t decides the forecast at t
+    with torch.no_grad():  # one run over all weeks: the forecast at t has read nothing after t
         quantiles = model(features.unsqueeze(1))[:-YEAR, 0] * std + mean  # (T - YEAR, YEAR, 3)
     truth = following_year(growth)
     before = slice(learnt, calibrated - YEAR)
@@ -138,7 +142,7 @@ def main() -> None:
     covered = ((low <= truth) & (truth <= high)).float().mean().item()
     found = {name: error.mean().item() for name, error in errors.items()}
     by_horizon = {name: error.mean(0).tolist() for name, error in errors.items()}
-    # The last forecast, which ends with the series, in parts per million.
+    # The last forecast ends with the series. It is in parts per million.
     forecast = measured[-2 * YEAR : -YEAR, None] + torch.stack((low[-1], middle[-1], high[-1]), -1)
     figure = plot(series, forecast.cpu().numpy(), by_horizon, f"{series.index[YEAR + calibrated]:%Y}")
     save_figure(figure, args.out / "forecast.png")

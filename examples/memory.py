@@ -1,20 +1,21 @@
-"""How far back can it learn from? The adding and the copy problem over T, by RNN, GRU and LSTM.
+"""Measure how far back an RNN, a GRU and an LSTM can learn, on the adding and the copy problem over T.
 
     python examples/memory.py                           two minutes on a CPU core, with torch's CPU kernel
     python examples/memory.py --device cuda --lengths 50 500 5000
 
-adding   T numbers, two of them marked, one in each half: what is the sum of the marked ones? Remembering nothing costs
-         1/6, the variance of a sum of two uniform numbers.
-copy     two symbols of four, T steps of nothing, then a sign: which were they? Remembering nothing costs log 4,
-         remembering them but not their order 3/4 log 2.
+adding: T numbers, one of them marked in each half. What is the sum of the marked ones? A network that remembers nothing
+has the loss 1/6, the variance of a sum of two uniform numbers.
 
-Both from Hochreiter and Schmidhuber 1997, and both need a gradient that arrives: a loss after the last step moves what
-happened T steps before by a product of T Jacobians dh[t]/dh[t-1]. The RNN's shrink it, W_hh and tanh' being below 1, as
-they do in the gates' cells before training. But a gate that keeps the state (f of the LSTM, z of the GRU) adds a path
-whose Jacobian is the gate itself, and that can be near 1: with biases log(U(1, T)) units forget after 1 to T steps
-(Tallec and Ollivier 2018), and the gradient is there from the first training step on.
+copy: two symbols of four, T blank steps, then a sign. Which symbols were they? Remembering nothing costs log 4, and
+remembering them without their order 3/4 log 2.
 
-Written to --out: metrics.json (losses, and the norm of the gradient through time) and memory.png.
+Both are from Hochreiter and Schmidhuber 1997, and both need a gradient that arrives. The loss after the last step moves
+what happened T steps before by a product of T Jacobians dh[t]/dh[t-1]. In the RNN they shrink it, because W_hh and
+tanh' are below 1. In the LSTM and the GRU they do too, before training. But a gate that keeps the state (the LSTM's f,
+the GRU's z) adds a path whose Jacobian is the gate itself, and that can be near 1. With biases log(U(1, T)) units
+forget after 1 to T steps (Tallec and Ollivier 2018), and the gradient is there from the first training step on.
+
+--out gets metrics.json (losses, and the norm of the gradient through time) and memory.png.
 """
 
 import argparse
@@ -27,12 +28,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss, one_hot
 
 SYMBOLS, RECALLED = 4, 2
-# Inputs, outputs, and what it costs to remember nothing.
+# The number of inputs and outputs, and the loss of a network that remembers nothing.
 PROBLEMS = {"adding": (2, 1, 1 / 6), "copy": (SYMBOLS + 2, SYMBOLS, math.log(SYMBOLS))}
 
 
 def adding(T: int, B: int) -> tuple[Tensor, Tensor]:
-    """Numbers around 0 and their marks (T, B, 2), and the sums (1, B, 1)."""
+    """Make numbers around 0 with their marks (T, B, 2), and the sums (1, B, 1)."""
     numbers, marks, rows = torch.rand(T, B) - 0.5, torch.zeros(T, B), torch.arange(B)
     first, second = torch.randint(T // 2, (B,)), torch.randint(T // 2, T, (B,))
     marks[first, rows] = marks[second, rows] = 1
@@ -40,7 +41,7 @@ def adding(T: int, B: int) -> tuple[Tensor, Tensor]:
 
 
 def copy(T: int, B: int) -> tuple[Tensor, Tensor]:
-    """Symbols, T blanks and the sign, one-hot (T + 2 RECALLED, B, SYMBOLS + 2), and the symbols (RECALLED, B)."""
+    """Make symbols, T blanks and the sign, one-hot (T + 2 RECALLED, B, SYMBOLS + 2), and the symbols (RECALLED, B)."""
     blank, sign = SYMBOLS, SYMBOLS + 1
     symbols = torch.randint(SYMBOLS, (RECALLED, B))
     inputs = torch.full((T + 2 * RECALLED, B), blank)
@@ -58,19 +59,19 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def remember(self, T: int) -> None:
-        """Biases of the gates with which units keep their state for 1 to T steps; the RNN has none."""
+        """Set the biases of the gates so that units keep their state for 1 to T steps. The RNN has no gates."""
         if self.cell == "rnn":
             return
         H = self.rnn.hidden_size
         keep = torch.log(1 + (T - 1) * torch.rand(H))
         b_ih, b_hh = self.rnn.bias_ih_l0, self.rnn.bias_hh_l0
         b_ih[: 2 * H] = 0
-        b_hh[H : 2 * H] = keep  # torch's order of rows: i, f, g, o and r, z, n
+        b_hh[H : 2 * H] = keep  # torch's gates are in the order i, f, g, o and r, z, n
         if self.cell == "lstm":
-            b_hh[:H] = -keep  # what is kept for long is written slowly
+            b_hh[:H] = -keep  # units that keep for long are written slowly
 
     def loss(self, T: int, B: int) -> tuple[Tensor, Tensor]:
-        """The loss on a new batch, and the batch's inputs (T, B, I)."""
+        """Return the loss on a new batch, and the batch's inputs (T, B, I)."""
         inputs, targets = (t.to(self.head.weight.device) for t in (adding if self.problem == "adding" else copy)(T, B))
         inputs.requires_grad_()
         found = self.head(self.rnn(inputs)[0][-len(targets) :])
@@ -79,7 +80,7 @@ class Model(nn.Module):
         return cross_entropy(found.flatten(0, 1), targets.flatten()), inputs
 
     def gradient_through_time(self, T: int, B: int) -> list[float]:
-        """The norm of d loss / d x[t] for each t."""
+        """Return the norm of d loss / d x[t] for each t."""
         (gradient,) = torch.autograd.grad(*self.loss(T, B))
         return gradient.flatten(1).norm(dim=1).tolist()
 
@@ -102,7 +103,7 @@ def plot(results: list[dict], gradients: dict[str, dict[str, list[float]]], T: i
     for cell, curves in gradients.items():
         for when, norms in curves.items():
             back = range(len(norms) - 1, -1, -1)
-            shown = [max(norm, 1e-12) for norm in norms]  # a norm that fell to 0 has no logarithm
+            shown = [max(norm, 1e-12) for norm in norms]  # 0 has no logarithm
             through_time.plot(back, shown, styles[when], color=colours[cell], label=f"{cell}, {when}")
     through_time.set(title=f"adding, T = {T}", xlabel="steps before the loss", ylabel="|d loss / d x[t]|", yscale="log")
     through_time.legend(fontsize=7)
@@ -112,7 +113,7 @@ def plot(results: list[dict], gradients: dict[str, dict[str, list[float]]], T: i
 
 
 def train(args: argparse.Namespace) -> tuple[list[dict], dict[str, dict[str, list[float]]]]:
-    """A row for each problem, cell and length, and for the adding problem of the largest length the gradients."""
+    """Train every cell on every problem and length. Return a row for each, and gradients for the longest adding."""
     runs = [(problem, cell, T) for problem in PROBLEMS for cell in LAYERS for T in args.lengths]
     results, gradients = [], {cell: {} for cell in LAYERS}
     with progress(total=len(runs) * args.steps, unit="step") as bar:
@@ -143,7 +144,7 @@ def main() -> None:
     made = parser(__doc__, "runs/memory")
     made.add_argument("--lengths", type=positive, nargs="+", default=[5, 20, 80], metavar="T")
     made.add_argument("--hidden", type=positive, default=32)
-    made.add_argument("--steps", type=positive, default=600, help="for each problem, cell and length")
+    made.add_argument("--steps", type=positive, default=600, help="training steps for each problem, cell and length")
     made.add_argument("--batch", type=positive, default=32)
     made.add_argument("--lr", type=rate, default=1e-2)
     args = parse(made)

@@ -1,11 +1,11 @@
-"""A cell of one's own in one file: the minimal gated unit, from its equations to kernels of every tier.
+"""Your own cell in one file: the minimal gated unit, from its equations to kernels of every tier.
 
     f  = sigmoid(x_f + rec_f)
     n  = tanh(x_n + f rec_n)
     h' = h + f (n - h)
 
-with x = W_ih x_t + b_ih and rec = W_hh h + b_hh: a GRU whose two gates are one. Source: Zhou et al. 2016 (Minimal Gated
-Unit for Recurrent Neural Networks), but f acts after the product with W_hh, as r does in cuDNN's GRU.
+Here x = W_ih x_t + b_ih and rec = W_hh h + b_hh. This is a GRU whose two gates are one. Source: Zhou et al. 2016
+(Minimal Gated Unit for Recurrent Neural Networks), but f acts after the product with W_hh, as r does in cuDNN's GRU.
 
     python examples/mgu.py plan --cell mgu --hidden 128 512 1024                  python -m fastrnn, which knows it now
     python examples/mgu.py inspect --cell mgu --hidden 128 --arch sm_90 --execute
@@ -57,7 +57,7 @@ cells.register("mgu", gates=G, step=step, forward=forward, backward=backward, sa
 
 
 class MGU(nn.Module):
-    """A layer of minimal gated units: x (T, B, I) and h_0 (B, H), or None for zeros, to y (T, B, H) and h_n (B, H)."""
+    """A layer of minimal gated units. x (T, B, I) and h_0 (B, H), or None, give y (T, B, H) and h_n (B, H)."""
 
     def __init__(self, input_size: int, hidden_size: int, backend: str = "auto") -> None:
         super().__init__()
@@ -76,11 +76,11 @@ class MGU(nn.Module):
         backend = fastrnn.plan("mgu", **sizes, backend=self.backend).backend
         if backend == "reference":
             run = reference.recurrence
-        else:  # gradients of gradients take the source of x_gates
+        else:  # gradients of gradients need the source of x_gates
             run = functools.partial(ops.recurrence, backend=backend, source=(x, self.W_ih, self.b_ih))
         x_gates = linear(x, self.W_ih, self.b_ih).view(T, B, 1, G, H)
         y, h_n, _ = run("mgu", x_gates, self.W_hh[None], self.b_hh[None], h_0[None], None)
-        assert y is not None and h_n is not None  # only c is, of a cell that has none
+        assert y is not None and h_n is not None  # only the third result, c, is None
         return y.squeeze(2), h_n.squeeze(0)
 
 

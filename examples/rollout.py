@@ -1,17 +1,18 @@
-"""A policy that must remember: PPO with a GRU in a T-maze, one launch of the recurrence an update (reset=).
+"""Train a policy that must remember: PPO with a GRU in a T-maze. An update is one launch of the recurrence (reset=).
 
     python examples/rollout.py                          half a minute on a CPU core, with torch's CPU kernel
     python examples/rollout.py --device cuda            on the persistent Triton kernels
     torchrun --standalone --nproc-per-node 2 examples/rollout.py        two processes, DistributedDataParallel
 
-The T-maze (Bakker 2002): at the start of a corridor the agent sees on which side of the junction at its end the reward
-is; in the corridor it sees only walls, at the junction only that it is there. Without memory one turn in two is right.
+In the T-maze (Bakker 2002) the agent starts in a corridor. There it sees on which side of the junction the reward lies.
+Then it sees only walls, and at the junction only the junction. Without memory one turn in two is right.
 
-Corridors differ in length, so that episodes end anywhere inside a rollout of T steps x B mazes. Acting goes step by
-step, with a state that is carried from rollout to rollout. Learning runs the whole rollout at once: reset[t, b] tells
-the layer where an episode of maze b begins, so that neither state nor gradient crosses from one to the next, and the
-log probabilities are those that acting had, as long as the policy is the same: the run checks it at every rollout.
-Written to --out, by the first process: metrics.json and success.png.
+Corridors differ in length, so episodes end anywhere inside a rollout of T steps x B mazes. Acting goes step by step,
+with a state that passes from rollout to rollout. Learning runs the whole rollout at once. reset[t, b] tells the layer
+where an episode of maze b begins, so neither state nor gradient crosses from one episode to the next. The log
+probabilities then equal those of acting, as long as the policy is the same. The run checks this at every rollout.
+
+The first process writes metrics.json and success.png to --out.
 """
 
 import argparse
@@ -25,13 +26,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-HINT_LEFT, HINT_RIGHT, CORRIDOR, JUNCTION = range(4)  # what there is to see
-FORWARD, LEFT, RIGHT = range(3)  # what there is to do
-SAME = 1e-3  # of log probabilities of one policy, computed step by step and at once: rounding, tf32's included
+HINT_LEFT, HINT_RIGHT, CORRIDOR, JUNCTION = range(4)  # what the agent can see
+FORWARD, LEFT, RIGHT = range(3)  # what it can do
+SAME = 1e-3  # log probabilities computed step by step and at once may differ by rounding, tf32's too
 
 
 class TMazes:
-    """B mazes at once; an episode that ends is followed by the next, in a corridor of a new length."""
+    """B mazes at once. After an episode ends, the next begins in a corridor of a new length."""
 
     def __init__(self, B: int, corridor: int, device: str) -> None:
         self.longest, self.device = corridor, device
@@ -46,13 +47,13 @@ class TMazes:
         self.at, self.age = self.at.masked_fill(which, 0), self.age.masked_fill(which, 0)
 
     def see(self) -> Tensor:
-        """One-hot (B, 4)."""
+        """What each agent sees, one-hot (B, 4)."""
         there = torch.where(self.at == self.length, JUNCTION, CORRIDOR)
         hint = torch.where(self.side == LEFT, HINT_LEFT, HINT_RIGHT)
         return nn.functional.one_hot(torch.where(self.at == 0, hint, there), 4).float()
 
     def act(self, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """reward, whether the episode ended, and whether by the right turn; each (B,)."""
+        """Return the reward, whether the episode ended, and whether with the right turn; each (B,)."""
         turned, arrived = action != FORWARD, self.at == self.length
         right = arrived & (action == self.side)
         self.age += 1
@@ -70,9 +71,9 @@ class Policy(nn.Module):
         self.head = nn.Linear(hidden, 4)
 
     def forward(self, seen: Tensor, state: Any, first: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """seen (T, B, 4) and first (T, B), true where an episode begins.
+        """Return log probabilities of actions (T, B, 3), values (T, B) and the state after the last step.
 
-        Returns log probabilities of actions (T, B, 3), values (T, B) and the state after the last step.
+        seen is (T, B, 4). first (T, B) is True where an episode begins.
         """
         h, state = self.rnn(seen, state, reset=first)
         logits, values = self.head(h).split((3, 1), -1)
@@ -80,7 +81,7 @@ class Policy(nn.Module):
 
 
 class Rollout:
-    """What B mazes showed in T steps, each (T, B) or (T, B, 4), and the state before them."""
+    """T steps in B mazes, each tensor (T, B) or (T, B, 4), and the state before them."""
 
     def __init__(self, policy: Policy, mazes: TMazes, state: Any, first: Tensor, T: int) -> None:
         self.state, steps = state, []
@@ -100,7 +101,7 @@ class Rollout:
         self.next_value = next_value[0]
 
     def advantage(self, discount: float, trace: float) -> Tensor:
-        """Generalized advantage estimates (Schulman et al. 2016), cut where episodes end; (T, B)."""
+        """Return generalized advantage estimates (Schulman et al. 2016), (T, B), cut where episodes end."""
         goes_on = 1 - self.ended.float()
         following = torch.cat((self.value[1:], self.next_value[None]))
         surprise = self.reward + discount * goes_on * following - self.value
@@ -111,7 +112,7 @@ class Rollout:
 
 
 def ppo_loss(policy: nn.Module, rollout: Rollout, advantage: Tensor, args: argparse.Namespace) -> tuple[Tensor, float]:
-    """The clipped objective (Schulman et al. 2017) and, of the log probabilities, the largest change since acting."""
+    """Return the clipped objective (Schulman et al. 2017), and the log probabilities' largest change since acting."""
     log_ps, value, _ = policy(rollout.seen, rollout.state, rollout.first)  # the whole rollout at once
     log_p = log_ps.gather(-1, rollout.action.unsqueeze(-1)).squeeze(-1)
     ratio = (log_p - rollout.log_p).exp()
@@ -124,7 +125,7 @@ def ppo_loss(policy: nn.Module, rollout: Rollout, advantage: Tensor, args: argpa
 
 
 def train(policy: Policy, args: argparse.Namespace, processes: int, leads: bool) -> tuple[list[float], float]:
-    """By rollout, the share of episodes that ended with the right turn; and how far acting and learning differed."""
+    """Train. Return by rollout the share of right turns, and how far acting and learning differed at most."""
     learner = DistributedDataParallel(policy) if processes > 1 else policy
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     mazes = TMazes(args.mazes, args.corridor, args.device)
@@ -164,12 +165,14 @@ def main() -> None:
     made.add_argument("--cell", choices=list(LAYERS), default="gru")
     made.add_argument("--hidden", type=positive, default=32)
     made.add_argument("--corridor", type=positive, default=10, help="steps from the hint to the junction, at most")
-    made.add_argument("--mazes", type=positive, default=64, help="of each process")
-    made.add_argument("--steps", type=positive, default=64, help="of a rollout")
+    made.add_argument("--mazes", type=positive, default=64, help="mazes of each process")
+    made.add_argument("--steps", type=positive, default=64, help="time steps of a rollout")
     made.add_argument("--rollouts", type=positive, default=80)
-    made.add_argument("--updates", type=positive, default=4, help="of each rollout; one call of the layer each")
+    made.add_argument(
+        "--updates", type=positive, default=4, help="updates after each rollout, each one call of the layer"
+    )
     made.add_argument("--lr", type=rate, default=1e-2)
-    made.add_argument("--clip", type=fraction, default=0.2, help="the largest change of a probability's ratio")
+    made.add_argument("--clip", type=fraction, default=0.2, help="largest change of the ratio of probabilities")
     made.add_argument("--entropy", type=fraction, default=0.01, help="weight of the policy's entropy")
     made.add_argument("--discount", type=fraction, default=0.97)
     args = parse(made)
@@ -179,7 +182,7 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     policy = Policy(args.cell, args.hidden, args.backend).to(args.device)
-    torch.manual_seed(args.seed + rank)  # every process has mazes of its own
+    torch.manual_seed(args.seed + rank)  # every process has its own mazes
 
     success, differed = train(policy, args, processes, leads=rank == 0)
     if processes > 1:

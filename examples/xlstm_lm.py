@@ -1,15 +1,18 @@
-"""Train blocks of xLSTM's and an LSTM of as many parameters on the text of char_lm.py: bits per character of both.
+"""Train blocks of xLSTM, and an LSTM with as many parameters, on the text of char_lm.py. Compare bits per character.
 
     python examples/xlstm_lm.py                    about two minutes on a CPU core
     python examples/xlstm_lm.py --device cuda      on the persistent Triton kernels, in bfloat16
     python examples/xlstm_lm.py --blocks 4 --resume   continue an interrupted run, exactly
 
-A block is what the xLSTM paper puts around its sLSTM (Beck et al. 2024, arXiv:2405.04517), without the convolution:
+A block has the layers that the xLSTM paper puts around its sLSTM (Beck et al. 2024, arXiv:2405.04517), without the
+convolution:
 
     x = x + norm_per_head(sLSTM(norm(x)));    x = x + W_down(gelu(W_gate norm(x)) * W_up norm(x))
 
-with fastrnn.SLSTM, whose W_hh is in --heads heads. Text, windows, the carried state and checkpoints are char_lm.py's.
-Written to --out: metrics.json, curves.png, and a folder for each network with its checkpoint.
+The sLSTM is fastrnn.SLSTM, with --heads heads. Text, windows, the carried state and checkpoints are those of
+char_lm.py.
+
+--out gets metrics.json, curves.png, and a folder for each network with its checkpoint.
 """
 
 import argparse
@@ -24,11 +27,11 @@ from torch.nn.functional import gelu
 
 import fastrnn
 
-WIDER = 4 / 3  # of the feed-forward's units
+WIDER = 4 / 3  # hidden units of the feed-forward, as a multiple of the block's units
 
 
 class Block(nn.Module):
-    """An sLSTM with a norm per head, then a gated feed-forward, each behind a norm and beside a residual."""
+    """An sLSTM with a norm per head, then a gated feed-forward. Each follows a norm and has a residual."""
 
     def __init__(self, units: int, heads: int, backend: str = "auto") -> None:
         super().__init__()
@@ -39,15 +42,15 @@ class Block(nn.Module):
         self.gate_up, self.down = nn.Linear(units, 2 * inner, bias=False), nn.Linear(inner, units, bias=False)
 
     def forward(self, x: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x (T, B, units) and the sLSTM's state, of four, to both after it."""
+        """Run x (T, B, units) from the sLSTM's state, a tuple of four. Return the output and the state after."""
         y, after = self.slstm(self.norm(x), state)
-        x = x + self.head_norm(y.flatten(0, 1)).view_as(x)  # of each step and row on its own
+        x = x + self.head_norm(y.flatten(0, 1)).view_as(x)  # the norm is over each step and row alone
         gate, up = self.gate_up(self.norm_ff(x)).chunk(2, -1)
         return x + self.down(gelu(gate) * up), after
 
 
 class XLSTM(nn.Module):
-    """Blocks on top of each other; the state has those of all, (blocks, B, units) each."""
+    """Stacked blocks. The state has the states of all blocks, each (blocks, B, units)."""
 
     def __init__(self, units: int, heads: int, blocks: int, backend: str = "auto") -> None:
         super().__init__()
@@ -79,7 +82,7 @@ def count(model: nn.Module) -> int:
 
 
 def as_large(parameters: int, embedding: int, layers: int) -> int:
-    """The fewest units, in steps of 8, of which an LSTM has as many parameters or more."""
+    """Return the fewest units, in steps of 8, with which an LSTM has at least as many parameters."""
     hidden = 8
     with torch.device("meta"):
         while count(CharLM(nn.LSTM(embedding, hidden, layers), embedding, hidden)) < parameters:
@@ -89,8 +92,8 @@ def as_large(parameters: int, embedding: int, layers: int) -> int:
 
 def arguments() -> argparse.Namespace:
     made = parser(__doc__, "runs/xlstm_lm")
-    made.add_argument("--heads", type=positive, default=4, help="of the sLSTM")
-    made.add_argument("--blocks", type=positive, default=1, help="and layers of the LSTM")
+    made.add_argument("--heads", type=positive, default=4, help="heads of the sLSTM")
+    made.add_argument("--blocks", type=positive, default=1, help="blocks of xLSTM, and layers of the LSTM")
     add_training(made, steps=1200, eval_every=200)
     args = with_dtype(parse(made))
     if args.hidden % args.heads:
@@ -101,7 +104,7 @@ def arguments() -> argparse.Namespace:
 
 
 def trainers(args: argparse.Namespace) -> dict[str, Trainer]:
-    """Of both networks, with one seed: the same windows of the same text."""
+    """Make both trainers with one seed: they read the same windows of the same text."""
     same = vars(args) | {"embedding": args.hidden, "layers": args.blocks, "dropout": 0.0}
     xlstm = Trainer(argparse.Namespace(**same | {"cell": "xlstm"}))
     hidden = as_large(xlstm.parameters, args.hidden, args.blocks)
@@ -126,7 +129,8 @@ def main() -> None:
     paths = {name: args.out / name.lower() / "checkpoint.pt" for name in both}
     if args.resume:
         there = {name: path for name, path in paths.items() if path.exists()}
-        for name, path in (there or paths).items():  # of none the first says so; one not begun starts at its start
+        # Without any checkpoint the first load fails with a message. One network alone may lack one: it starts anew.
+        for name, path in (there or paths).items():
             both[name].load(path)
 
     print("the sLSTM of this run:")
