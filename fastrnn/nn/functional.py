@@ -48,9 +48,9 @@ def lstm(
     Args:
         input (Tensor): (T, B, I), (B, T, I) with batch_first, or ragged (total, I) with cu_seqlens.
         hx (tuple[Tensor, Tensor] | None): h_0 and c_0, each (num_layers * D, B, H). None is zeros.
-        params (Sequence[Tensor]): For each layer and each of its directions: weight_ih (4*H, I), weight_hh (4*H, H)
-            and, with bias, bias_ih and bias_hh (4*H,). This is the order of torch.nn.LSTM.parameters(). A projected
-            layer has weight_hr (P, H) too, last. Its weight_hh is (4*H, P), and P takes H's place in h_0, h_n and
+        params (Sequence[Tensor]): For each layer and each of its directions: weight_ih `(4*H, I)`, weight_hh `(4*H, H)`
+            and, with bias, bias_ih and bias_hh `(4*H,)`. This is the order of torch.nn.LSTM.parameters(). A projected
+            layer has weight_hr (P, H) too, last. Its weight_hh is `(4*H, P)`, and P takes H's place in h_0, h_n and
             output.
         num_layers (int): As in `fastrnn.LSTM`.
         bias (bool): Whether params has biases.
@@ -60,7 +60,7 @@ def lstm(
         bidirectional (bool): As in `fastrnn.LSTM`.
         backend (str): As in `fastrnn.LSTM`.
         checkpoint_every (int | None): As in `fastrnn.LSTM`.
-        num_heads (int): As in `fastrnn.LSTM`. weight_hh is then (4*H, H / num_heads).
+        num_heads (int): As in `fastrnn.LSTM`. weight_hh is then `(4*H, H / num_heads)`.
         clip_grad_state (float | None): As in `fastrnn.LSTM`.
         clip_state (float | None): As in `fastrnn.LSTM`.
         tie_directions (bool): As in `fastrnn.LSTM`. params then has the parameters of one direction.
@@ -73,7 +73,7 @@ def lstm(
         return_cell_states (bool): As in `fastrnn.LSTM.forward`.
 
     Returns:
-        output (Tensor): h of the last layer at every step, (T, B, D*H), or in the form of input.
+        output (Tensor): h of the last layer at every step, `(T, B, D*H)`, or in the form of input.
         state (tuple[Tensor, Tensor]): h_n and c_n, each (num_layers * D, B, H).
         cell_states (Tensor): With return_cell_states only: c of the last layer at every step, shaped as output.
 
@@ -134,7 +134,7 @@ def gru(
     Args:
         input (Tensor): (T, B, I), (B, T, I) with batch_first, or ragged (total, I) with cu_seqlens.
         hx (Tensor | None): h_0, (num_layers * D, B, H). None is zeros.
-        params (Sequence[Tensor]): As in `fastrnn.lstm`, with 3*H rows for 4*H and without weight_hr.
+        params (Sequence[Tensor]): As in `fastrnn.lstm`, with `3*H` rows for `4*H` and without weight_hr.
         reset_state (Tensor | None): The state after a reset, as in `fastrnn.GRU.forward`.
 
     The other arguments are those of `fastrnn.lstm`: num_layers, bias, batch_first, dropout, training, bidirectional,
@@ -142,7 +142,7 @@ def gru(
     cu_seqlens and reset. Dtypes and errors are those of `fastrnn.lstm` too.
 
     Returns:
-        output (Tensor): h of the last layer at every step, (T, B, D*H), or in the form of input.
+        output (Tensor): h of the last layer at every step, `(T, B, D*H)`, or in the form of input.
         h_n (Tensor): The final state, (num_layers * D, B, H).
 
     Source: torch.nn.GRU.
@@ -193,14 +193,14 @@ def rnn(
 
     Args:
         nonlinearity (str): "tanh" or "relu".
-        params (Sequence[Tensor]): As in `fastrnn.lstm`, with H rows for 4*H and without weight_hr.
+        params (Sequence[Tensor]): As in `fastrnn.lstm`, with H rows for `4*H` and without weight_hr.
 
     The other arguments, shapes and results are those of `fastrnn.gru`: input, hx, num_layers, bias, batch_first,
     dropout, training, bidirectional, backend, checkpoint_every, num_heads, clip_grad_state, clip_state, tie_directions,
     drop_connect, zoneout, lengths, cu_seqlens, reset and reset_state.
 
     Returns:
-        output (Tensor): h of the last layer at every step, (T, B, D*H), or in the form of input.
+        output (Tensor): h of the last layer at every step, `(T, B, D*H)`, or in the form of input.
         h_n (Tensor): The final state, (num_layers * D, B, H).
 
     Raises:
@@ -255,7 +255,7 @@ def slstm(
 
     Args:
         hx (tuple[Tensor, ...] | None): The first states (h, c, n, m), each (num_layers * D, B, H). None is zeros.
-        params (Sequence[Tensor]): As in `fastrnn.lstm`, without weight_hr: weight_hh is (4*H, H / num_heads), and the
+        params (Sequence[Tensor]): As in `fastrnn.lstm`, without weight_hr: weight_hh is `(4*H, H / num_heads)`, and the
             gates are in the order i, f, z, o.
         reset_state (tuple[Tensor, ...] | None): The states (h, c, n, m) after a reset, as in `fastrnn.SLSTM.forward`.
         return_states (bool): Whether to return the states of all time steps too.
@@ -265,7 +265,7 @@ def slstm(
     zoneout, lengths, cu_seqlens and reset. Errors are those of `fastrnn.lstm` too.
 
     Returns:
-        output (Tensor): h of the last layer at every step, (T, B, D*H), or in the form of input.
+        output (Tensor): h of the last layer at every step, `(T, B, D*H)`, or in the form of input.
         state (tuple[Tensor, ...]): The final states (h, c, n, m), each (num_layers * D, B, H).
         states (tuple[Tensor, ...]): With return_states only: (h, c, n, m) of the last layer at every step, each shaped
             as output.

@@ -27,39 +27,44 @@ class LSTM(Recurrent):
     Args:
         input_size (int): I, the number of features of the input.
         hidden_size (int): H, the number of units of the state.
-        num_layers (int): How many layers are stacked. Each layer reads the output of the layer below.
-        bias (bool): Whether layers have the biases b_ih and b_hh.
+        num_layers (int): How many layers are stacked. Each layer reads the output of the layer below. Default: 1.
+        bias (bool): Whether layers have the biases b_ih and b_hh. Default: True.
         batch_first (bool): Whether input and output are (B, T, ...) instead of (T, B, ...). States keep their shape.
+            Default: False.
         dropout (float): In training, the probability that an element of a layer's output is dropped before the next
-            layer reads it.
+            layer reads it. Default: 0.
         bidirectional (bool): Whether each layer has a second direction, which runs from the last time step to the
-            first. D, the number of directions, is then 2, else 1.
+            first. D, the number of directions, is then 2, else 1. Default: False.
         proj_size (int): P. If P is above 0, weight_hr projects each h to P units. P then takes H's place in the shapes
-            of h, output and the columns of weight_hh.
-        device (torch.device | str | None): Where the parameters are.
-        dtype (torch.dtype | None): The dtype of the parameters.
+            of h, output and the columns of weight_hh. Default: 0.
+        device (torch.device | str | None): Where the parameters are. Default: None.
+        dtype (torch.dtype | None): The dtype of the parameters. Default: None.
         backend (str): "auto" takes a persistent kernel where one fits, else torch's own kernel. On a GPU a
             `fastrnn.FallbackWarning` then says why. CPU tensors always take torch's own kernel. "resident" keeps W_hh
             in one program. "cluster" splits it over a thread-block cluster, and "cooperative" over the GPU. "torch" is
-            torch's own kernel. "reference" is a differentiable loop in torch. A named backend runs or raises.
+            torch's own kernel. "reference" is a differentiable loop in torch. A named backend runs or raises. Default:
+            "auto".
         checkpoint_every (int | None): None keeps the gates of all T time steps for backward. A positive K keeps the
             state of every K-th step, and backward computes the gates again, K steps at a time. This needs memory for
             the gates of K steps and for T / K states, and it costs one more forward pass. Every backend takes it. It is
-            missing for packed sequences.
+            missing for packed sequences. Default: None.
         num_heads (int): N makes W_hh block-diagonal: N heads of K = H / N units, and each head sees only its own h.
-            weight_hh_l0 is then (4*H, K), and its row g*H + n*K + k belongs to gate g and unit k of head n. W_ih stays
-            dense. Missing with proj_size.
+            weight_hh_l0 is then `(4*H, K)`, and its row `g*H + n*K + k` belongs to gate g and unit k of head n. W_ih
+            stays dense. Missing with proj_size. Default: 1.
         clip_grad_state (float | None): v clips the gradient that comes back to h through W_hh to [-v, v] at each time
             step, so that it cannot explode over a long sequence. 0 cuts it. Second derivatives are then missing.
+            Default: None.
         clip_state (float | None): v clips c to [-v, v] (h, in a cell without c) before each time step reads it. The
-            final state is clipped too. The output is not.
+            final state is clipped too. The output is not. Default: None.
         tie_directions (bool): Whether both directions use the parameters of direction 0. They still run in one launch.
+            Default: False.
         drop_connect (float): In training, each call drops elements of W_hh with probability p and scales the others by
             1 / (1 - p). Each layer and direction has one mask for all time steps. Each call of step draws its own. The
-            same seed gives the same masks on every backend.
+            same seed gives the same masks on every backend. Default: 0.
         zoneout (float): In training each unit of h keeps its old value with probability p, drawn at every time step. In
             evaluation h' = h_prev + (1 - p) (h_new - h_prev). c has no zoneout. The same seed gives the same draws on
             every backend, but dense input draws others than ragged or packed input does. Missing with proj_size.
+            Default: 0.
 
     Raises:
         ValueError: An argument has a wrong value. Where torch.nn.LSTM raises, the error has its type and its text.
@@ -179,10 +184,10 @@ class SLSTM(Recurrent):
     clip_state, tie_directions, drop_connect and zoneout. Torch has no such kernel: where none of ours runs, and on CPU
     tensors always, "auto" takes the reference, a loop in torch.
 
-    The parameters of a layer are weight_ih_l0 (4*H, I), weight_hh_l0 (4*H, K) with K = H / num_heads, bias_ih_l0 and
-    bias_hh_l0 (4*H,). Their gates are in the order i, f, z, o. hx and the final state are tuples (h, c, n, m), each
-    (num_layers * D, B, H). None is zeros. States are float32 where the input has 16 bits, since rounded m and n would
-    mean nothing. hx may have either dtype.
+    The parameters of a layer are weight_ih_l0 `(4*H, I)`, weight_hh_l0 `(4*H, K)` with K = H / num_heads, bias_ih_l0
+    and bias_hh_l0 `(4*H,)`. Their gates are in the order i, f, z, o. hx and the final state are tuples (h, c, n, m),
+    each (num_layers * D, B, H). None is zeros. States are float32 where the input has 16 bits, since rounded m and n
+    would mean nothing. hx may have either dtype.
 
     Errors are those of `fastrnn.LSTM`.
 

@@ -173,7 +173,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
             return_cell_states (bool): For the LSTM: whether to return c of all time steps too.
 
         Returns:
-            output (Tensor | PackedSequence): h of the last layer at every step: (T, B, D*H), or in the form of input.
+            output (Tensor | PackedSequence): h of the last layer at every step: `(T, B, D*H)`, or in the form of input.
             state (Tensor | tuple[Tensor, ...]): The final state, shaped as hx: h_n, or for the LSTM (h_n, c_n).
             cell_states (Tensor | PackedSequence): With return_cell_states only: c of the last layer at every step,
                 shaped as output.

@@ -23,7 +23,7 @@ def warmup(
     jobs: int | None = None,
     **kwargs: Any,
 ) -> int:
-    """Compile the kernels that module(*args, **kwargs) and its backward pass launch, before the first call needs them.
+    """Compile the kernels that a call `module(*args, **kwargs)` and its backward pass launch, before it is made.
 
     Triton compiles a kernel once for each combination of sizes, dtypes, present tensors and their alignment. Call
     warmup once for each kind of call, under torch.autocast if the call runs under it.

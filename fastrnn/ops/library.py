@@ -182,14 +182,14 @@ def recurrence(
         cell (str): "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1 and 1 gates in torch's row order. "slstm",
             with the gates i, f, z and o. Or the name of a cell that `fastrnn.cells.register` added.
         x_gates (Tensor): (T, B, D, G, H), or ragged (total, D, G, H).
-        W_hh (Tensor): (D, G*H, H).
-        b_hh (Tensor | None): (D, G*H).
+        W_hh (Tensor): `(D, G*H, H)`.
+        b_hh (Tensor | None): `(D, G*H)`.
         h_0 (Tensor): (D, B, H).
         c_0 (Tensor | None): (D, B, H) for the LSTM and for registered cells with a c. (3, D, B, H) for the sLSTM: c, n
             and m. None for other cells.
         backend (str): The tier: "resident", "cluster" or "cooperative".
-        source (tuple | None): x (T, B, I), W_ih (D*G*H, I) and b_ih (D*G*H,) or None, which x_gates was made of. With
-            it gradients are differentiable again: double backward runs the reference recurrence.
+        source (tuple | None): x (T, B, I), W_ih `(D*G*H, I)` and b_ih `(D*G*H,)` or None, which x_gates was made of.
+            With it gradients are differentiable again: double backward runs the reference recurrence.
         sequences (Sequences | None): Made by `fastrnn.sequences.Sequences.of` from lengths, cu_seqlens or reset. Past
             the end of a sequence x_gates is not read, and y is zero.
         reset_h (Tensor | None): h after a reset, (D, B, H). None is zeros. With by_step one state a step, (T, B, D, H)
@@ -198,8 +198,8 @@ def recurrence(
             leading 3 for the sLSTM.
         by_step (bool): Whether reset_h and reset_c have one state a step.
         cell_states (bool): Whether to return the states beside h of all steps.
-        num_heads (int): N heads of K = H / N units, each with its own W_hh. x_gates is then (T, B, D*N, G, K), W_hh
-            (D*N, G*K, K) and b_hh (D*N, G*K). The heads of direction 0 come first. States and outputs keep their
+        num_heads (int): N heads of K = H / N units, each with its own W_hh. x_gates is then `(T, B, D*N, G, K)`, W_hh
+            `(D*N, G*K, K)` and b_hh `(D*N, G*K)`. The heads of direction 0 come first. States and outputs keep their
             shapes.
 
     Returns:
