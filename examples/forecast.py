@@ -114,7 +114,7 @@ def main() -> None:
     y, growth = measured[YEAR:], measured[YEAR:] - measured[:-YEAR]  # only weeks with a year before them
     learnt, calibrated = int(0.55 * len(y)), int(0.7 * len(y))
     if args.window > learnt - YEAR:
-        made.error(f"--window {args.window}: expected at most {learnt - YEAR}, what there is to learn from")
+        made.error(f"--window {args.window}: expected at most {learnt - YEAR}, the weeks to learn from")
     mean, std = growth[:learnt].mean(), growth[:learnt].std()
     z = (growth - mean) / std
     days = torch.from_numpy(series.index.to_numpy().astype("datetime64[D]").astype(np.float64))[YEAR:]

@@ -30,7 +30,7 @@ class DeviceSpec:
     clusters: tuple[tuple[int, int], ...] = ()  # (size, how many run at once), where known
 
     def at_once(self, ctas: int) -> int:
-        """How many clusters of a size run at once, each program on a multiprocessor of its own.
+        """How many clusters of a size run at once, with one program on each multiprocessor.
 
         >>> from fastrnn.device import DeviceSpec
         >>> DeviceSpec.named("sm_90").at_once(8)

@@ -256,7 +256,7 @@ def _both(ours: type, theirs: type) -> type:
     """Make the class that derives from fastrnn's and from a layer's old one. Its layers can be copied and pickled."""
 
     def reduce(self: Module, protocol: int) -> tuple:
-        made, arguments, *rest = super(cls, self).__reduce_ex__(protocol)  # of copyreg.__newobj__, cls
+        made, arguments, *rest = super(cls, self).__reduce_ex__(protocol)  # made is copyreg.__newobj__, and takes cls
         if type(self) is not cls:  # parametrized: torch raises its own error, that this cannot be pickled
             return made, arguments, *rest
         return _new, (ours, theirs), *rest

@@ -77,6 +77,6 @@ class OlderTools:
 def _asked() -> dict[Any, Any]:
     """The dictionary of what is to be quantized. torch.ao.quantization, which sets qconfig, has it in a variable."""
     frame = sys._getframe(2)
-    while frame.f_back and frame.f_code.co_name == "__setattr__":  # of torch.nn.Module and RNNBase
+    while frame.f_back and frame.f_code.co_name == "__setattr__":  # skip those of torch.nn.Module and RNNBase
         frame = frame.f_back
     return frame.f_locals.get("qconfig_dict") or {}

@@ -303,7 +303,7 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         return super().extra_repr() + added
 
 
-@untraced  # torch.compile fails when it traces torch.nn's forward of packed input: break the graph before
+@untraced  # torch.compile fails inside torch.nn's forward of packed input: break the graph before it
 def _untraced(module: "Recurrent", input: Any, hx: Any) -> Any:
     return module._torch.forward(module, input, hx)
 

@@ -52,7 +52,7 @@ class Call(NamedTuple):
     states: int
     starts: int
     weights: int
-    noise: Tensor | None  # of zoneout in training
+    noise: Tensor | None  # zoneout in training (noise.py)
 
     def split(self, given: Sequence[Any]) -> tuple[Any, Any, Any, list[Any]]:
         """Split a list into x, first states, states after resets, and weights by role; the list may be of gradients."""
