@@ -46,14 +46,14 @@ class LSTM(Recurrent):
             "auto".
         checkpoint_every (int | None): None keeps the gates of all T time steps for backward. A positive K keeps the
             state of every K-th step, and backward computes the gates again, K steps at a time. This needs memory for
-            the gates of K steps and for T / K states, and it costs one more forward pass. Every backend takes it. It is
-            missing for packed sequences. Default: None.
+            the gates of K steps and for T / K states, and it costs one more forward pass. Every backend takes it. It
+            does not work with packed sequences. Default: None.
         num_heads (int): N makes W_hh block-diagonal: N heads of K = H / N units, and each head sees only its own h.
             weight_hh_l0 is then `(4*H, K)`, and its row `g*H + n*K + k` belongs to gate g and unit k of head n. W_ih
-            stays dense. Missing with proj_size. Default: 1.
+            stays dense. It does not work with proj_size. Default: 1.
         clip_grad_state (float | None): v clips the gradient that comes back to h through W_hh to [-v, v] at each time
-            step, so that it cannot explode over a long sequence. 0 cuts it. Second derivatives are then missing.
-            Default: None.
+            step, so that it cannot explode over a long sequence. 0 cuts it. Second derivatives then raise
+            NotImplementedError. Default: None.
         clip_state (float | None): v clips c to [-v, v] (h, in a cell without c) before each time step reads it. The
             final state is clipped too. The output is not. Default: None.
         tie_directions (bool): Whether both directions use the parameters of direction 0. They still run in one launch.
@@ -61,19 +61,19 @@ class LSTM(Recurrent):
         drop_connect (float): In training, each call drops elements of W_hh with probability p and scales the others by
             1 / (1 - p). Each layer and direction has one mask for all time steps. Each call of step draws its own. The
             same seed gives the same masks on every backend. Default: 0.
-        zoneout (float): In training each unit of h keeps its old value with probability p, drawn at every time step. In
-            evaluation h' = h_prev + (1 - p) (h_new - h_prev). c has no zoneout. The same seed gives the same draws on
-            every backend, but dense input draws others than ragged or packed input does. Missing with proj_size.
-            Default: 0.
+        zoneout (float): In training, each unit of h keeps its old value with probability p, drawn at every time step.
+            In evaluation h' = h_prev + (1 - p) (h_new - h_prev). c has no zoneout. The same seed gives the same draws
+            on every backend. Ragged and packed input gets other draws than dense input. It does not work with
+            proj_size. Default: 0.
 
     Raises:
         ValueError: An argument has a wrong value. Where torch.nn.LSTM raises, the error has its type and its text.
-        NotImplementedError: A named backend, or a pair of options, cannot run. The message names what is missing.
+        NotImplementedError: A named backend or a pair of options cannot run. The message names what is missing.
         LaunchRefusedError: The GPU refuses to launch the kernel of a named backend, or any kernel in a backward pass or
             in code of torch.compile.
 
-    Torch has no kernels for num_heads above 1, clip_grad_state, clip_state and zoneout. With these, "auto" falls back
-    to the reference instead.
+    torch has no kernels for num_heads above 1, clip_grad_state, clip_state and zoneout. With these, "auto" takes the
+    reference where no persistent kernel fits, and on CPU tensors always.
 
     With checkpoint_every, the recurrence and its gradients have the same bits as without, provided that x_gates has:
     its product over fewer rows may be rounded differently. Gradients of the parameters, and of a bidirectional layer's
