@@ -26,11 +26,12 @@ READY :=
 PARALLEL = -n $(JOBS) --dist worksteal
 HERE := .venv
 MODELS := .venv/models
+SITE := .venv/docs
 endif
 
 EXAMPLES := classify forecast memory rollout xlstm_lm
 
-.PHONY: demo $(EXAMPLES) test quick test-all matrix lint inspect snapshots bench bench-gpu clean .venv
+.PHONY: demo $(EXAMPLES) test quick test-all matrix lint docs inspect snapshots bench bench-gpu clean .venv
 
 demo: $(HERE)
 	$(READY)
@@ -67,6 +68,11 @@ lint: $(HERE)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
 
+# The site, in site/: guide, measurements and a reference of every public name; strict, so that a broken link fails.
+docs: $(HERE) $(SITE)
+	$(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --site-dir site
+
 # All kernels that the planner may pick, for every architecture (most of an hour on 2 cores), checked and written down.
 inspect: $(HERE)
 	$(READY)
@@ -97,7 +103,7 @@ bench-gpu: $(HERE)
 .venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	rm -f .venv/installed* .venv/models
+	rm -f .venv/installed* .venv/models .venv/docs
 	$(PIP) $(PAIR) -e '.[dev,bench,examples]'
 	touch $@
 
@@ -106,5 +112,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) $(PAIR) -e '.[models]'
 	touch $@
 
+# What builds the site.
+.venv/docs: $(INSTALLED)
+	$(PIP) $(PAIR) -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache
+	rm -rf .venv runs site .pytest_cache .ruff_cache

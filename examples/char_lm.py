@@ -197,10 +197,10 @@ def plot(history: list[dict]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     steps = [h["step"] for h in history]
-    axes.plot(steps, [h["train"] for h in history], color="0.7", label="training window")
+    axes.plot(steps, [h["train"] for h in history], color="C7", label="training window")
     axes.plot(steps, [h["valid"] for h in history], marker="o", label="validation")
     axes.set(xlabel="step", ylabel="bits per character", title="Character-level language model")
-    axes.grid(alpha=0.3)
+    axes.grid()
     axes.legend()
     return figure
 

@@ -72,7 +72,7 @@ def plot(losses: list[float], confusion, accuracy: float) -> Figure:
     left, right = figure.subplots(1, 2)
     left.plot(range(1, len(losses) + 1), losses)
     left.set(xlabel="epoch", ylabel="training loss, nats", yscale="log", title="Digits, pixel by pixel")
-    left.grid(alpha=0.3)
+    left.grid()
     ConfusionMatrixDisplay(confusion).plot(ax=right, colorbar=False, cmap="Blues")
     right.set_title(f"test images, accuracy {accuracy:.1%}")
     return figure

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import matplotlib
+import matplotlib.style
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ import fastrnn
 from fastrnn.planning.planner import BACKENDS
 
 matplotlib.use("Agg")
+matplotlib.style.use("fastrnn.figures")
 
 LAYERS = {"lstm": fastrnn.LSTM, "gru": fastrnn.GRU, "rnn": fastrnn.RNN}
 
@@ -126,7 +127,7 @@ def save_json(found: object, path: Path) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     with whole(path) as part:
-        figure.savefig(part, dpi=120)
+        figure.savefig(part)
 
 
 def run(main: Callable[[], None]) -> None:

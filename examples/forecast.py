@@ -79,17 +79,17 @@ def plot(series: pd.Series, forecast: np.ndarray, by_horizon: dict[str, list[flo
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     ahead = series.index[-YEAR:]
-    left.plot(series.index[-3 * YEAR :], series.iloc[-3 * YEAR :], color="black", linewidth=1, label="measured")
+    left.plot(series.index[-3 * YEAR :], series.iloc[-3 * YEAR :], color="C7", linewidth=1, label="measured")
     left.plot(ahead, forecast[:, 1], label="forecast")
     left.fill_between(ahead, forecast[:, 0], forecast[:, 2], alpha=0.3, label=f"{COVERAGE:.0%} interval")
-    left.plot(ahead, series.iloc[-2 * YEAR : -YEAR], "--", color="0.6", label="last year again")
+    left.plot(ahead, series.iloc[-2 * YEAR : -YEAR], "--", color="C1", label="last year again")
     left.xaxis.set_major_formatter(ConciseDateFormatter(left.xaxis.get_major_locator()))
     left.set(ylabel="CO2, ppm", title=f"A year from {series.index[-YEAR - 1]:%B %Y}")
     for name, errors in by_horizon.items():
         right.plot(range(1, YEAR + 1), errors, label=name)
     right.set(xlabel="weeks ahead", ylabel="mean absolute error, ppm", title=f"From every week since {first}")
     for axes in (left, right):
-        axes.grid(alpha=0.3)
+        axes.grid()
         axes.legend()
     return figure
 

@@ -96,7 +96,7 @@ def plot(results: list[dict], gradients: dict[str, dict[str, list[float]]], T: i
             lengths, relative = [r["T"] for r in rows], [r["loss"] / r["baseline"] for r in rows]
             axes.plot(lengths, relative, markers[cell], color=colour, label=cell)
             axes.set_xticks(lengths)
-        axes.axhline(1, color="0.6", linestyle=":", label="remembering nothing")
+        axes.axhline(1, color="C7", linestyle=":", label="remembering nothing")
         axes.set(title=problem, xlabel="T", ylabel="loss after training / baseline", ylim=(-0.05, 1.1))
         axes.legend()
     styles = {"as torch.nn initializes": ":", "gates biased to keep": "--", "trained": "-"}
@@ -108,7 +108,7 @@ def plot(results: list[dict], gradients: dict[str, dict[str, list[float]]], T: i
     through_time.set(title=f"adding, T = {T}", xlabel="steps before the loss", ylabel="|d loss / d x[t]|", yscale="log")
     through_time.legend(fontsize=7)
     for axes in (*losses, through_time):
-        axes.grid(alpha=0.3)
+        axes.grid()
     return figure
 
 

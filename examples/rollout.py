@@ -153,9 +153,9 @@ def plot(success: list[float]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(1, len(success) + 1), success, label="recurrent, reset where episodes begin")
-    axes.axhline(0.5, color="0.6", linestyle=":", label="without memory")
+    axes.axhline(0.5, color="C7", linestyle=":", label="without memory")
     axes.set(xlabel="rollout", ylabel="episodes that end with the right turn", ylim=(0, 1.02), title="T-maze")
-    axes.grid(alpha=0.3)
+    axes.grid()
     axes.legend()
     return figure
 

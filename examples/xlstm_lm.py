@@ -118,7 +118,7 @@ def plot(found: dict[str, dict]) -> Figure:
         steps, bits = zip(*((h["step"], h["valid"]) for h in of_one["history"]), strict=True)
         axes.plot(steps, bits, marker="o", label=f"{name}, {of_one['parameters']:,} parameters")
     axes.set(xlabel="step", ylabel="bits per character, validation", title="Character-level language models")
-    axes.grid(alpha=0.3)
+    axes.grid()
     axes.legend()
     return figure
 

@@ -288,9 +288,16 @@ def table(found: Sequence[Profile]) -> str:
 def plot(found: Sequence[Profile], file: Path) -> None:
     """Time a step and memory at the peak over T, by backend; RuntimeError without matplotlib."""
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import style
     except ImportError:
         raise RuntimeError("a plot needs matplotlib: pip install matplotlib") from None
+    with style.context("fastrnn.figures"):
+        _drawn(found).savefig(file)
+
+
+def _drawn(found: Sequence[Profile]) -> Any:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
     for name in dict.fromkeys(p.name for p in found):
@@ -301,7 +308,7 @@ def plot(found: Sequence[Profile], file: Path) -> None:
     time_axes.set(xlabel="T", ylabel="us a step, both passes", xscale="log")
     memory_axes.set(xlabel="T", ylabel="MiB at the peak", xscale="log", yscale="log")
     time_axes.legend()
-    figure.savefig(file, dpi=120)
+    return figure
 
 
 def as_dict(found: Profile) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fastrnn.compat import spills
 from ..support import children
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NO_CODE = {"text", "mlir"}
 MARKS = {"", "minutes", "gpu"}
 NEEDS_TRITON = {"upstream-num-ctas.md": (3, 9)}  # the first that compiles the program which the report is about

@@ -107,10 +107,17 @@ def picture(simulated: Simulated, title: str, file: Path) -> None:
     Raises RuntimeError without matplotlib.
     """
     try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
+        from matplotlib import style
     except ImportError:
         raise RuntimeError("a picture of a step needs matplotlib: pip install matplotlib") from None
+    with style.context("fastrnn.figures"):
+        _drawn(simulated, title).savefig(file)
+
+
+def _drawn(simulated: Simulated, title: str) -> Any:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     first, last = step_of(simulated)
     figure: Any = Figure(figsize=(12, 2.5 + 0.22 * len(simulated.machine.warps) + 3), layout="constrained")
     warps, bars = figure.subplots(2, 1, height_ratios=(2, 1))
@@ -125,15 +132,15 @@ def picture(simulated: Simulated, title: str, file: Path) -> None:
         for cause, spans in by_cause.items():
             warps.broken_barh(spans, (row - 0.4, 0.8), facecolors=colors.get(cause, "#dddddd"))
         issued = [(time - first, 1) for time, _ in warp.issues if first <= time < last]
-        warps.broken_barh(issued, (row - 0.4, 0.8), facecolors="black")
+        warps.broken_barh(issued, (row - 0.4, 0.8), facecolors="0.5")
     warps.set(
         xlabel="cycle of the step", ylabel="warp", xlim=(0, last - first), title=f"{title}: simulated, not measured"
     )
     warps.invert_yaxis()
-    handles = [Patch(color="black", label="issue"), *(Patch(color=colors[cause], label=cause) for cause in causes)]
+    handles = [Patch(color="0.5", label="issue"), *(Patch(color=colors[cause], label=cause) for cause in causes)]
     warps.legend(handles=handles, bbox_to_anchor=(1.01, 1), loc="upper left", fontsize="small")
     names = [name for name, cycles in simulated.uses.items() if cycles >= 0.5]
-    bars.barh(names, [simulated.uses[name] / simulated.cycles * 100 for name in names], color="#1f77b4")
+    bars.barh(names, [simulated.uses[name] / simulated.cycles * 100 for name in names], color="C0")
     bars.set(xlabel="busy, % of the step", xlim=(0, 100))
     bars.invert_yaxis()
-    figure.savefig(file, dpi=120)
+    return figure

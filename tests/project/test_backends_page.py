@@ -1,4 +1,4 @@
-"""What the README says of sizes is what the planner answers; test_docs.py runs its code."""
+"""The sizes in docs/backends.md are those that the planner answers; test_docs.py runs the page's code."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import fastrnn
 from fastrnn.device import DeviceSpec
 
 KINDS = ((torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))  # the tables' columns
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs/backends.md").read_text()
 
 
 def largest(cell: str, arch: str, dtype: torch.dtype, precision: str, tier: str) -> int:
@@ -26,7 +26,7 @@ def largest(cell: str, arch: str, dtype: torch.dtype, precision: str, tier: str)
 
 @pytest.mark.parametrize(("tier", "count"), (("resident", 9), ("cluster", 3)))
 def test_table_of_what_fits(tier, count):
-    rows = [row for row in README.splitlines() if re.match(r"\| (sm_|gfx)", row) and "batch 16" not in row]
+    rows = [row for row in PAGE.splitlines() if re.match(r"\| (sm_|gfx)", row) and "batch 16" not in row]
     archs = set()
     for row in (row for row in rows if ("cluster" in row) == (tier == "cluster")):
         names, *cells = (text.strip() for text in row.strip("|").split("|"))
@@ -41,7 +41,7 @@ def test_table_of_what_fits(tier, count):
 
 
 def test_table_of_the_cooperative_tier():
-    rows = [row for row in README.splitlines() if re.match(r"\| (sm_|gfx)", row) and "batch 16" in row]
+    rows = [row for row in PAGE.splitlines() if re.match(r"\| (sm_|gfx)", row) and "batch 16" in row]
     assert len(rows) == 5
     for row in rows:
         arch, *cells = (text.strip() for text in row.replace(", batch 16", "").strip("|").split("|"))
