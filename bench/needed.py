@@ -65,6 +65,7 @@ TESTS = (
     ("tests/bench/test_bench.py::test_report", ("matplotlib",)),
     ("tests/bench/test_bench.py::test_a_group_of_the_suite", ("pytest_benchmark",)),
     ("tests/project/test_char_lm.py::*", EXAMPLE),
+    ("tests/project/test_docs.py::test_the_pictures*", ("matplotlib",)),
     ("tests/project/test_xlstm_lm.py::*", EXAMPLE),
     ("tests/project/test_examples.py::*", EXAMPLE),
     ("tests/project/test_examples.py::*classify*", ("sklearn",)),

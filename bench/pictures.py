@@ -10,10 +10,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
@@ -29,7 +25,9 @@ def tiers() -> Figure:
     figure = Figure(figsize=(10, 3.4), layout="constrained")
     of_tiers = figure.subplots(1, 3)
     shared = ("resident", "h stays in the program"), ("cluster", "h goes through the others' shared memory")
-    for axes, (tier, how) in zip(of_tiers, (*shared, ("cooperative", "h goes through L2, behind a grid barrier")), strict=True):
+    for axes, (tier, how) in zip(
+        of_tiers, (*shared, ("cooperative", "h goes through L2, behind a grid barrier")), strict=True
+    ):
         axes.set(xlim=(0, 10), ylim=(0, 7), title=tier, xlabel=how)
         axes.set_xticks([])
         axes.set_yticks([])
@@ -59,7 +57,9 @@ def _program(axes: Any, x: float, width: float, text: str) -> None:
     axes.text(x + width / 2, 2.57, "h", ha="center", va="center")
 
 
-def _arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], bend: float = 0.0, both: bool = False) -> None:
+def _arrow(
+    axes: Any, start: tuple[float, float], end: tuple[float, float], bend: float = 0.0, both: bool = False
+) -> None:
     form = "<|-|>" if both else "-|>"
     shape = f"arc3,rad={bend}"
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle=form, mutation_scale=10, color=INK, connectionstyle=shape))
@@ -79,13 +79,17 @@ def speed() -> Figure:
     steps.set(xlabel="H", ylabel="us a step, forward", ylim=(0, None), title="One time step (bf16, B = 16)")
     steps.set_xscale("log", base=2)
     steps.set_xticks(hidden, [str(H) for H in hidden])
-    plain = [row for row in measured.records("compare") if row["kind"] == "plain" and row["layers"] == 1 and not row["bi"]]
+    plain = [
+        row for row in measured.records("compare") if row["kind"] == "plain" and row["layers"] == 1 and not row["bi"]
+    ]
     names, width = {"bfloat16": "C0", "float16": "C1"}, 0.2
     for shift, (cell, dtype) in enumerate((cell, dtype) for cell in ("LSTM", "GRU") for dtype in names):
         rows = [row for row in plain if (row["cell"], row["dtype"]) == (cell, dtype)]
         at = [n + (shift - 1.5) * width for n in range(len(rows))]
         alpha = 1.0 if cell == "LSTM" else 0.5
-        layers.bar(at, [row["x_train"] for row in rows], width, color=names[dtype], alpha=alpha, label=f"{cell}, {dtype}")
+        layers.bar(
+            at, [row["x_train"] for row in rows], width, color=names[dtype], alpha=alpha, label=f"{cell}, {dtype}"
+        )
         layers.set_xticks(range(len(rows)), [str(row["H"]) for row in rows])
     layers.axhline(1, color=INK, linestyle=":")
     layers.set(xlabel="H", ylabel="times as fast as torch.nn", title="A training step of a layer (T = 1024, B = 16)")
@@ -99,10 +103,10 @@ def speed() -> Figure:
 PICTURES = {"tiers": tiers, "speed": speed}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; all if none is named")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if unknown := set(args.names) - PICTURES.keys():
         parser.error(f"NAME: expected one of {', '.join(PICTURES)}; got {', '.join(sorted(unknown))}")
     FOLDER.mkdir(exist_ok=True)

@@ -34,9 +34,10 @@ def _by_dtype(
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, style
     from matplotlib.ticker import NullFormatter
 
+    style.use("fastrnn.figures")
     for dtype in dict.fromkeys(r.workload.dtype for r in results if r.workload.group == group):
         chosen = [r for r in results if r.workload.group == group and r.workload.dtype == dtype]
         cells = list(dict.fromkeys(r.workload.cell for r in chosen))
@@ -62,7 +63,7 @@ def _by_dtype(
                 for scale in (axes.xaxis, axes.yaxis):
                     scale.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter("{x:g}" if what == "speed-up" else NullFormatter())
-                axes.grid(alpha=0.3, which="both")
+                axes.grid(which="both")
         lines, labels = grid[0][0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower center", ncols=5, fontsize="small")
         fixed = next(r.workload for r in chosen).shape
@@ -70,6 +71,6 @@ def _by_dtype(
         caption = f"{what} {group}, {dtype}, {rest}"
         figure.suptitle(caption)
         file = folder / f"{what}-{group.replace(' ', '-')}-{dtype}.png"
-        figure.savefig(file, dpi=110)
+        figure.savefig(file)
         pyplot.close(figure)
         yield caption, file

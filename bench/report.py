@@ -87,7 +87,11 @@ def blocks(folder: Path) -> list[Block]:
             workloads.append(result.workload)
     found = []
     if results:
-        found += [_gist(by_group, measured, len(notes["left_out"])), _glance(by_group, measured)]
+        found.append(_gist(by_group, measured, len(notes["left_out"])))
+        found += [Block(name, figure=file) for name, file in plots.draw(results, folder)]
+        if find_spec("matplotlib") is None:
+            found.append(Block("Plots", "Left out: matplotlib is not installed."))
+        found.append(_glance(by_group, measured))
     for group, workloads in by_group.items():
         found += [_times(group, which, workloads, measured) for which in PASSES]
     found += [_memory(by_group, measured), _published(measured)] if results else []
@@ -96,9 +100,6 @@ def blocks(folder: Path) -> list[Block]:
     stages = sorted(folder.glob("stage-*.json"))
     found += [_stage(file) for file in stages]
     found += [_simulated(file) for file in stages if file.stem == "stage-steps"]
-    found += [Block(name, figure=file) for name, file in plots.draw(results, folder)]
-    if results and find_spec("matplotlib") is None:
-        found.append(Block("Plots", "Left out: matplotlib is not installed."))
     return [*found, _left_out(notes["left_out"]), _machine(machine)]
 
 

@@ -5,6 +5,7 @@ behind its language (```sh minutes, ```sh gpu): of it is checked that the comman
 """
 
 import contextlib
+import operator
 import os
 import re
 import shlex
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import fastrnn
 from fastrnn.compat import spills
 
 from ..support import children
@@ -167,3 +169,29 @@ def test_the_architecture_quotes_the_loop():
     lines = iter([line.strip() for line in (ROOT / "kernels/loop.py").read_text().splitlines()])
     for line in quoted[1].splitlines():
         assert line.strip() in lines, f"{line!r} is not in kernels/loop.py, or not behind the line before"
+
+
+def test_the_reference_has_every_public_name():
+    """As a directive of mkdocstrings; a name without a docstring would be an empty entry."""
+    pages = "".join(page.read_text() for page in (ROOT / "docs/reference").glob("*.md"))
+    listed = re.findall(r"^::: fastrnn\.([\w.]+)$", pages, re.MULTILINE)
+    assert sorted(listed) == sorted([*fastrnn.__all__, "cells.register", "ops.recurrence"])
+    for name in listed:
+        assert operator.attrgetter(name)(fastrnn).__doc__, f"fastrnn.{name} has no docstring"
+
+
+def test_pictures_have_a_text():
+    for page in PAGES:
+        for text, file in re.findall(r"!\[(.*?)\]\((\S+)\)", page.read_text()):
+            assert len(text) > 20, f"{page.name}: {file} needs an alternative text"
+
+
+def test_the_pictures_are_those_of_the_data(tmp_path, monkeypatch):
+    """`python -m bench.pictures` draws the committed files again."""
+    pictures = pytest.importorskip("bench.pictures", reason="needs matplotlib")
+    committed = pictures.FOLDER
+    monkeypatch.setattr(pictures, "FOLDER", tmp_path)
+    pictures.main([])
+    for name in pictures.PICTURES:
+        drawn, kept = ((folder / f"{name}.svg").read_text() for folder in (tmp_path, committed))
+        assert re.findall(r"<text.*?</text>", drawn, re.DOTALL) == re.findall(r"<text.*?</text>", kept, re.DOTALL), name
