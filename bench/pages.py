@@ -35,7 +35,8 @@ def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-STYLE = """:root{color-scheme:light dark}body{font:15px sans-serif;margin:2em auto;max-width:90em;padding:0 1em}table{border-collapse:collapse;
+STYLE = """:root{color-scheme:light dark}
+body{font:15px sans-serif;margin:2em auto;max-width:90em;padding:0 1em}table{border-collapse:collapse;
 font-size:13px}td,th{border:1px solid #ccc;padding:3px 7px;text-align:right}td:first-child,th{text-align:left}
 img{max-width:100%}div{overflow-x:auto}"""
 

@@ -134,7 +134,7 @@ def results_in(folder, rows) -> None:
 
 
 def test_a_report_begins_with_the_gist(tmp_path):
-    """Ratios of pairs, not of medians, and one line a pass for all that is torch's own kernel; pictures before tables."""
+    """Ratios of pairs, not of medians; one line a pass for all that is torch's own kernel; pictures before tables."""
     rows = []
     for which in ("forward", "forward+backward"):
         for workload, ratio, runs in (
