@@ -15,7 +15,8 @@ from .recurrent import Recurrent
 class LSTM(Recurrent):
     """Stacked LSTM layers. Each pass of a layer, forward or backward, is one launch of a persistent kernel.
 
-        i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh),  g = tanh(...),  c' = f c + i g,  h' = o tanh(c')
+        i, f, o = sigmoid(W_ih x + b_ih + W_hh h + b_hh),  g = tanh(...)
+        c' = f c + i g,  h' = o tanh(c')
 
     This layer replaces torch.nn.LSTM. It has the same parameters, initial values, shapes and errors, and a state_dict
     loads in both directions. The arguments from backend on are keyword-only, and torch.nn.LSTM lacks them.
