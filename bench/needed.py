@@ -28,13 +28,13 @@ PACKAGES = {
     "ruff": ("ruff", "style"),
     "sb3_contrib": ("sb3-contrib", "the test on its model"),
     "sklearn": ("scikit-learn", "the digits' test"),
-    "statsmodels": ("statsmodels", "the forecast's test"),
-    "tirex": ("tirex-ts", "the tests on its cell"),
+    "statsmodels": ("statsmodels", "what reads its series"),
+    "tirex": ("tirex-ts", "what is about its cell"),
     "torch": ("torch", "everything"),
     "tqdm": ("tqdm", "the examples' tests"),
     "triton": ("triton", "the kernels"),
     "xdist": ("pytest-xdist", "running on more than one core"),
-    "xlstm": ("xlstm", "the tests on its cells"),
+    "xlstm": ("xlstm", "what is about its cells"),
 }
 TESTED = (
     "build", "deepecho", "editables", "expecttest", "gluonts", "hatchling", "hypothesis", "matplotlib",
@@ -58,12 +58,14 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "inspect": (("torch", "triton"), ()),
     "snapshots": (("torch", "triton"), ()),
     "bench": (("torch", "pytest", "pytest_benchmark", "matplotlib"), ("triton",)),
-    "bench-gpu": (("torch", "triton"), ()),
+    "bench-gpu": (("torch", "triton"), ("pytest", "pytest_benchmark", "statsmodels", "tirex", "xlstm")),
 }
 # What each test needs: patterns of its id. Modules that fail to import say so themselves, by pytest.importorskip.
 TESTS = (
     ("tests/bench/test_bench.py::test_report", ("matplotlib",)),
     ("tests/bench/test_bench.py::test_a_group_of_the_suite", ("pytest_benchmark",)),
+    ("tests/bench/test_clients.py::*times_both[[]tirex*", ("tirex", "statsmodels")),
+    ("tests/bench/test_clients.py::*times_both[[]xlstm*", ("xlstm",)),
     ("tests/project/test_char_lm.py::*", EXAMPLE),
     ("tests/project/test_docs.py::test_the_pictures*", ("matplotlib",)),
     ("tests/project/test_xlstm_lm.py::*", EXAMPLE),

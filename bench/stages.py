@@ -11,8 +11,8 @@ from . import packing
 
 # A stage may use what is left of the time up to this share of all: what comes later keeps its part.
 UNTIL = {
-    "machine": 0.1, "correctness": 0.2, "tests": 0.38, "steps": 0.58, "layers": 0.72, "host": 0.78, "forms": 0.92,
-    "tools": 0.95, "suite": 1.0,
+    "machine": 0.1, "correctness": 0.2, "tests": 0.37, "steps": 0.56, "layers": 0.69, "host": 0.75, "forms": 0.85,
+    "tools": 0.87, "suite": 0.88, "clients": 1.0,
 }  # fmt: skip
 
 Record = dict[str, Any]

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 
-from . import launches
+from . import launches, needed
 from .processes import ROOT, Done, at_once, jobs, lines_item, run, write_log
 from .stages import Item, Record, Setup
 
@@ -28,6 +28,8 @@ LAYERS = (
 # Tier, cell, H of the launches that a sanitizer watches and a profiler counts.
 WATCHED = (("resident", "lstm", 64), ("cooperative", "lstm", 256), ("cluster", "lstm", 256))
 COUNTED = (("resident", "lstm", 128), ("cooperative", "lstm", 1024))
+# Packages whose cells convert makes ours: what bench/<package>.py needs.
+CLIENTS = {"tirex": ("tirex", "statsmodels"), "xlstm": ("xlstm",)}
 
 
 def machine(setup: Setup) -> list[Item]:
@@ -206,6 +208,25 @@ def suite(setup: Setup) -> list[Item]:
     return [*items, tests_of(setup, "the rest", rest, 150)]
 
 
+def clients(setup: Setup) -> list[Item]:
+    """Cells of other packages on ours: their tests, natively, and times beside their own code's."""
+
+    def skipped(name: str, modules: list[str]) -> Item:
+        names = " and ".join(needed.PACKAGES[module][0] for module in modules)
+        missing = f"{names} {'is' if len(modules) == 1 else 'are'} not installed"
+        return Item(name, lambda _: [{"client": name, "missing": missing}], 1)
+
+    absent = {name: [m for m in modules if needed.is_missing(m)] for name, modules in CLIENTS.items()}
+    items = []
+    if all(name in modules for name, modules in absent.items()):
+        items.append(skipped("converted cells", list(absent)))
+    else:
+        items.append(tests_of(setup, "converted cells", ["foreign"], 60, "computes_what and auto" if setup.dry else ""))
+    for name, modules in absent.items():  # nvcc takes a minute
+        items.append(skipped(name, modules) if modules else lines_item(setup, name, f"bench.{name}", least=60))
+    return items
+
+
 STAGES: dict[str, tuple[str, Callable[[Setup], list[Item]]]] = {
     "machine": ("What `python -m fastrnn doctor` says.", machine),
     "correctness": ("Both passes of each tier against the reference, on this device.", correctness),
@@ -216,4 +237,5 @@ STAGES: dict[str, tuple[str, Callable[[Setup], list[Item]]]] = {
     "forms": ("Microseconds a step of forms of a kernel; the planner's fastest are written down.", forms),
     "tools": ("What compute-sanitizer and ncu say.", tools),
     "suite": ("What became of each group of the table, and of the other tests.", suite),
+    "clients": ("Cells of xlstm and TiRex, converted: milliseconds beside their own code, and the tests.", clients),
 }

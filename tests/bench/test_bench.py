@@ -27,6 +27,7 @@ from bench import (
     forms,
     gpu,
     matrix,
+    needed,
     packing,
     prepare,
     processes,
@@ -229,9 +230,9 @@ def test_an_item_that_cannot_end_in_what_is_left_is_not_begun(tmp_path, capsys):
     def item(key: str, limit: float) -> stages.Item:
         return stages.Item(key, lambda seconds: ran.append((key, round(seconds))) or [], limit)
 
-    stages.run_stage(setup(tmp_path, 50), "suite", "", [item("long", 60), item("short", 40)])
+    stages.run_stage(setup(tmp_path, 50), "clients", "", [item("long", 60), item("short", 40)])
     assert ran == [("short", 50)] and "no time left for long" in capsys.readouterr().out
-    stages.run_stage(setup(tmp_path, 100), "suite", "", [item("long", 60), item("short", 40)])
+    stages.run_stage(setup(tmp_path, 100), "clients", "", [item("long", 60), item("short", 40)])
     assert [key for key, _ in ran] == ["short", "long"]
     # A stage that is not the last one: its first item may take of what comes later, the others may not.
     stages.run_stage(setup(tmp_path, 100), "steps", "", [item("first", 60), item("second", 60)])
@@ -331,6 +332,7 @@ def test_every_item_runs_what_there_is(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(shutil, "which", lambda program: program)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: find_spec(name, *of) or name)  # all is there
+    monkeypatch.setattr(needed, "is_missing", lambda module: False)
     real = stages.Setup(tmp_path, "sm_90", dry=False, seconds=520, started=time.monotonic())
     for _, items in visit.STAGES.values():
         for item in items(real):
@@ -421,6 +423,8 @@ def test_a_dry_visit(tmp_path):
     missing = {r["missing"] for r in found["tools"]["records"] if "missing" in r}
     assert missing <= {"compute-sanitizer is not installed", "ncu is not installed"}
     assert found["suite"]["records"] == [{"group": "tests", "missing": "pytest-benchmark is not installed"}]
+    names = ("tirex-ts and xlstm are", "tirex-ts and statsmodels are", "xlstm is")
+    assert [r["missing"] for r in found["clients"]["records"]] == [f"{name} not installed" for name in names]
     doctor = {r["what"]: r.get("found") for r in found["machine"]["records"]}
     assert doctor["torch"].startswith(torch.__version__) and "rich" in doctor["inspect"]
     for file in ("steps", "compare", "host", "tuning", "forms"):
