@@ -28,6 +28,7 @@ LAYERS = (
 # Tier, cell, H of the launches that a sanitizer watches and a profiler counts.
 WATCHED = (("resident", "lstm", 64), ("cooperative", "lstm", 256), ("cluster", "lstm", 256))
 COUNTED = (("resident", "lstm", 128), ("cooperative", "lstm", 1024))
+PUBLISHED = "FlashRNN"  # the group of the table by which it can be compared
 # Packages whose cells convert makes ours: what bench/<package>.py needs.
 CLIENTS = {"tirex": ("tirex", "statsmodels"), "xlstm": ("xlstm",)}
 
@@ -114,10 +115,11 @@ def tally(key: str, done: Done) -> Record:
 
 
 def tests(setup: Setup) -> list[Item]:
-    """The kernels' tests, and those of the layers."""
+    """The kernels' tests, those of what only a GPU has, and those of the layers."""
     if setup.dry:
         return [tests_of(setup, "kernels", ["recurrence"], 60, "T1-B1-H7 and gru and float32")]
-    return [tests_of(setup, "kernels", list(KERNELS), 120), tests_of(setup, "layers", list(LAYERS), 120)]
+    named = {"kernels": list(KERNELS), "only a GPU": ["native"], "layers": list(LAYERS)}
+    return [tests_of(setup, key, names, 120) for key, names in named.items()]
 
 
 def steps(setup: Setup) -> list[Item]:
@@ -129,10 +131,31 @@ def steps(setup: Setup) -> list[Item]:
     return [beside, planned, lines_item(setup, "clusters", "bench.steps", "clusters", least=20)]
 
 
+def group_of(setup: Setup, group: str) -> Item:
+    """An item that times a group of the table beside whatever else is installed."""
+
+    def work(seconds: float) -> list[Record]:
+        record: Record = {"group": group}
+        if importlib.util.find_spec("pytest_benchmark") is None:
+            return [record | {"missing": "pytest-benchmark is not installed"}]
+        name = group.replace(" ", "-")
+        command = [sys.executable, "-m", "pytest", "bench/test_speed.py", "-q", "-p", "no:cacheprovider"]
+        command += ["--benchmark-quiet", "--only", group, "--out", str(setup.folder / name)]
+        command += [f"--limit={seconds / 2}", f"--benchmark-json={setup.folder / f'benchmark-{name}.json'}"]
+        command += ["-k", "T1-B1-H7 and gru", "--seconds=0"] if setup.dry else []
+        done = run(command, seconds, setup.dry)
+        write_log(setup, f"suite {name}", done)
+        record |= {"exit status": done.status, "s": round(done.seconds)}
+        return [record | ({"error": done.reason} if done.timed_out else {"pytest": done.output.strip()[-120:]})]
+
+    return Item(group, work, 60)
+
+
 def layers(setup: Setup) -> list[Item]:
-    """Layers beside torch.nn's, 16-bit dtypes side by side."""
+    """Layers beside torch.nn's, 16-bit dtypes side by side; then the table that FlashRNN has published."""
     groups = ("float16", "bfloat16", "float32", "segments", "shapes")
-    return [lines_item(setup, "compare", "bench.layers", *groups)]
+    compared = lines_item(setup, "compare", "bench.layers", *groups)
+    return [compared] if setup.dry else [compared, group_of(setup, PUBLISHED)]
 
 
 def host(setup: Setup) -> list[Item]:
@@ -182,29 +205,16 @@ def suite(setup: Setup) -> list[Item]:
     """bench/test_speed.py, a group of the table at a time, then the tests that are left."""
     from .cases import table
 
-    def measure(group: str, seconds: float) -> list[Record]:
-        record: Record = {"group": group}
-        if importlib.util.find_spec("pytest_benchmark") is None:
-            return [record | {"missing": "pytest-benchmark is not installed"}]
-        name = group.replace(" ", "-")
-        command = [sys.executable, "-m", "pytest", "bench/test_speed.py", "-q", "-p", "no:cacheprovider"]
-        command += ["--benchmark-quiet", "--only", group, "--out", str(setup.folder / name)]
-        command += [f"--limit={seconds / 2}", f"--benchmark-json={setup.folder / f'benchmark-{name}.json'}"]
-        command += ["-k", "T1-B1-H7 and gru", "--seconds=0"] if setup.dry else []
-        done = run(command, seconds, setup.dry)
-        write_log(setup, f"suite {name}", done)
-        record |= {"exit status": done.status, "s": round(done.seconds)}
-        return [record | ({"error": done.reason} if done.timed_out else {"pytest": done.output.strip()[-120:]})]
-
     groups = dict.fromkeys(w.group for w in table("cpu" if setup.dry else "cuda"))
-    # First what others have published, then what decides between tiers.
-    first = ("FlashRNN", "small H", "reset", "ragged", "over H", "packed", "DeepBench", "TorchRL")
+    groups.pop(PUBLISHED, None)  # done among the layers
+    # First what decides between tiers, then what others have published.
+    first = ("small H", "reset", "ragged", "over H", "packed", "DeepBench", "TorchRL")
     chosen = ["tests"] if setup.dry else sorted(groups, key=lambda g: first.index(g) if g in first else len(first))
-    items = [Item(group, lambda s, group=group: measure(group, s), 60) for group in chosen]
+    items = [group_of(setup, group) for group in chosen]
     if setup.dry:
         return items
     names = {file.stem.removeprefix("test_") for file in (ROOT / "tests").rglob("test_*.py")}
-    rest = sorted(names - ELSEWHERE - {*KERNELS, *LAYERS})
+    rest = sorted(names - ELSEWHERE - {*KERNELS, *LAYERS, "native"})
     return [*items, tests_of(setup, "the rest", rest, 150)]
 
 

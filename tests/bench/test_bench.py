@@ -338,6 +338,12 @@ def test_every_item_runs_what_there_is(tmp_path, monkeypatch):
         for item in items(real):
             item.work(100.0)
     assert len(commands) > 40
+    groups = [command[command.index("--only") + 1] for command in commands if "--only" in command]
+    assert sorted(groups) == sorted({w.group for w in cases.table("cuda")})
+    ran = [gpu.ROOT / word for command in commands for word in command if word.startswith("tests/")]
+    left_out = {f"test_{name}" for name in visit.ELSEWHERE - {"foreign"}}
+    tests = [file for file in (gpu.ROOT / "tests").rglob("test_*.py") if file.stem not in left_out]
+    assert sorted(ran) == sorted(tests), "each once"
     for command in commands:
         assert all((gpu.ROOT / word).exists() for word in command if word.startswith("tests/"))
         if command[1:3] == ["-m", "bench.launches"]:
