@@ -68,7 +68,7 @@ def _inspect() -> str:
     if importlib.util.find_spec("triton") is None:
         missing.append("Triton, to compile")
     if importlib.util.find_spec("rich") is None:
-        missing.append("rich, for tables (pip install 'fastrnn[inspect]')")
+        missing.append("rich, for tables (pip install rich)")
     if shutil.which("gcc") is None:
         missing.append("gcc, for --execute")
     return f"missing: {'; '.join(missing)}" if missing else "usable"

@@ -190,7 +190,7 @@ def print_table(rows: list[Record]) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        raise RuntimeError("tables need rich: pip install 'fastrnn[inspect]', or ask for --json") from None
+        raise RuntimeError("tables need rich: pip install rich, or ask for --json") from None
     first = rows[0]
     precision = f" ({first['precision']})" if first["precision"] else ""
     heads = f" in {first['heads']} heads" if "heads" in first else ""

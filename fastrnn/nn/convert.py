@@ -19,11 +19,11 @@ from ..planning.arguments import check_checkpoint_every, expect
 from ..planning.planner import BACKENDS
 from . import foreign
 from .calls import FallbackWarning
-from .modules import GRU, LSTM, RNN
+from .modules import GRU, LSTM, RNN, SLSTM
 
 _OURS: dict[type, type] = {torch.nn.RNN: RNN, torch.nn.GRU: GRU, torch.nn.LSTM: LSTM}
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
-_CONVERTED = (*_TORCHS, foreign.Foreign)
+_CONVERTED = (*_TORCHS, SLSTM, foreign.Foreign)
 # A subclass may define these names: they have no part in what a layer computes, and the new class inherits them.
 _HARMLESS = {"__module__", "__qualname__", "__doc__", "__init__", "__annotations__", "__annotate_func__", "__dict__"}
 _HARMLESS |= {"__weakref__", "__static_attributes__", "__firstlineno__", "__orig_bases__", "__parameters__"}
@@ -91,7 +91,7 @@ def revert(model: Module) -> Module:
 
     Cells of other packages that `fastrnn.convert` swapped become theirs again. revert keeps all that convert keeps.
     Layers that torch.nn lacks, and subclasses of fastrnn's classes (fully_shard makes some), are left with a
-    UserWarning.
+    `fastrnn.FallbackWarning`.
 
     Args:
         model (torch.nn.Module): Any module. Without layers of fastrnn it is returned as it is.
@@ -110,7 +110,7 @@ def revert(model: Module) -> Module:
         )
     """
     swaps, left = _to_theirs(model)
-    _warn(left, UserWarning)
+    _warn(left, FallbackWarning)
     for layer, cls in swaps.values():
         layer.__class__ = cls
         for added in _added(cls):
@@ -211,7 +211,7 @@ def _to_theirs(model: Module) -> Swaps:
         if "forward" in vars(layer):
             left[name] = "its forward was replaced on the object"
         elif ours is not foreign.Foreign and not layer._stack_is_torchs():  # type: ignore[operator]
-            left[name] = "torch has no layer with heads, clips, tie_directions, drop_connect or zoneout"
+            left[name] = "torch has no sLSTM, and no layer with heads, clips, tie_directions, drop_connect or zoneout"
         elif theirs := _TORCHS.get(plain) or vars(plain).get("_theirs"):
             swaps[name] = layer, made(theirs)
         else:

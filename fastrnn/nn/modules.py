@@ -282,7 +282,10 @@ def explain(module: torch.nn.Module, input: "Tensor | PackedSequence") -> Plan:
           why       CPU tensors take torch's own kernel
     """
     if not isinstance(module, Recurrent | Foreign):
-        raise ValueError(f"module: expected a fastrnn.RNN, GRU, LSTM or SLSTM; got {type(module).__name__}")
+        inside = "; fastrnn.report lists the layers inside a model" if isinstance(module, torch.nn.Module) else ""
+        raise ValueError(f"module: expected a fastrnn.RNN, GRU, LSTM or SLSTM; got {type(module).__name__}{inside}")
+    if not isinstance(input, Tensor | PackedSequence):
+        raise ValueError(f"input: expected a tensor or a PackedSequence; got {type(input).__name__}")
     chosen = module.plan(input)
     print(chosen)
     return chosen

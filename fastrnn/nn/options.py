@@ -172,9 +172,9 @@ def _integers(name: str, given: Any, input: Tensor) -> Tensor:
     if tensor.dtype == torch.int64 and tensor.device == input.device:
         return tensor
     if tensor.dtype not in (torch.int32, torch.int64) or tensor.device.type not in ("cpu", input.device.type):
+        where = "the CPU" if input.device.type == "cpu" else f"{input.device} or the CPU"
         raise ValueError(
-            f"{name}: expected torch.int64 or torch.int32 on {input.device} or the CPU; "
-            f"got {tensor.dtype} on {tensor.device}"
+            f"{name}: expected torch.int64 or torch.int32 on {where}; got {tensor.dtype} on {tensor.device}"
         )
     return tensor
 

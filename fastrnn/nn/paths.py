@@ -72,12 +72,10 @@ def _run_untraced(stack: tuple, input: Tensor, hx: Any, params: Sequence[Tensor]
 
 
 def _missing(call: Call) -> Found:
-    what = (
-        "packed or ragged sequences"
-        if call.ragged
-        else "lengths, resets or cell states of both directions or backend='torch'"
-    )
-    raise NotImplementedError(f"checkpoint_every with {what} is missing")
+    if call.ragged:
+        raise NotImplementedError("checkpoint_every with packed or ragged sequences is missing")
+    where = "a bidirectional layer" if call.stack.bidirectional else "torch's own kernel, which this call takes"
+    raise NotImplementedError(f"checkpoint_every with lengths, resets or cell states is missing in {where}")
 
 
 def _segments(call: Call) -> Found:

@@ -240,7 +240,7 @@ def test_what_is_no_division_into_heads_is_refused(device):
         fastrnn.gru(x, None, params, num_heads=5)
     with pytest.raises(ValueError, match="num_heads: expected a divisor of hidden_size, which is 10; got 3"):
         fastrnn.gru(x, None, params, num_heads=3)
-    with pytest.warns(UserWarning, match="torch has no layer in heads"):
+    with pytest.warns(UserWarning, match="torch has no sLSTM, and no layer with heads"):
         fastrnn.revert(fastrnn.GRU(3, 10, num_heads=2))
 
 

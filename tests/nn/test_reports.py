@@ -175,3 +175,12 @@ def test_nan_goes_where_torchs_kernels_take_it(name, kwargs, place, backend, dev
     assert {n: int(t.isnan().sum()) for n, t in found.items()} == {n: int(t.isnan().sum()) for n, t in truth.items()}
     for which in truth:
         torch.testing.assert_close(found[which], truth[which], rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_a_report_has_the_slstm_which_torch_lacks():
+    """Without it print(report) said that there is no recurrent layer, and revert left it without a word."""
+    model = torch.nn.Sequential(fastrnn.SLSTM(8, 16))
+    assert str(fastrnn.report(model)) == "0: fastrnn.SLSTM(8, 16)"
+    with pytest.warns(fastrnn.FallbackWarning, match="torch has no sLSTM"):
+        fastrnn.revert(model)
+    assert type(model[0]) is fastrnn.SLSTM
