@@ -70,6 +70,7 @@ class Exchange(NamedTuple):
 
     states: Any  # forward: h, [2, R, B, H]; backward: None, since d_gates are exchanged where they are written
     counters: Any  # zeros; COUNTER_STRIDE of them for each batch tile and recurrence
+    first_tile: Any = None  # of a batch in parts: which batch tile the grid begins at, a number [1]; None for the first
 
 
 class Sizes(NamedTuple):

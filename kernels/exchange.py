@@ -25,6 +25,15 @@ class Group(NamedTuple):
 
 
 @triton.jit
+def first_row_of(first_tile, BLOCK_B: tl.constexpr):
+    """The first row of this program's batch tile, of a grid that begins at the tile pointed to."""
+    tile = tl.program_id(1).to(tl.int64)
+    if first_tile is not None:
+        tile += tl.load(first_tile)
+    return tile * BLOCK_B
+
+
+@triton.jit
 def counter_of(counters_ptr, rows):
     """The counter of this program's group: one batch tile in one recurrence."""
     return counters_ptr + (tl.program_id(1) * rows.count + tl.program_id(2)) * COUNTER_STRIDE

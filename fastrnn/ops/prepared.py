@@ -11,7 +11,7 @@ from ..compat import driver, interpreter, profiling, spills
 from ..device import DeviceSpec
 from ..kernels.arguments import NO_CLIP, PLAIN_STEPS, Exchange, Sizes
 from ..planning import planner, tuning
-from ..planning.kernel_plan import Request
+from ..planning.kernel_plan import Request, tiles
 from .schema import Args, BackwardArgs
 
 NOT_READY: tuple[Any, tuple] = (None, ())
@@ -23,7 +23,6 @@ class Kernels:
     def __init__(self, request: Request, tier: str) -> None:
         self.request, self.tier = request, tier
         self.cell, self.plan = request.of_cell, planner.kernel_for(request, tier)
-        self.grid = (*self.plan.grid, 1, 1)[:3]
         self.tuned = tuning.TUNED.get(request.spec.arch)  # the plan depends on it
         # Compiled kernels with their constants. The key is everything that Triton compiles a kernel for.
         self.launched: dict[tuple, tuple[Any, tuple]] = {}
@@ -31,36 +30,55 @@ class Kernels:
     @profiling.inside("recurrence", traced=False)
     def launch(self, which: str, T: int, ragged: bool, by_step: bool, groups: tuple) -> None:
         """Launch the kernel of a pass over T steps. groups are the groups of pointers in kernels/arguments.py."""
+        launches: Any = ((self.plan.grid, groups, (T, self.request.B)),)
         if self.tier == "cooperative":
-            groups = (*groups, self._exchange(which, groups[0].W_hh))
-        if interpreter.ENABLED:
-            function, constants = self._function(which, groups, ragged, by_step)
-            form = self._form(which, self.plan.choices[which][0])
-            _interpret(function, self.plan.grid, (*groups, T, self.request.B, *constants, form))
-            return
-        W_hh = groups[0].W_hh
-        if W_hh.is_cuda and torch.cuda.device_count() > 1:  # Triton launches on the current GPU, not the tensors'
-            with torch.cuda.device_of(W_hh):
-                self._launch(which, T, ragged, by_step, groups)
-        else:
-            self._launch(which, T, ragged, by_step, groups)
+            launches = self._parts(which, T, groups)
+        for grid, groups, numbers in launches:
+            if interpreter.ENABLED:
+                function, constants = self._function(which, groups, ragged, by_step)
+                form = self._form(which, self.plan.choices[which][0])
+                _interpret(function, grid, (*groups, *numbers, *constants, form))
+                continue
+            key = which, ragged, by_step, _pointers(groups)
+            W_hh = groups[0].W_hh
+            if W_hh.is_cuda and torch.cuda.device_count() > 1:  # Triton launches on the current GPU, not the tensors'
+                with torch.cuda.device_of(W_hh):
+                    self._launch(key, grid, groups, numbers)
+            else:
+                self._launch(key, grid, groups, numbers)
 
-    def _launch(self, which: str, T: int, ragged: bool, by_step: bool, groups: tuple) -> None:
-        key = which, ragged, by_step, _pointers(groups)
+    def _parts(self, which: str, T: int, groups: tuple) -> list[tuple]:
+        """Grid, groups and numbers of each part of a batch whose programs would not all run at once."""
+        slices, batch_tiles, R = self.plan.grid
+        exchange, numbers = self._exchange(which, groups[0].W_hh), (T, self.request.B)
+        if self.plan.parts == 1:
+            return [(self.plan.grid, (*groups, exchange), numbers)]
+        found, end = [], tiles(self.request.B, self.plan.block_b)
+        # Two of each: a kernel is compiled for pointers to multiples of 16 bytes.
+        firsts = torch.arange(2 * self.plan.parts, device=exchange.counters.device) // 2 * batch_tiles
+        for part, first in enumerate(range(0, end, batch_tiles)):
+            grid = (slices, min(batch_tiles, end - first), R)
+            of_part = exchange._replace(counters=exchange.counters[part], first_tile=firsts[2 * part : 2 * part + 1])
+            found.append((grid, (*groups, of_part), numbers))
+        return found
+
+    def _launch(self, key: tuple, grid: tuple[int, ...], groups: tuple, numbers: tuple[int, ...]) -> None:
         ready, constants = self.launched.get(key, NOT_READY)
         if ready is not None and ready.usable():
-            ready.launch(self.grid, (*groups, T, self.request.B, *constants))
+            ready.launch((*grid, 1, 1)[:3], (*groups, *numbers, *constants))
         else:
-            self.launched[key] = self._first_launch(which, groups, T, ragged, by_step)
+            self.launched[key] = self._first_launch(key, grid, groups, numbers)
 
-    def _first_launch(self, which: str, groups: tuple, T: int, ragged: bool, by_step: bool) -> tuple[Any, tuple]:
+    def _first_launch(
+        self, key: tuple, grid: tuple[int, ...], groups: tuple, numbers: tuple[int, ...]
+    ) -> tuple[Any, tuple]:
         """Launch through Triton's binder. Return what later launches like this one can use."""
-        request = self.request
+        request, (which, ragged, by_step, _) = self.request, key
         function, constants = self._function(which, groups, ragged, by_step)
-        arguments = (*groups, T, request.B, *constants)
+        arguments = (*groups, *numbers, *constants)
         try:
             options = self._options(which, function, arguments)
-            compiled = function[self.plan.grid](*arguments, **options)
+            compiled = function[grid](*arguments, **options)
         except Exception as error:
             driver.refuse(error, self.tier, request.cell, request.H, request.dtype, self.plan, request.spec)
             raise
@@ -111,7 +129,8 @@ class Kernels:
         from ..kernels.barrier import COUNTER_STRIDE
 
         _, batch_tiles, R = self.plan.grid
-        counters = torch.zeros(batch_tiles * R, COUNTER_STRIDE.value, dtype=torch.int64, device=like.device)
+        sizes = (self.plan.parts, batch_tiles * R, COUNTER_STRIDE.value)
+        counters = torch.zeros(sizes, dtype=torch.int64, device=like.device)
         return Exchange(like.new_empty(2, R, self.request.B, self.request.H) if which == "forward" else None, counters)
 
 

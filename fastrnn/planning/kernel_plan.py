@@ -77,6 +77,7 @@ class KernelPlan:
     shared_bytes: int  # upper bound for one program
     shared_limit: int  # what the device gives one program
     saved_bytes: int = 0  # kept for backward
+    parts: int = 1  # of the batch: launches of such a grid, one after the other, the last one's perhaps smaller
 
     @property
     def programs(self) -> int:

@@ -18,7 +18,7 @@ element whose cell it computes: pointwise work is spread over all threads, at th
 
 The first IN_REGISTERS operands of W_hh stay in registers, the others are read from shared memory every step.
 
-Grid: (programs of a group, batch tiles, R). Source: as ../tile/cooperative.py.
+Grid: (programs of a group, batch tiles from the first one on, R). Source: as ../tile/cooperative.py.
 
 Limit: forward, the latency of a step, as there; backward, from H = 1024 on, what each program reads through L2: G times
 as many bytes as forward.
@@ -31,7 +31,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .. import loop
-from ..exchange import Group, announce, counter_of, meet, publish, receive
+from ..exchange import Group, announce, counter_of, first_row_of, meet, publish, receive
 from ..loop import Constants
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows, live, slot
@@ -83,10 +83,12 @@ def sums_layout(WARPS, BLOCK_B, BLOCK_N):
 
 
 @gluon.jit
-def place(K: gl.constexpr, table_ptr, T, B, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+def place(
+    K: gl.constexpr, table_ptr, first_tile, T, B, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr
+):
     """This program's rows and units, the first row of its batch tile, and the tile's rows."""
     recurrence = (gl.program_id(2) if K.D * K.N > 1 else gl.to_tensor(0)).to(gl.int64)
-    first_row = gl.program_id(1).to(gl.int64) * BLOCK_B
+    first_row = first_row_of(first_tile, BLOCK_B)
     offs_b = gl.arange(0, BLOCK_B, gl.SliceLayout(1, LAYOUT))
     offs_n = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     units = Units(offs_n, (first_row + offs_b < B)[:, None] & (offs_n < K.H)[None, :])
@@ -163,7 +165,7 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: gl.constexpr, SIZE
     WARPS: gl.constexpr = FORM.WARPS
     TIER: gl.constexpr = loop.Tier(receive, gates, publish, False, F)
     rows, units, first_row, offs_b = place(
-        K, sequences.rows, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
+        K, sequences.rows, exchange.first_tile, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
     )
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, inputs.W_hh.dtype.element_ty)
@@ -197,7 +199,7 @@ def backward(read, grads, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: 
     WARPS: gl.constexpr = FORM.WARPS
     TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
     rows, units, first_row, offs_b = place(
-        K, sequences.rows, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
+        K, sequences.rows, exchange.first_tile, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
     )
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, read.W_hh.dtype.element_ty)

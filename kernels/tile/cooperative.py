@@ -18,8 +18,8 @@ size), ...), covers it with powers of two, small ones, since each is an operand 
 
 Source: Diamos et al. 2016 (persistent RNNs) for the split over the GPU with a barrier a step.
 
-Grid: (programs of a group, batch tiles, R); the last two number the groups. The layout of tensors is in
-../arguments.py.
+Grid: (programs of a group, batch tiles from the first one on, R); the last two number the groups. The layout of tensors
+is in ../arguments.py.
 
 Limit: the latency of a step, not bandwidth: one grid barrier and one read of the state through L2 (about 1 us on an
 H100 by public notes), then product, sum over the warps, activations, store.
@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from .. import loop
-from ..exchange import Group, announce, counter_of, load_exchanged, meet, publish, receive
+from ..exchange import Group, announce, counter_of, first_row_of, load_exchanged, meet, publish, receive
 from ..loop import Constants
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows, live, slot
@@ -58,9 +58,9 @@ class Held(NamedTuple):
 
 
 @triton.jit
-def place(K: tl.constexpr, table_ptr, T, B, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+def place(K: tl.constexpr, table_ptr, first_tile, T, B, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's rows and units, the first row of its batch tile, and the tile's rows."""
-    first_row = tl.program_id(1).to(tl.int64) * BLOCK_B
+    first_row = first_row_of(first_tile, BLOCK_B)
     offs_b = tl.arange(0, BLOCK_B)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     units = Units(offs_n, (first_row + offs_b < B)[:, None] & (offs_n < K.H)[None, :])
@@ -137,7 +137,7 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: tl.constexpr, SIZE
     )  # fmt: skip
     F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, False, F)
-    rows, units, first_row, offs_b = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
+    rows, units, first_row, offs_b = place(K, sequences.rows, exchange.first_tile, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * K.H
     buffer = rows.count * tl.cast(B, tl.int64) * K.H
@@ -160,7 +160,7 @@ def backward(read, grads, sequences, exchange, T, B, CELL: tl.constexpr, SIZES: 
     )  # fmt: skip
     F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
-    rows, units, first_row, offs_b = place(K, sequences.rows, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
+    rows, units, first_row, offs_b = place(K, sequences.rows, exchange.first_tile, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     counter_ptr = counter_of(exchange.counters, rows)
     programs = tl.num_programs(0).to(tl.int64)
