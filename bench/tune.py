@@ -14,8 +14,8 @@ from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import PASSES, Problem, call_backward, call_forward
 from fastrnn.inspect.measure import us_per_step
 from fastrnn.ops import prepared
-from fastrnn.planning import cluster, planner, tuning
-from fastrnn.planning.kernel_plan import KernelPlan
+from fastrnn.planning import cluster, cooperative, planner, prices, tuning
+from fastrnn.planning.kernel_plan import KernelPlan, Request
 
 from . import clock
 from .processes import read
@@ -42,6 +42,7 @@ def trying(arch: str, tuned: tuning.Tuned) -> Iterator[None]:
 
     def forget() -> None:
         cluster.cluster.cache_clear()
+        cooperative.cooperative.cache_clear()
         spills._chosen.clear()
         prepared.forget()
 
@@ -131,7 +132,7 @@ def _us_per_step(problem: Problem, which: str, dry: bool) -> float:
 
 
 def choose(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """forms and ctas of a tuned file, from the records of all problems: only what is clearly faster."""
+    """forms, ctas and us of a tuned file, from the records of all problems; of the first two what is clearly faster."""
     timed = [r for r in records if r.get("us") is not None]
     best: dict[tuple[str, str], dict[str, Any]] = {}
     for record in timed:
@@ -153,7 +154,26 @@ def choose(records: list[dict[str, Any]]) -> dict[str, Any]:
         fastest = min(both, key=both.__getitem__)
         if own_size is None or both[fastest] < WORTH * both[own_size]:
             ctas[key] = fastest
-    return {"forms": forms, "ctas": ctas}
+    passes = {kernel: [best.get((kernel, which), {}).get("us") for which in PASSES] for kernel, _ in best}
+    return {"forms": forms, "ctas": ctas, "us": {kernel: us for kernel, us in passes.items() if None not in us}}
+
+
+def of_torch(rows: list[dict[str, Any]], arch: str) -> Iterator[tuple[Request, list[float]]]:
+    """Microseconds of a step of torch's kernel, forward and backward, from bench/layers.py's records at B = 16.
+
+    They are of whole layers, whose products beside the loop, one forward and three backward, are left out of both its
+    price and ours: they are subtracted, at the rate that prices.py takes.
+    """
+    for row in rows:
+        if row["kind"] != "plain" or row["layers"] > 1 or row["bi"] or row["B"] != 16 or "nn_train" not in row:
+            continue
+        cell = {"RNN": "rnn_tanh"}.get(row["cell"], row["cell"].lower())
+        dtype = getattr(torch, row["dtype"])
+        problem = Problem(cell, row["H"], row["B"], dtype=dtype, arch=arch, precision="tf32")
+        rate = prices.BOARDS[arch].tflops / (1 if dtype.itemsize == 2 else 2)
+        product = 2 * row["B"] * problem.request.gates * row["H"] ** 2 / rate / 1e6
+        forward, both = (row[name] * 1000 / row["T"] for name in ("nn_fwd", "nn_train"))
+        yield problem.request, [round(forward - product, 3), round(both - forward - 3 * product, 3)]
 
 
 def write(setup: Setup) -> None:
@@ -161,5 +181,9 @@ def write(setup: Setup) -> None:
     records = read(setup.folder / "tuning.jsonl")
     made = {key: value for key, value in clock.machine().items() if key != "clocks"}
     file = setup.folder / f"tuned-{setup.arch}.json"
-    file.write_text(json.dumps({"made": made, **choose(records)}, indent=1) + "\n")
+    chosen = choose(records)
+    if setup.arch in prices.BOARDS:
+        for request, us in of_torch(read(setup.folder / "compare.jsonl"), setup.arch):
+            chosen["us"][tuning.torch_key(request)] = us
+    file.write_text(json.dumps({"made": made, **chosen}, indent=1) + "\n")
     tuning.read(file)

@@ -163,7 +163,7 @@ def _key(stack: Stack, tensors: Sequence[Tensor], with_state: bool, options: Opt
     which = () if options is PLAIN else (*[given is None for given in options[:-1]], options.cell_states)
     dtype = compute_dtype(tensors[0])
     sizes = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors])
-    return stack, with_state, which, sizes, dtype, _facts(stack, dtype)
+    return stack, with_state, which, sizes, dtype, torch.is_grad_enabled(), _facts(stack, dtype)
 
 
 def _route(
@@ -200,7 +200,8 @@ def planned(stack: Stack, H: int, T: int, B: int, input: Tensor) -> Plan:
     """The plan of a call. Under torch.export a size may be a symbol: the plan is then that of the example's size."""
     T, B = (size.node.hint if isinstance(size, torch.SymInt) else size for size in (T, B))
     dtype = compute_dtype(input)
-    return _planned(stack, H, max(T, 1), max(B, 1), dtype, input.device, _facts(stack, dtype))
+    facts = torch.is_grad_enabled(), _facts(stack, dtype)
+    return _planned(stack, H, max(T, 1), max(B, 1), dtype, input.device, facts)
 
 
 def _facts(stack: Stack, dtype: torch.dtype) -> tuple:
@@ -228,4 +229,5 @@ def _planned(stack: Stack, H: int, T: int, B: int, dtype: torch.dtype, device: t
         clip_grad_state=stack.clip_grad_state,
         clip_state=stack.clip_state,
         zoneout=stack.zoneout,
+        training=facts[0],
     )

@@ -40,8 +40,8 @@ class LSTM(Recurrent):
             of h, output and the columns of weight_hh. Default: 0.
         device (torch.device | str | None): Where the parameters are. Default: None.
         dtype (torch.dtype | None): The dtype of the parameters. Default: None.
-        backend (str): "auto" takes a persistent kernel where one fits, else torch's own kernel. On a GPU a
-            `fastrnn.FallbackWarning` then says why. CPU tensors always take torch's own kernel. "resident" keeps W_hh
+        backend (str): "auto" takes the cheapest persistent kernel, or torch's own kernel where none fits or torch's
+            costs less. On a GPU a `fastrnn.FallbackWarning` then says why. CPU tensors always take torch's own kernel. "resident" keeps W_hh
             in one program. "cluster" splits it over a thread-block cluster, and "cooperative" over the GPU. "torch" is
             torch's own kernel. "reference" is a differentiable loop in torch. A named backend runs or raises. Default:
             "auto".

@@ -10,7 +10,7 @@ import torch
 from ..compat import spills
 from ..compat.cached import cached
 from ..device import CLUSTERS, DeviceSpec
-from . import tuning
+from . import prices, tuning
 from .kernel_plan import KIB, KernelPlan, Request, as_text, common, registers, runs_gluon, tiles
 
 BLOCK_B = 16  # the least that tensor cores take: more programs serve a large batch
@@ -106,22 +106,18 @@ def cluster(request: Request) -> KernelPlan:
         raise NotImplementedError("clusters in Gluon need Triton 3.8 or newer")
     if request.dtype == torch.float32 and request.precision == "ieee":
         raise NotImplementedError("a kernel for full-precision float32 products over clusters is missing; tf32 runs")
-    fits = None
-    for ctas in CLUSTERS:
-        # Measured (H100, bf16, B=16, us a step forward and backward): LSTM, H=256, eight programs take 1.31 and 1.33,
-        # four 1.55 and 1.53; H=128, four 1.02 and 0.75, two 1.13 and 0.95. Fewer than 32 units were not tried.
-        # Clusters of 16 are for what fits no smaller one: an H100 runs 7 of them at once.
-        if ctas > spec.cluster_limit or (fits and (ctas == 16 or fits.units // 2 < 32)):
-            break
-        plan = held(request, ctas) if spec.at_once(ctas) else None
-        if plan and (fits is None or run_at_once(plan, spec)):
-            fits = plan
+    # Measured (H100, bf16, B=16, us a step forward and backward): LSTM, H=256, eight programs take 1.31 and 1.33, four
+    # 1.55 and 1.53; H=128, four 1.02 and 0.75, two 1.13 and 0.95. Fewer than 32 units each are for what fits no others.
+    sizes = [ctas for ctas in CLUSTERS if ctas <= spec.cluster_limit and spec.at_once(ctas)]
+    plans = [plan for plan in [held(request, ctas) for ctas in sizes] if plan is not None]
+    wide = [plan for plan in plans if plan.units >= 32] or plans[:1]
+    fits = prices.cheapest(wide, request) if wide else None
     key = tuning.cluster_key(request, tiles(request.B, BLOCK_B) * request.recurrences)
     ctas = tuning.of(spec.arch).ctas.get(key, 0)
     if 0 < ctas <= spec.cluster_limit and spec.at_once(ctas):
         fits = held(request, ctas) or fits
     if fits is None:
-        largest = max([1, *(size for size in CLUSTERS if size <= spec.cluster_limit and spec.at_once(size))])
+        largest = max([1, *sizes])
         raise NotImplementedError(
             f"W_hh does not fit a cluster of {largest} programs: "
             f"{as_text(request.gates * request.padded**2 * request.dtype.itemsize)} at H={request.H} "
@@ -132,4 +128,4 @@ def cluster(request: Request) -> KernelPlan:
 
 def run_at_once(kernel: KernelPlan, spec: DeviceSpec, launches: int = 1) -> bool:
     """Whether no program of so many launches must wait for a multiprocessor."""
-    return launches * math.prod(kernel.grid) <= spec.at_once(kernel.ctas)
+    return launches * kernel.parts * math.prod(kernel.grid) <= spec.at_once(kernel.ctas)

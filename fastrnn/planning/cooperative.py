@@ -5,13 +5,13 @@ Cycles are modelled, not measured: change a choice here and `python -m fastrnn i
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from ..compat.cached import cached
+from . import prices
 from .kernel_plan import (
     KIB,
     GridTooLargeError,
@@ -34,55 +34,69 @@ WEIGHT_REGISTERS = (176, 144, 128, 112, 96, 80, 72, 56, 48, 32, 16, 0)
 
 @cached
 def cooperative(request: Request) -> KernelPlan:
-    spec, gates, H = request.spec, request.gates, request.H
-    if not spec.has_tf32:
+    """W_hh in slices over programs that run at once, of a batch too large for that in launches one after the other."""
+    if not request.spec.has_tf32:
         request = request._replace(precision="ieee")
     refused: Exception | None = None
+    fitting = []
     for tiling in _tilings(request):
-        in_gluon = tiling.dialect == "Gluon"
-        weight_bytes = gates * tiling.units * tiling.warps * tiling.share(H) * request.dtype.itemsize
-        split = _split_gluon if in_gluon else _split_tile
-        forward, backward = (split(request, exchanged, tiling) for exchanged in (1, gates))
-        grid = (tiles(H, tiling.units), tiles(request.B, tiling.block_b), request.recurrences)
-        if not (forward and backward):
-            refused = refused or NotImplementedError(
-                f"no slice of W_hh fits a program: {as_text(weight_bytes)} for {tiling.units} units at H={H}, in "
-                + ("registers and " if in_gluon or spec.is_amd else "")
-                + f"{as_text(spec.shared_bytes)} of shared memory on {spec.arch}, beside what a step needs"
-            )
-        elif math.prod(grid) > spec.multiprocessors:
-            refused = GridTooLargeError(
-                f"{math.prod(grid)} programs ({grid[0]} slices x {grid[1]} batch tiles x {request.D} directions"
-                + (f" x {request.N} heads" if request.N > 1 else "")
-                + ") must "
-                f"run at once, and {spec.multiprocessors} fit on {spec.arch}"
-            )
-        else:
-            limits = ({},) if in_gluon else register_limits(spec, tiling.warps)
-            return KernelPlan(
-                **common(request),
-                dialect=tiling.dialect,
-                block_b=tiling.block_b,
-                units=tiling.units,
-                grid=grid,
-                ctas=1,
-                warps=tiling.warps,
-                form={
-                    "BLOCK_B": tiling.block_b,
-                    "BLOCK_N": tiling.units,
-                    "WARPS": tiling.warps,
-                    "SPIN_ON_LOAD": spec.is_amd,
-                },
-                choices={
-                    which: tuple(limit | _form(size, held, tiling, H) for limit in limits for size, held in splits)
-                    for which, splits in (("forward", forward), ("backward", backward))
-                },
-                weight_bytes=weight_bytes,
-                weight_place="registers and shared memory" if in_gluon else weight_place(spec),
-                shared_bytes=max(*forward.values(), *backward.values()),
-            )
+        try:
+            fitting.append(of_tiling(request, tiling))
+        except (NotImplementedError, GridTooLargeError) as reason:
+            refused = reason if refused is None or isinstance(reason, GridTooLargeError) else refused
+    if fitting:
+        return prices.cheapest(fitting, request)
     assert refused is not None
     raise refused
+
+
+def of_tiling(request: Request, tiling: "Tiling") -> KernelPlan:
+    """The plan in these tiles; raises where W_hh does not fit them, or one batch tile's programs do not the device."""
+    spec, gates, H = request.spec, request.gates, request.H
+    in_gluon = tiling.dialect == "Gluon"
+    weight_bytes = gates * tiling.units * tiling.warps * tiling.share(H) * request.dtype.itemsize
+    split = _split_gluon if in_gluon else _split_tile
+    forward, backward = (split(request, exchanged, tiling) for exchanged in (1, gates))
+    slices, batch_tiles = tiles(H, tiling.units), tiles(request.B, tiling.block_b)
+    if not (forward and backward):
+        raise NotImplementedError(
+            f"no slice of W_hh fits a program: {as_text(weight_bytes)} for {tiling.units} units at H={H}, in "
+            + ("registers and " if in_gluon or spec.is_amd else "")
+            + f"{as_text(spec.shared_bytes)} of shared memory on {spec.arch}, beside what a step needs"
+        )
+    if slices * request.recurrences > spec.multiprocessors:
+        raise GridTooLargeError(
+            f"{slices * request.recurrences} programs ({slices} slices x {request.D} directions"
+            + (f" x {request.N} heads" if request.N > 1 else "")
+            + f") must run at once, and {spec.multiprocessors} fit on {spec.arch}"
+        )
+    # As few equal parts of the batch as fit.
+    at_once = spec.multiprocessors // (slices * request.recurrences)
+    part = tiles(batch_tiles, tiles(batch_tiles, at_once))
+    limits = ({},) if in_gluon else register_limits(spec, tiling.warps)
+    return KernelPlan(
+        **common(request),
+        dialect=tiling.dialect,
+        block_b=tiling.block_b,
+        units=tiling.units,
+        grid=(slices, part, request.recurrences),
+        parts=tiles(batch_tiles, part),
+        ctas=1,
+        warps=tiling.warps,
+        form={
+            "BLOCK_B": tiling.block_b,
+            "BLOCK_N": tiling.units,
+            "WARPS": tiling.warps,
+            "SPIN_ON_LOAD": spec.is_amd,
+        },
+        choices={
+            which: tuple(limit | _form(size, held, tiling, H) for limit in limits for size, held in splits)
+            for which, splits in (("forward", forward), ("backward", backward))
+        },
+        weight_bytes=weight_bytes,
+        weight_place="registers and shared memory" if in_gluon else weight_place(spec),
+        shared_bytes=max(*forward.values(), *backward.values()),
+    )
 
 
 class Tiling(NamedTuple):

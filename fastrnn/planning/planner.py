@@ -13,7 +13,8 @@ from ..device import SPECS, DeviceSpec
 from . import cluster, tuning
 from .arguments import as_int, check_checkpoint_every, check_clips, check_heads, check_share, expect
 from .kernel_plan import GridTooLargeError, KernelPlan, Request, as_text, saved_bytes
-from .tiers import TIERS, in_order
+from .prices import Price, Work, of_all, price_of_kernel, price_of_torch
+from .tiers import TIERS
 
 # What torch.backends.cudnn.rnn.fp32_precision asks, behind 1.4 us of Python (torch 2.13); torch.compile knows that one.
 _PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)
@@ -25,6 +26,8 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # ms forward and 0.7 backward (measured with stubs for kernels, one core of a Xeon, torch 2.13), and kernels are
 # modelled at 1 to 3 us a step: with shorter chunks the streams would wait for Python. A chunk also reads W_hh again.
 CHUNK_STEPS_PER_LAYER = 256
+# Of the least price: within it the fewest programs are taken, since prices are no more exact.
+NEAR = 1.05
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Plan:
         wavefront (int | None): The chunk of a wavefront, in time steps. None if layers run one after the other.
         order (str): Why layers run as a wavefront, or why they do not.
         num_heads (int): N. W_hh has N blocks of hidden_size / N units.
+        training (bool): Whether the prices include backward.
+        prices (tuple[Price, ...]): The candidates that have a price, the cheapest first.
     """
 
     cell: str
@@ -66,6 +71,8 @@ class Plan:
     wavefront: int | None = None
     order: str = ""
     num_heads: int = 1
+    training: bool = True
+    prices: tuple[Price, ...] = ()
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -80,7 +87,8 @@ class Plan:
             split = f"clusters of {k.ctas} with {k.units} units each x " if k.ctas > 1 else split
             rows |= {
                 "kernel": f"{k.dialect}, {k.warps} warps a program",
-                "programs": f"{k.programs} = {split}{groups}",
+                "programs": f"{k.programs} = {split}{groups}"
+                + (f", in {k.parts} launches, one after the other" if k.parts > 1 else ""),
                 "on chip": f"{as_text(k.weight_bytes)} of W_hh a program in {k.weight_place}; shared memory: "
                 f"{as_text(k.shared_bytes)} of {as_text(k.shared_limit)}",
                 "math": f"products of {k.precision if self.dtype == torch.float32 else dtype}, summed in fp32; "
@@ -92,6 +100,9 @@ class Plan:
             if self.num_layers > 1:
                 how = f"as a wavefront of chunks of {self.wavefront} steps" if self.wavefront else "one after the other"
                 rows["layers"] = f"{self.num_layers}, {how}: {self.order}"
+        if self.prices:
+            passes = "forward and backward" if self.training else "forward"
+            rows["price"] = f"us a step, {passes}: {', '.join(map(str, self.prices))}"
         head = f"{self.cell}, {shape}, {dtype}, on {self.device}: backend {self.backend}"
         return "\n".join([head, *(f"  {key:<9} {value}" for key, value in rows.items())])
 
@@ -113,6 +124,7 @@ def plan(
     clip_grad_state: float | None = None,
     clip_state: float | None = None,
     zoneout: float = 0.0,
+    training: bool = True,
 ) -> Plan:
     """Return the kernel that would run for a layer, its tiles, and the reason. No GPU is needed.
 
@@ -125,8 +137,9 @@ def plan(
         dtype (torch.dtype): The dtype to compute in. Kernels take float32, bfloat16 and float16.
         device (str | torch.device | DeviceSpec | None): An architecture ("sm_90", "gfx942"), a torch device, or None
             for the current GPU.
-        backend (str): "auto" takes the fastest tier that can run, as far as was measured, else torch's own kernel. It
-            always takes torch's on CPU tensors. The other values are those of `fastrnn.LSTM`.
+        backend (str): "auto" takes the cheapest of the tiers that can run and of torch's own kernel, or the first tier
+            where no price is known. It always takes torch's on CPU tensors. The other values are those of
+            `fastrnn.LSTM`.
         precision (str | None): "ieee" or "tf32" for products of float32. None is torch's setting for RNNs.
         num_layers (int): The number of stacked layers, which may run as a wavefront.
         checkpoint_every (int | None): As in `fastrnn.LSTM`.
@@ -134,13 +147,15 @@ def plan(
         clip_grad_state (float | None): As in `fastrnn.LSTM`.
         clip_state (float | None): As in `fastrnn.LSTM`.
         zoneout (float): As in `fastrnn.LSTM`.
+        training (bool): Whether the price includes backward.
 
     Returns:
-        Plan: The backend, the reason, and the kernel's launch. Its sizes are in bytes.
+        Plan: The backend, the reason, and the kernel's launch. Sizes are in bytes. Prices are microseconds of T steps,
+            measured, simulated or reckoned.
 
     Raises:
-        ValueError: A name is unknown, a size is below 1, or more programs would have to run at once than the device has
-            room for.
+        ValueError: A name is unknown, a size is below 1, or one batch tile has more programs than the device runs at
+            once.
         NotImplementedError: A named backend cannot run this. The message names what is missing.
 
     For cells that torch lacks, and for heads, clips and zoneout, "auto" takes "reference" in place of "torch".
@@ -155,6 +170,7 @@ def plan(
           on chip   128 KiB of W_hh a program in registers and shared memory; shared memory: 160 KiB of 163 KiB
           math      products of bfloat16, summed in fp32; activations: tanh.approx
           saved     78.1 MiB for backward, nothing for inference
+          price     us a step, forward and backward: resident 4.25 (simulated), ..., torch 29.5 (reckoned)
     """
     expect("cell", cell, tuple(CELLS))
     expect("backend", backend, BACKENDS)
@@ -175,7 +191,7 @@ def plan(
     steps = min(seq_len, checkpoint_every or seq_len)  # of one launch that saves for backward
     problem = functools.partial(
         Plan, cell, hidden_size, batch_size, seq_len, directions, dtype, num_layers=num_layers,
-        checkpoint_every=checkpoint_every, num_heads=num_heads,
+        checkpoint_every=checkpoint_every, num_heads=num_heads, training=training,
     )  # fmt: skip
     clips = clip_grad_state is not None or clip_state is not None
     lacks = {f"for the cell {cell!r}": not CELLS[cell].of_torch, "with heads": num_heads > 1, "that clips": clips,
@@ -197,27 +213,49 @@ def plan(
         if dtype not in KERNEL_DTYPES:
             raise NotImplementedError(f"a kernel for {dtype} is missing; there are float32, bfloat16 and float16")
         precision = precision or torch_precision()
-        reasons = []
+        reasons = {}
         sizes = (hidden_size // num_heads, batch_size, directions, num_heads)
         request = Request(cell, *sizes, dtype, precision, spec)
-        for tier, why in (in_order(request) if backend == "auto" else {backend: TIERS[backend].why}).items():
+        work = Work(seq_len, training, num_layers)
+        kernels, candidates = {}, []
+        for tier in TIERS if backend == "auto" else (backend,):
             try:
-                kernel = kernel_for(request, tier)
+                kernels[tier] = kernel_for(request, tier)
                 if backend == "auto" and driver.refused:
-                    why_not = driver.refused.get(driver.key(cell, hidden_size, dtype, kernel, spec))
+                    why_not = driver.refused.get(driver.key(cell, hidden_size, dtype, kernels[tier], spec))
                     if why_not is not None:
+                        del kernels[tier]
                         raise NotImplementedError(why_not)
+                candidates.append(price_of_kernel(tier, kernels[tier], request, work))
             except (NotImplementedError, GridTooLargeError) as reason:
                 if backend != "auto":
                     hint = _more_heads(hidden_size, request, (backend,))
                     raise type(reason)("; ".join([reason.args[0], *hint])) from None
-                reasons.append(f"{tier}: {reason.args[0]}")  # torch.compile joins no text of an exception itself
-            else:
-                kernel = replace(kernel, saved_bytes=saved_bytes(request, steps))
-                found = problem(spec.arch, tier, "; ".join([*reasons, why]), kernel)
-                chunk, order = _wavefront(found, spec)
-                return replace(found, wavefront=chunk, order=order)
-        return problem(where, fallback, "; ".join([*reasons, *_more_heads(hidden_size, request, TIERS)]))
+                reasons[tier] = f"{tier}: {reason.args[0]}"  # torch.compile joins no text of an exception itself
+        priced = [price for price in candidates if price is not None]
+        if backend == "auto" and of_torch and (priced or not kernels):
+            priced += [price for price in [price_of_torch(request, work)] if price is not None]
+        priced.sort(key=of_all)
+        if kernels:
+            near = [price.backend for price in priced if price.us <= NEAR * priced[0].us] or list(kernels)
+            tier = next(name for name in (*TIERS, "torch") if name in near)
+            if not priced and backend == "auto" and of_torch and kernels[tier].parts > 1:
+                reasons[tier] = f"{tier}: takes {kernels[tier].parts} launches, and no price of it is known"
+                tier = "torch"
+            against = []
+            for name in (*TIERS, "torch"):
+                if name == tier:
+                    break
+                against.append(reasons.get(name, f"{name}: takes more time"))
+            if tier == "torch":
+                return problem(where, tier, "; ".join(against), prices=tuple(priced))
+            why = "; ".join([*(against if backend == "auto" else ()), TIERS[tier].why])
+            kernel = replace(kernels[tier], saved_bytes=saved_bytes(request, steps))
+            found = problem(spec.arch, tier, why, kernel, prices=tuple(priced))
+            chunk, order = _wavefront(found, spec)
+            return replace(found, wavefront=chunk, order=order)
+        why = "; ".join([*reasons.values(), *_more_heads(hidden_size, request, TIERS)])
+        return problem(where, fallback, why, prices=tuple(priced))
     except (NotImplementedError, GridTooLargeError) as reason:
         if backend == "auto":
             return problem(where, fallback, str(reason))

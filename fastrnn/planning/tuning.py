@@ -2,16 +2,19 @@
 
     {"made": {"gpu": "...", ...},
      "forms": {"Gluon lstm H=256 bfloat16 block_b=16 units=32 ctas=8": {"forward": {"SHARES": 2, ...}}},
-     "ctas": {"lstm H=256 bfloat16 tiles=1": 8}}
+     "ctas": {"lstm H=256 bfloat16 tiles=1": 8},
+     "us": {"Gluon lstm H=256 bfloat16 block_b=16 units=32 ctas=8": [1.31, 1.33],
+            "torch lstm H=256 bfloat16": [13.2, 16.1]}}
 
 A form goes to the front of KernelPlan.choices, so that one that spills with another Triton still gives way to the next;
-ctas is the size of the cluster. Where the planner knows no such form (another board of the same architecture has less
-shared memory) its own order stays. Without a file, nothing changes; none is part of this version.
+ctas is the size of the cluster; us are microseconds of a step, forward and backward, at B = 16, by which prices.py
+chooses; a file may lack them. Where the planner knows no such form (another board of the same architecture has less
+shared memory) its own order stays. Without a file, nothing changes.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +24,14 @@ import torch
 from .kernel_plan import KernelPlan, Request
 
 FOLDER = Path(__file__).parents[1] / "tuned"
-KEYS = ("made", "forms", "ctas")
+KEYS = ("made", "forms", "ctas", "us")
 PASSES = ("forward", "backward")
 CONSTANTS = ("SHARES", "IN_REGISTERS", "BIAS_KEPT", "K_TILES", "maxnreg")  # of a form
 CTAS = (2, 4, 8, 16)
 _CELL = r"(lstm|gru|rnn_tanh|rnn_relu|slstm) H=\d+ (bfloat16|float16|float32-ieee|float32-tf32)"
 _KERNEL = re.compile(rf"(Gluon|tile Triton) {_CELL} block_b=\d+ units=\d+ ctas=\d+")
 _CLUSTER = re.compile(rf"{_CELL} tiles=\d+")
+_TORCH = re.compile(rf"torch {_CELL}")
 
 Form = dict[str, Any]
 
@@ -38,6 +42,7 @@ class Tuned:
 
     forms: Mapping[str, Mapping[str, Form]] = field(default_factory=dict)
     ctas: Mapping[str, int] = field(default_factory=dict)
+    us: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def _problem(cell: str, H: int, dtype: torch.dtype, precision: str) -> str:
@@ -56,6 +61,11 @@ def cluster_key(request: Request, tiles: int) -> str:
     return f"{_problem(request.cell, request.H, request.dtype, request.precision)} tiles={tiles}"
 
 
+def torch_key(request: Request) -> str:
+    """What the time of torch's own kernel belongs to."""
+    return f"torch {_problem(request.cell, request.H, request.dtype, request.precision)}"
+
+
 def read(file: Path) -> Tuned:
     """A file's content; ValueError, naming file and place, where it is not as above."""
 
@@ -67,6 +77,7 @@ def read(file: Path) -> Tuned:
         found = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: expected JSON; {error}") from None
+    found = {"us": {}} | found if isinstance(found, dict) else found
     check(isinstance(found, dict) and set(found) == set(KEYS), f"an object with {', '.join(KEYS)}", found)
     for key in KEYS:
         check(isinstance(found[key], dict), f"an object under {key}", found[key])
@@ -81,7 +92,11 @@ def read(file: Path) -> Tuned:
             check(isinstance(form, dict) and set(form) <= set(CONSTANTS), f"constants among {CONSTANTS}", form)
             check(all(isinstance(v, int | list) for v in form.values()), f"numbers for {key}", form)
             forms.setdefault(key, {})[which] = {name: _tuples(value) for name, value in form.items()}
-    return Tuned(forms, found["ctas"])
+    for key, us in found["us"].items():
+        check((_KERNEL.fullmatch(key) or _TORCH.fullmatch(key)) is not None, "a kernel under us", key)
+        numbers = isinstance(us, list) and len(us) == 2 and all(isinstance(t, int | float) and t > 0 for t in us)
+        check(numbers, f"microseconds of two passes for {key}", us)
+    return Tuned(forms, found["ctas"], found["us"])
 
 
 def _tuples(value: Any) -> Any:

@@ -52,6 +52,13 @@ def test_compiled_kernels_run_sequences_of_their_own(backend):
         assert record["faults"] == {} and record["spills"] == [], record
 
 
+def test_compiled_parts_of_a_batch_have_the_bits_of_the_whole():
+    whole, parts, less = child("parts", "sm_90")
+    assert whole["grids"] == [[17, 3, 1]] * 2 and parts["grids"] == [[17, 1, 1]] * 6
+    assert whole["differ"] == parts["differ"] == []
+    assert {"y", "h_n", "d_x_gates"} <= set(less["differ"])  # the last part of forward was not run
+
+
 @pytest.mark.parametrize("backend", TIERS)
 def test_compiled_kernels_take_absent_states_for_zeros(backend):
     records = child("absent", "sm_90", backend)

@@ -12,7 +12,7 @@ from fastrnn import plan
 from fastrnn.compat import spills
 from fastrnn.device import DeviceSpec
 from fastrnn.inspect.compile import PASSES, Problem
-from fastrnn.planning import cluster, tuning
+from fastrnn.planning import cluster, cooperative, tuning
 from fastrnn.planning.kernel_plan import Request
 
 SIZES = {"hidden_size": 256, "batch_size": 16, "dtype": torch.bfloat16, "device": "sm_90"}
@@ -26,9 +26,11 @@ def tuned(tmp_path, monkeypatch):
         (tmp_path / "sm_90.json").write_text(json.dumps({"made": {}, "forms": {}, "ctas": {}} | content))
         monkeypatch.setattr(tuning, "TUNED", tuning.known(tmp_path))
         cluster.cluster.cache_clear()
+        cooperative.cooperative.cache_clear()
 
     yield put
     cluster.cluster.cache_clear()
+    cooperative.cooperative.cache_clear()
 
 
 def request(H: int) -> Request:
@@ -40,7 +42,7 @@ def key_of(kernel, H: int = 256) -> str:
 
 
 def test_without_a_file_the_planners_order_stays():
-    assert tuning.of("sm_90") == tuning.Tuned()
+    assert tuning.of("sm_80") == tuning.Tuned()
 
 
 def test_the_tuned_form_is_tried_first_and_the_others_after_it(tuned):
@@ -80,7 +82,7 @@ def test_the_tuned_cluster_is_taken_where_it_fits(tuned):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"extra": {}}, "an object with made, forms, ctas"),
+        ({"extra": {}}, "an object with made, forms, ctas, us"),
         ({"forms": []}, "an object under forms"),
         ({"forms": {"lstm 256": {}}}, "a kernel under forms"),
         ({"forms": {"KEY": {"sideways": {}}}}, "passes among"),
@@ -88,6 +90,9 @@ def test_the_tuned_cluster_is_taken_where_it_fits(tuned):
         ({"forms": {"KEY": {"forward": {"SHARES": "two"}}}}, "numbers for"),
         ({"ctas": {"lstm H=256 tiles=1": 4}}, "a cluster's problem"),
         ({"ctas": {"lstm H=256 bfloat16 tiles=1": 3}}, "one of"),
+        ({"us": {"lstm H=256 bfloat16": [1.0, 1.0]}}, "a kernel under us"),
+        ({"us": {"torch lstm H=256 bfloat16": [1.0]}}, "microseconds of two passes"),
+        ({"us": {"KEY": [1.0, 0]}}, "microseconds of two passes"),
     ],
 )
 def test_a_wrong_file_is_named(tuned, content, message):

@@ -9,6 +9,7 @@ python -m tests.support.executed tile sm_90 resident        the same in tile Tri
 python -m tests.support.executed plans 512 FOLDER           what "auto" plans at H=512, every cell: results in a file
 python -m tests.support.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
 python -m tests.support.executed windows sm_90 resident     what a run in two windows gives that a whole one does not
+python -m tests.support.executed parts sm_90                what a batch in parts gives that one launch does not
 python -m tests.support.executed mutations                  after a change to the PTX, which must be noticed
 python -m tests.support.executed clusters                   cluster_race.py, compiled and changed, by rule and executed
 python -m tests.support.executed counted                    what `inspect` counts of a kernel with an exchange in it
@@ -263,6 +264,29 @@ def clusters() -> Iterator[dict]:
         yield {"case": case, "remote_reads": reads, "unguarded": unguarded, "noticed": noticed}
 
 
+def parts(arch: str) -> Iterator[dict]:
+    """A batch of three tiles in three launches of the cooperative kernels: the bits of one launch.
+
+    The last of them is left out to see that this would be noticed.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what is not written is NaN
+    problem = make_problem("lstm", Case(T=2, B=20, H=262, D=1), torch.bfloat16, "cpu")
+    found: dict[str, dict] = {}
+    for name, multiprocessors in (("whole", 17 * 3), ("parts", 17), ("one left out", 17)):
+        spec, grids = dataclasses.replace(DeviceSpec.named(arch), multiprocessors=multiprocessors), []
+
+        def run(launch: Launch, name=name, grids=grids) -> None:
+            grids.append(launch.grid)
+            if name != "one left out" or len(grids) != 3:
+                execute(launch, seed=len(grids))
+
+        with launches(spec, run), mock.patch("fastrnn.planning.prices.cheapest", lambda plans, request: plans[0]):
+            cooperative.cooperative.cache_clear()
+            found[name] = problem.run(functools.partial(ops.recurrence, backend="cooperative"))
+        differ = [key for key, tensor in found["whole"].items() if not torch.equal(tensor, found[name][key])]
+        yield {"name": name, "grids": grids, "differ": differ}
+
+
 def counted() -> Iterator[dict]:
     """What `inspect` counts of a kernel of fastrnn that at its end reads what another thread block has just stored."""
     store, read = "st.shared.b32 [global_smem], %r1;\n", "ld.shared::cluster.b32 %r1, [global_smem];\n"
@@ -284,6 +308,6 @@ def counted() -> Iterator[dict]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
-    commands = (kernels, sequences, absent, tile, plans, schedules, windows, mutations, clusters, counted)
+    commands = (kernels, sequences, absent, tile, plans, schedules, windows, parts, mutations, clusters, counted)
     for record in {each.__name__: each for each in commands}[command](*arguments):
         print(json.dumps(record), flush=True)
