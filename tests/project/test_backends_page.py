@@ -52,5 +52,6 @@ def test_table_of_the_cooperative_tier():
             sizes = {"batch_size": 16, "dtype": dtype, "device": arch, "precision": precision}
             for cell, stated in zip(("lstm", "gru", "rnn_tanh"), map(int, text.split(" / ")), strict=True):
                 for H in range(32, 4096, 32):
-                    fits = fastrnn.plan(cell, hidden_size=H, **sizes).backend != "torch"
+                    plan = fastrnn.plan(cell, hidden_size=H, **sizes)  # torch's kernel may cost less than one that fits
+                    fits = {plan.backend, *(price.backend for price in plan.prices)} != {"torch"}
                     assert fits == (stated >= H), (arch, cell, dtype, precision, H)
