@@ -459,7 +459,8 @@ def test_only_what_is_clearly_faster_is_written_down():
         row("k", 1, "backward", {"SHARES": 1}, 10.0, own=True), row("k", 1, "backward", {"SHARES": 2}, 9.9),
         row("l", 1, "forward", {"SHARES": 1}, None, own=True), row("l", 1, "forward", {"SHARES": 2}, 5.0),
     ]  # fmt: skip
-    assert tune.choose(rows) == {"forms": {"k": {"forward": {"SHARES": 2}}}, "ctas": {}}
+    found = tune.choose(rows)
+    assert found == {"forms": {"k": {"forward": {"SHARES": 2}}}, "ctas": {}, "us": {"k": [5.0, 9.9]}}
     eight = [row("c8", 8, which, {}, 10.0, own=True) for which in ("forward", "backward")]
     four = [row("c4", 4, "forward", {}, 5.0), row("c4", 4, "backward", {}, 12.0)]
     assert tune.choose(eight + four)["ctas"] == {"lstm H=256 bfloat16 tiles=1": 4}
