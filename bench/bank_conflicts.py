@@ -8,6 +8,7 @@ the machine code (fastrnn/inspect/simulator). Each prints how many it saw; sums,
 operands, which other accesses meet banks twice.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -23,22 +24,28 @@ from fastrnn.inspect.simulator.simulate import Kernel, conflicts, prepared
 from fastrnn.kernels.gluon import cooperative, layouts, operands
 from tests.support.cases import CELLS
 
+BATCHES = (16, 4096)  # in tiles of 8 rows, and more of them than run at once
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
 Form = tuple[str, tuple, dict]  # kernel, constants, options
 
 
 @gluon.jit
 def summands(
-    unused_ptr, H: gl.constexpr, SHARES: gl.constexpr, SUMMANDS: gl.constexpr, DIM: gl.constexpr, MUTANT: gl.constexpr
-):
+    unused_ptr, BLOCK_B: gl.constexpr, H: gl.constexpr, SHARES: gl.constexpr, SUMMANDS: gl.constexpr,
+    DIM: gl.constexpr, MUTANT: gl.constexpr,
+):  # fmt: skip
     """Those of the resident and cluster kernels; DIM 2 is forward."""
     CTAS: gl.constexpr = gl.num_ctas()
-    PRODUCT: gl.constexpr = layouts.product(gl.num_warps(), SHARES, CTAS, DIM)
-    SUMMED: gl.constexpr = layouts.summed(SUMMANDS, 16, H, gl.num_warps(), CTAS)
-    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0]) if MUTANT else layouts.partial(H, CTAS, DIM)
-    tile = gl.allocate_shared_memory(gl.float32, [SUMMANDS, 16, H], LAYOUT)
-    stored = gl.zeros([SUMMANDS, 16, H], gl.float32, PRODUCT)
-    loaded = gl.zeros([SUMMANDS, 16, H], gl.float32, SUMMED)
+    PRODUCT: gl.constexpr = layouts.product(BLOCK_B, gl.num_warps(), SHARES, CTAS, DIM)
+    SUMMED: gl.constexpr = layouts.summed(SUMMANDS, BLOCK_B, H, gl.num_warps(), CTAS)
+    PARTIAL: gl.constexpr = layouts.partial(BLOCK_B, H, CTAS, DIM)
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, [2, 1, 0]) if MUTANT else PARTIAL
+    tile = gl.allocate_shared_memory(gl.float32, [SUMMANDS, BLOCK_B, H], LAYOUT)
+    if BLOCK_B < 16:
+        stored = gl.zeros([SUMMANDS, H, BLOCK_B], gl.float32, PRODUCT).permute([0, 2, 1])
+    else:
+        stored = gl.zeros([SUMMANDS, BLOCK_B, H], gl.float32, PRODUCT)
+    loaded = gl.zeros([SUMMANDS, BLOCK_B, H], gl.float32, SUMMED)
     gl.static_assert(gl.bank_conflicts(stored.type, tile.type) == 0, "conflicts when stored")
     gl.static_assert(gl.bank_conflicts(loaded.type, tile.type) == 0, "conflicts when loaded")
 
@@ -62,21 +69,20 @@ def check(name: str, constants: tuple, options: dict) -> None:
 
 def forms() -> Iterator[Form]:
     """Of everything that is planned and has shared sums."""
-    for cell in CELLS:
-        for H in SIZES:
-            for dtype in (torch.bfloat16, torch.float32):
-                sizes = {"hidden_size": H, "batch_size": 16, "dtype": dtype, "precision": "tf32"}
-                kernel = plan(cell, device="sm_90", **sizes).kernel
-                if kernel is None or kernel.dialect != "Gluon":
-                    continue
-                options = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
-                if len(kernel.grid) > 2:
-                    yield "sums_of_warps", (kernel.block_b, kernel.units), options
-                    continue
-                for which, dim in (("forward", 2), ("backward", 0)):
-                    for shares in {form["SHARES"] for form in kernel.choices[which]}:
-                        count = shares * (1 if dim == 2 else kernel.ctas)
-                        yield "summands", (kernel.units * kernel.ctas, shares, count, dim, False), options
+    for cell, H, dtype, batch in itertools.product(CELLS, SIZES, (torch.bfloat16, torch.float32), BATCHES):
+        sizes = {"hidden_size": H, "batch_size": batch, "dtype": dtype, "precision": "tf32"}
+        kernel = plan(cell, device="sm_90", **sizes).kernel
+        if kernel is None or kernel.dialect != "Gluon":
+            continue
+        options = {"num_warps": kernel.warps, "num_ctas": kernel.ctas, "enable_fp_fusion": True}
+        if len(kernel.grid) > 2:
+            yield "sums_of_warps", (kernel.block_b, kernel.units), options
+            continue
+        for which, dim in (("forward", 2), ("backward", 0)):
+            for shares in {form["SHARES"] for form in kernel.choices[which]}:
+                count = shares * (1 if dim == 2 else kernel.ctas)
+                constants = (kernel.block_b, kernel.units * kernel.ctas, shares, count, dim, False)
+                yield "summands", constants, options
 
 
 # Each tier, and in each the sizes at which an operand's rows have other lengths.
@@ -87,13 +93,16 @@ def operands_of_products() -> None:
     """Every ldmatrix in the time loop of planned kernels."""
     seen, others = 0, []
     for cell, sizes in OPERANDS.items():
-        for H in sizes:
-            for which, launch in compile_problem(Problem(cell, H)).launches.items():
+        for H, batch in itertools.product(sizes, BATCHES):
+            if H == 1024 and batch > 16:  # refused
+                continue
+            for which, launch in compile_problem(Problem(cell, H, batch)).launches.items():
                 kernel = Kernel.of(launch)
                 ran = prepared(kernel, 2).traces.ran
                 seen += len({one.op.index for warp in ran for one in warp if one.op.name == "LDSM"})
                 for conflict in conflicts(kernel):
-                    said = f"{cell}, H={H}, {which}: {conflict.text}: {conflict.wavefronts} passes for {conflict.least}"
+                    said = f"{cell}, H={H}, B={batch}, {which}: {conflict.text}: {conflict.wavefronts} passes"
+                    said += f" for {conflict.least}"
                     if conflict.is_ldmatrix:
                         raise SystemExit(said)
                     others.append(said)
@@ -112,7 +121,7 @@ def sums() -> None:
             done.append(form)
     print(f"{len(done)} forms without conflicts")
     try:
-        check("summands", (64, 2, 2, 2, True), {"num_warps": 8, "num_ctas": 1, "enable_fp_fusion": True})
+        check("summands", (16, 64, 2, 2, 2, True), {"num_warps": 8, "num_ctas": 1, "enable_fp_fusion": True})
     except CompilationError as error:
         print("noticed:", "conflicts when stored" in str(error))
 

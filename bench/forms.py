@@ -93,9 +93,9 @@ def forms() -> Iterator[Form]:
 def only(form: Form, arch: str) -> Iterator[None]:
     """Plan this form, whatever the planner would; launches of its pass in the block take it."""
 
-    def held(request: Request, ctas: int) -> KernelPlan | None:
+    def held(request: Request, ctas: int, block_b: int = cluster.BLOCK_B) -> KernelPlan | None:
         choices = form.choices(request.spec)
-        if ctas != form.ctas or not choices:
+        if ctas != form.ctas or block_b != cluster.BLOCK_B or not choices:
             return None
         return KernelPlan(
             **common(request), dialect="Gluon", block_b=cluster.BLOCK_B, units=request.H // ctas,

@@ -28,6 +28,8 @@ from .rows import (
 from .tiles import as_fp32, load_each, load_step, store_step
 from .zoneout import as_made, new_share, with_stayed, zoned
 
+AHEAD = tl.constexpr(4)  # steps: the way from device memory is as long as two of the shortest
+
 
 class Constants(NamedTuple):
     """A cell's step in this pass, and Sizes.
@@ -62,6 +64,7 @@ class Tier(NamedTuple):
     publish: Any  # of the own units: forward h, backward d_gates
     early: Any  # whether the next step's loads go before the product, else behind what is published
     form: Any  # what the tier's planner chose
+    ahead: Any = None  # brings what a later step reads into L2; None where the way from memory is shorter than a step
 
 
 class Tiles(NamedTuple):
@@ -104,6 +107,8 @@ def forward(TIER: tl.constexpr, K: tl.constexpr, held, x_gates_ptr, out, rows, u
                 store_step(K, out.steps[n], rows, units, step, (after[n + 1],))
         if out.saved is not None:
             store_step(K, out.saved, rows, units, step, saved)
+        if TIER.ahead is not None:
+            TIER.ahead(held, K, tl.minimum(step + AHEAD, rows.T - 1))
     return state
 
 
@@ -120,6 +125,8 @@ def backward(TIER: tl.constexpr, K: tl.constexpr, held, read, grads, rows, units
         if not TIER.early:  # gradients are what programs exchange
             store_gradients(K, grads, rows, units, step, d_x, d_rec)
         sent = TIER.publish(held, K, TIER.form, d_rec)
+        if TIER.ahead is not None:
+            TIER.ahead(held, K, tl.maximum(step - AHEAD, 0))
         if not TIER.early:
             following = load_saved(K, read, rows, units, resets, tl.maximum(step - 1, 0))
         if K.clip_gradient < 0:

@@ -295,6 +295,11 @@ def copy_async(t: Operands) -> str | None:
     return t.lanes(f"copy_later(w, l, {places}, {size}, {t.value(filled[0], 'u32') if filled else size}, {t.line});")
 
 
+def prefetch(t: Operands) -> str | None:
+    """Nothing, at an address that must exist: PTX does not say what another one does."""
+    return t.lanes(f"range_of({t.address(t.operands[0], False)}, 1, {t.line});") if t.space == "global" else None
+
+
 def map_shared(t: Operands) -> str:
     return t.result(f"({t.argument(2, 'u32')} + 1) << 24 | {t.argument(1, 'u32')}", "u32")
 
@@ -309,6 +314,7 @@ FAMILIES: dict[str, Callable[[Operands], str | None]] = {
     "prmt": permute_bytes, "shl": shift, "shr": shift, "div": divide, "rem": divide, "not": unary,
     "ld": load, "st": store, "atom": atomic, "red": atomic, "cp": copy_async, "mapa": map_shared,
     "ldmatrix": load_matrices, "stmatrix": store_matrices, "mma": multiply, "shfl": shuffle, "fence": fence,
+    "prefetch": prefetch,
 }  # fmt: skip
 FAMILIES |= dict.fromkeys(("add", "sub", "mul", "and", "or", "xor", "min", "max", "mad", "fma"), arithmetic)
 FAMILIES |= dict.fromkeys(UNARY, unary)

@@ -13,7 +13,10 @@ from ..device import CLUSTERS, DeviceSpec
 from . import prices, tuning
 from .kernel_plan import KIB, KernelPlan, Request, as_text, common, registers, runs_gluon, tiles
 
-BLOCK_B = 16  # the least that tensor cores take: more programs serve a large batch
+BLOCK_B = 16  # the rows of tensor cores' left operand: more programs serve a large batch
+# Units fill these rows where batch tiles are the 8 columns of the right operand: half of the work a step, in twice the
+# programs. Simulated (sm_90, bf16, cycles forward and backward): LSTM, H=64, 1065 and 1044 to 751 and 668.
+NARROW_B = 8
 # 256 KiB in a program alone spill in every form (LSTM, H=128, fp32), 192 KiB in one of a cluster (GRU, H=384 on eight).
 MOST_WEIGHTS = 192 * KIB
 MOST_WEIGHTS_OF_CLUSTER = 128 * KIB
@@ -22,7 +25,13 @@ MOST_WEIGHTS_OF_CLUSTER = 128 * KIB
 LEAST_IN_REGISTERS = 96 * KIB
 
 
-def held(request: Request, ctas: int) -> KernelPlan | None:
+def narrowed(request: Request, plan: KernelPlan) -> KernelPlan:
+    """The plan in batch tiles of 8 rows where its programs run at once, and else as it is."""
+    found = held(request, plan.ctas, NARROW_B)
+    return found if found and (found.grid == plan.grid or run_at_once(found, request.spec)) else plan
+
+
+def held(request: Request, ctas: int, block_b: int = BLOCK_B) -> KernelPlan | None:
     """The plan for clusters of so many programs, None where they do not hold W_hh or cannot run."""
     if not runs_gluon(request):
         return None
@@ -32,12 +41,12 @@ def held(request: Request, ctas: int) -> KernelPlan | None:
     gate_bytes = weight_bytes // gates
     # Measured (H100, bf16, B=16, us a step forward and backward): at the LSTM's H=128, 8 warps take 1.53 and 1.28, 16
     # take 1.68 and 1.38. Only 16 keep a gate of 128 KiB in registers: RNN, H=256, 0.93 and 1.01 against 0.85 and 1.38.
-    warps = 16 if gate_bytes >= 128 * KIB else min(8, block_h // 8)
+    warps = 16 if gate_bytes >= 128 * KIB and block_b > NARROW_B else min(8, block_h // 8)
     if weight_bytes > (MOST_WEIGHTS if ctas == 1 else MOST_WEIGHTS_OF_CLUSTER):
         return None
     choices, shared_bytes = {}, 0
     for which in ("forward", "backward"):
-        shares = _shares(which, gates, block_h, units, warps, ctas, itemsize)
+        shares = _shares(which, gates, block_h, units, block_b, warps, ctas, itemsize)
         forms: list[dict[str, int]] = []
         for in_registers in range(gates, -1, -1):
             in_shared = (gates - in_registers) * gate_bytes
@@ -53,12 +62,12 @@ def held(request: Request, ctas: int) -> KernelPlan | None:
     return KernelPlan(
         **common(request),
         dialect="Gluon",
-        block_b=BLOCK_B,
+        block_b=block_b,
         units=units,
-        grid=(tiles(request.B, BLOCK_B), request.recurrences),
+        grid=(tiles(request.B, block_b), request.recurrences),
         ctas=ctas,
         warps=warps,
-        form={"BLOCK_B": BLOCK_B, "BLOCK_H": block_h},
+        form={"BLOCK_B": block_b, "BLOCK_H": block_h},
         choices=choices,
         weight_bytes=weight_bytes,
         weight_place="registers and shared memory",
@@ -72,21 +81,22 @@ def _register_room(spec: DeviceSpec, warps: int) -> int:
 
 
 def _shares(
-    which: str, gates: int, block_h: int, units: int, warps: int, ctas: int, itemsize: int
+    which: str, gates: int, block_h: int, units: int, block_b: int, warps: int, ctas: int, itemsize: int
 ) -> list[tuple[int, int]]:
     """How many groups of warps may share a product's sum, and the bytes of shared memory that it takes beside W_hh.
 
-    Those that leave each warp 8 columns and 16 units at least; first those that move the fewest bytes through shared
-    memory in a step: operands, which each warp of a group reads whole, and summands, written and read once.
+    Those that leave each warp 8 columns (16 where they are the left operand's) and 16 units at least; first those that
+    move the fewest bytes through shared memory in a step: operands, which each warp of a group reads whole, and
+    summands, written and read once.
     """
     found = []
     depth, columns = (block_h, units) if which == "forward" else (units, block_h)
     operands = 1 if which == "forward" else gates
     sums = gates if which == "forward" else 1
     for shares in (1, 2, 4, 8, 16):
-        if depth // shares >= 16 and 1 <= warps // shares <= columns // 8:
-            operand = operands * BLOCK_B * depth * itemsize
-            summand = sums * shares * BLOCK_B * columns * 4
+        if depth // shares >= 16 and 1 <= warps // shares <= columns // (16 if block_b == NARROW_B else 8):
+            operand = operands * block_b * depth * itemsize
+            summand = sums * shares * block_b * columns * 4
             moved = operand * warps // shares + 2 * summand
             if which == "forward":  # h, double in the exchange between programs or for the only one
                 kept = (2 * operand if ctas == 1 else operand + 2 * operand // ctas) + summand
@@ -123,7 +133,7 @@ def cluster(request: Request) -> KernelPlan:
             f"{as_text(request.gates * request.padded**2 * request.dtype.itemsize)} at H={request.H} "
             f"(padded to {request.padded}) on {spec.arch}"
         )
-    return fits
+    return narrowed(request, fits)
 
 
 def run_at_once(kernel: KernelPlan, spec: DeviceSpec, launches: int = 1) -> bool:

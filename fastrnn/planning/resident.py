@@ -7,7 +7,7 @@ and `python -m fastrnn inspect` says what it gave.
 import torch
 
 from ..compat.cached import cached
-from .cluster import held
+from .cluster import held, narrowed
 from .kernel_plan import KIB, KernelPlan, Request, as_text, common, register_limits, tiles, weight_place
 
 
@@ -33,7 +33,7 @@ def resident(request: Request) -> KernelPlan:
         request = request._replace(precision="ieee")
     weight_bytes = gates * block_h**2 * request.dtype.itemsize
     if plan := held(request, ctas=1):
-        return plan
+        return narrowed(request, plan)
     # Beside W_hh, layout conversions pass through shared memory: at most one operand tile a gate.
     conversions = max(2, gates) * block_b * block_h * 4
     limit, place = _limit(request), weight_place(spec)

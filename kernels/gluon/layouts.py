@@ -18,10 +18,15 @@ def split(ctas, dim, rank):
 
 
 @triton.constexpr_function
-def product(warps, shares, ctas, dim):
-    """[shares, rows, columns] of tensor cores' products: a warp has one share, of all rows and columns of its own."""
+def product(rows, warps, shares, ctas, dim):
+    """[shares, rows, columns] of tensor cores' products: a warp has one share, of all rows and columns of its own.
+
+    A tile of 8 rows is the right operand, and this [shares, columns, rows]: columns fill the tensor cores' 16 rows.
+    """
+    dim = 1 if rows < 16 and dim == 2 else dim
     cluster = {"cga_layout": split(ctas, dim, 3)} if ctas > 1 else {}  # Triton 3.7 knows no clusters
-    return gl.NVMMADistributedLayout([2, 0], [shares, 1, warps // shares], [1, 16, 8], **cluster)
+    warps_of = [shares, warps // shares, 1] if rows < 16 else [shares, 1, warps // shares]
+    return gl.NVMMADistributedLayout([2, 0], warps_of, [1, 16, 8], **cluster)
 
 
 @triton.constexpr_function
@@ -44,20 +49,22 @@ def operand(bits, depth, order, ctas, dim):
 
 
 @triton.constexpr_function
-def gathered(bits, columns, warps, ctas):
-    """[rows, columns] that every program of a cluster reads from all of its shared memories, 16 bytes at once."""
-    width = 128 // bits
+def gathered(bits, rows, columns, warps, ctas):
+    """[rows, columns] that every program of a cluster reads from all of its shared memories, up to 16 bytes at once."""
+    width = min(128 // bits, max(1, rows * columns // (32 * warps)))
     lanes = min(32, columns // width)
     return gl.BlockedLayout([1, width], [32 // lanes, lanes], [warps, 1], [1, 0], cga_layout=split(ctas, None, 2))
 
 
 @triton.constexpr_function
-def partial(columns, ctas, dim):
+def partial(rows, columns, ctas, dim):
     """Partial sums in shared memory, [summands, rows, columns].
 
-    Half a warp stores 4 rows of 32 bytes: neighbouring rows have them in different quarters of the banks.
+    Half a warp stores 4 rows of 32 bytes: neighbouring rows have them in different quarters of the banks. Of a tile of
+    8 rows a warp stores every other row.
     """
     own = columns // ctas if dim == 2 else columns
-    rows = max(1, 32 // own)  # in 128 bytes
+    in_line = max(1, 32 // own)  # rows in 128 bytes
+    phase = max(in_line, 16 // rows)
     cluster = {"cga_layout": split(ctas, dim, 3)} if ctas > 1 else {}
-    return gl.SwizzledSharedLayout(8, rows, max(1, 4 // rows), [2, 1, 0], **cluster)
+    return gl.SwizzledSharedLayout(8, phase, max(1, 4 // in_line), [2, 1, 0], **cluster)

@@ -12,10 +12,12 @@ the bytes that gathering the LSTM's four gate gradients would take. One cluster 
 
 W_hh of the first gates, IN_REGISTERS of them, stays in registers as operands of the tensor cores, the others' in shared
 memory. Where columns are few for the warps, SHARES groups of warps share the sum over units, too: each product is
-[shares, rows, columns]. Products pass through shared memory, also where there is one share: there, threads add the
-shares of their own columns, a few neighbours of one row. x_gates, saved tiles and outputs are loaded and stored in that
-layout. In the layout of the products a warp has 8 columns of 16 rows, so that each access meets 8 lines of L1, a cycle
-each: 1.26 us a step instead of 0.65 (LSTM, H = 64, bf16, forward, measured on an H100).
+[shares, rows, columns] (products.py). Products pass through shared memory, also where there is one share: there,
+threads add the shares of their own columns, a few neighbours of one row. x_gates, saved tiles and outputs are loaded
+and stored in that layout. In the layout of the products a warp has 8 columns of 16 rows, so that each access meets 8
+lines of L1, a cycle each: 1.26 us a step instead of 0.65 (LSTM, H = 64, bf16, forward, measured on an H100).
+
+What a step reads, one four steps earlier has brought into L2 (ahead.py).
 
 The layout of tensors is in ../arguments.py. Helpers of ../loop.py and ../rows.py serve both dialects, since layouts
 come with the offsets.
@@ -29,7 +31,6 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .. import loop
 from ..loop import Constants
@@ -37,7 +38,9 @@ from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows
 from ..tiles import first_state, load_bias, load_state, store_state
 from . import layouts
+from .ahead import find_sectors, prefetch, read_of, those
 from .layouts import block_barrier
+from .products import in_shares, layouts_of, load_operand, load_weights, multiply, store_sums, weight, zero_sums
 
 try:
     from triton.experimental.gluon.language.nvidia.hopper.cluster import barrier as meet_cluster
@@ -53,6 +56,7 @@ class Held(NamedTuple):
     operand: Any  # shared memory of the product's other operand: forward h of all units, backward d_gates
     own: Any  # shared memory of h of the own units, by step parity: forward, clusters
     summands: Any  # shared memory of what groups of warps, or programs, sum apart
+    ahead: Any  # where what a step reads lies in memory
 
 
 class Form(NamedTuple):
@@ -63,31 +67,6 @@ class Form(NamedTuple):
     SHARES: int
     IN_REGISTERS: int
     BIAS_KEPT: bool = True  # forward: whether the bias stays in registers
-
-
-class Layouts(NamedTuple):
-    """What verbs must know of a Form, and the layouts that follow from it."""
-
-    CTAS: Any
-    SHARES: Any
-    IN_REGISTERS: Any
-    BIAS_KEPT: Any
-    PRODUCT: Any
-    A: Any
-    W: Any
-    SUMMED: Any
-    GATHERED: Any
-
-
-@gluon.constexpr_function
-def layouts_of(form, bits, ctas, warps, dim):
-    """The layouts of a pass: dim is 2 in forward, where programs of a cluster split columns, 0 in backward."""
-    block_b, block_h, shares, in_registers, bias_kept = form
-    product = layouts.product(warps, shares, ctas, dim)
-    summed = layouts.summed(shares * ctas if dim == 0 else shares, block_b, block_h, warps, ctas)
-    a, w = (gl.DotOperandLayout(i, product, 32 // bits) for i in (0, 1))
-    gathered = layouts.gathered(bits, block_h, warps, ctas) if ctas > 1 else None
-    return Layouts(ctas, shares, in_registers, bias_kept, product, a, w, summed, gathered)
 
 
 @gluon.jit
@@ -114,42 +93,6 @@ def place(K: gl.constexpr, table_ptr, T, B, BLOCK_B: gl.constexpr, BLOCK_H: gl.c
 
 
 @gluon.jit
-def load_weights(
-    K: gl.constexpr, F: gl.constexpr, W_hh_ptr, recurrence, BLOCK_H: gl.constexpr, SUMMANDS: gl.constexpr,
-    SHARED: gl.constexpr, TRANSPOSED: gl.constexpr,
-):  # fmt: skip
-    """G operands [SUMMANDS, BLOCK_H // SUMMANDS of k, BLOCK_H of n]: W_hh[n, k], or W_hh[k, n] if TRANSPOSED."""
-    DEPTH: gl.constexpr = BLOCK_H // SUMMANDS
-    summands = gl.arange(0, SUMMANDS, gl.SliceLayout(1, gl.SliceLayout(2, F.W)))[:, None, None]
-    offs_k = gl.arange(0, DEPTH, gl.SliceLayout(0, gl.SliceLayout(2, F.W)))[None, :, None] + summands * DEPTH
-    offs_n = gl.arange(0, BLOCK_H, gl.SliceLayout(0, gl.SliceLayout(1, F.W)))[None, None, :]
-    mask = (offs_k < K.H) & (offs_n < K.H)
-    offsets = offs_k * K.H + offs_n if TRANSPOSED else offs_n * K.H + offs_k
-    operands = ()
-    for g in gl.static_range(K.gates):
-        tile = gl.load(W_hh_ptr + (recurrence * K.gates + g) * K.H * K.H + offsets, mask=mask, other=0.0)
-        if g < F.IN_REGISTERS:
-            operands = operands + (tile,)
-        else:
-            operands = operands + (gl.allocate_shared_memory(tile.dtype, [SUMMANDS, DEPTH, BLOCK_H], SHARED, tile),)
-    return operands
-
-
-@gluon.jit
-def operand(W_hh, g: gl.constexpr, IN_REGISTERS: gl.constexpr, LAYOUT: gl.constexpr):
-    if g < IN_REGISTERS:
-        return W_hh[g]
-    else:
-        return W_hh[g].load(LAYOUT)
-
-
-@gluon.jit
-def in_shares(tile, SHARES: gl.constexpr):
-    """[rows, columns] as [SHARES, rows, columns // SHARES]."""
-    return tile.reshape([tile.shape[0], SHARES, tile.shape[1] // SHARES]).permute(1, 0, 2)
-
-
-@gluon.jit
 def receive(held, K: gl.constexpr, F: gl.constexpr, units, recurrence, state, step):
     """h of all units, gathered from the shared memories of the cluster's programs; and the bias."""
     if F.BIAS_KEPT:
@@ -162,24 +105,17 @@ def receive(held, K: gl.constexpr, F: gl.constexpr, units, recurrence, state, st
         whole = held.own.index(step % 2).load(GATHERED)
         held.operand.index(0).store(in_shares(whole, F.SHARES))
     block_barrier()
-    A: gl.constexpr = F.A
-    return held.operand.index(0 if F.CTAS > 1 else step % 2).load(A), b_hh
+    return load_operand(held.operand.index(0 if F.CTAS > 1 else step % 2), F), b_hh
 
 
 @gluon.jit
 def gates(held, K: gl.constexpr, F: gl.constexpr, received):
     """W_hh h + b_hh of the own units, gate by gate."""
     h, b_hh = received
-    SHARES: gl.constexpr = F.SHARES
-    BLOCK_B: gl.constexpr = h.shape[1]
-    BLOCK_H: gl.constexpr = held.W_hh[0].shape[2]
-    PRODUCT: gl.constexpr = F.PRODUCT
-    W: gl.constexpr = F.W
     SUMMED: gl.constexpr = F.SUMMED
-    zeros = gl.zeros([SHARES, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
+    zeros = zero_sums(F, F.SHARES, held.summands.shape[2], held.summands.shape[3])
     for g in gl.static_range(K.gates):
-        W_g = operand(held.W_hh, g, F.IN_REGISTERS, W)
-        held.summands.index(g).store(mma_v2(h, W_g, zeros, input_precision=K.precision))
+        store_sums(F, held.summands.index(g), multiply(K, F, h, weight(held.W_hh, F, g), zeros))
     block_barrier()
     rec = ()
     for g in gl.static_range(K.gates):
@@ -208,18 +144,12 @@ def announce(held, K: gl.constexpr, F: gl.constexpr, d_rec):
 @gluon.jit
 def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back):
     """dh + W_hh^T d_gates: own rows of W_hh give a summand of all of dh, which programs and warps exchange."""
-    SUMMANDS: gl.constexpr = F.SHARES * F.CTAS
-    BLOCK_B: gl.constexpr = dh.shape[0]
-    BLOCK_H: gl.constexpr = dh.shape[1]
-    PRODUCT: gl.constexpr = F.PRODUCT
-    A: gl.constexpr = F.A
-    W: gl.constexpr = F.W
     SUMMED: gl.constexpr = F.SUMMED
-    acc = gl.zeros([SUMMANDS, BLOCK_B, BLOCK_H], gl.float32, PRODUCT)
+    acc = zero_sums(F, F.SHARES * F.CTAS, dh.shape[0], dh.shape[1])
     for g in gl.static_range(K.gates):
-        d_gate = held.operand.index(g).load(A)
-        acc = mma_v2(d_gate, operand(held.W_hh, g, F.IN_REGISTERS, W), acc, input_precision=K.precision)
-    held.summands.index(back % 2).store(acc)
+        d_gate = load_operand(held.operand.index(g), F)
+        acc = multiply(K, F, d_gate, weight(held.W_hh, F, g), acc)
+    store_sums(F, held.summands.index(back % 2), acc)
     if F.CTAS > 1:
         cluster_barrier()
     else:
@@ -242,11 +172,10 @@ def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.cons
     dtype: gl.constexpr = inputs.W_hh.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
     F: gl.constexpr = layouts_of(FORM, BITS, CTAS, gl.num_warps(), 2)
-    TIER: gl.constexpr = loop.Tier(receive, gates, publish, True, F)
+    TIER: gl.constexpr = loop.Tier(receive, gates, publish, True, F, prefetch)
     rows, units = place(K, sequences.rows, T, B, BLOCK_B, BLOCK_H, gl.SliceLayout(0, F.SUMMED))
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
-    shared: gl.constexpr = layouts.operand(BITS, DEPTH, [1, 2, 0], CTAS, 2)
-    W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, BLOCK_H, SHARES, shared, False)
+    W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, BLOCK_H, SHARES, False)
     b_hh = load_bias(K, inputs.b_hh, rows.recurrence, units)
     if not F.BIAS_KEPT:
         b_hh = inputs.b_hh
@@ -259,9 +188,11 @@ def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.cons
         own = gl.allocate_shared_memory(
             dtype, [2, BLOCK_B, BLOCK_H], layouts.operand(BITS, BLOCK_H // CTAS, [1, 0], CTAS, 1)
         )
-    partial: gl.constexpr = layouts.partial(BLOCK_H, CTAS, 2)
+    partial: gl.constexpr = layouts.partial(BLOCK_B, BLOCK_H, CTAS, 2)
     summands = gl.allocate_shared_memory(gl.float32, [K.gates, SHARES, BLOCK_B, BLOCK_H], partial)
-    held = Held(W_hh, b_hh, whole, own, summands)
+    reads: gl.constexpr = those(read_of(inputs.x_gates, K.gates, K.H, BLOCK_H // CTAS))
+    sectors = find_sectors(K, (inputs.x_gates,), reads, sequences.rows, rows, T, B, BLOCK_B)
+    held = Held(W_hh, b_hh, whole, own, summands, sectors)
     publish(held, K, F, units, state, 0)
     state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
     store_state(K, outputs.finals, rows, units, state)
@@ -284,17 +215,27 @@ def backward(read, grads, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constex
     dtype: gl.constexpr = read.W_hh.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
     F: gl.constexpr = layouts_of(FORM, BITS, CTAS, gl.num_warps(), 0)
-    TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, True, F)
+    TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, True, F, prefetch)
     rows, units = place(K, sequences.rows, T, B, BLOCK_B, BLOCK_H, gl.SliceLayout(0, F.SUMMED))
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
-    shared: gl.constexpr = layouts.operand(BITS, BLOCK_H, [2, 1, 0], CTAS, 0)
-    W_hh = load_weights(K, F, read.W_hh, rows.recurrence, BLOCK_H, SUMMANDS, shared, True)
+    W_hh = load_weights(K, F, read.W_hh, rows.recurrence, BLOCK_H, SUMMANDS, True)
     d_state = load_state(K, read.d_finals, rows, units)
     d_tile = gl.allocate_shared_memory(
         dtype, [K.gates, SUMMANDS, BLOCK_B, DEPTH], layouts.operand(BITS, DEPTH, [2, 1, 0], CTAS, 0)
     )
-    summands = gl.allocate_shared_memory(gl.float32, [2, SUMMANDS, BLOCK_B, BLOCK_H], layouts.partial(BLOCK_H, CTAS, 0))
-    held = Held(W_hh, None, d_tile, None, summands)
+    partial: gl.constexpr = layouts.partial(BLOCK_B, BLOCK_H, CTAS, 0)
+    summands = gl.allocate_shared_memory(gl.float32, [2, SUMMANDS, BLOCK_B, BLOCK_H], partial)
+    ptrs = read.kept
+    if read.tiles is not None:
+        ptrs = ptrs + (read.tiles,)
+    if read.dy is not None:
+        ptrs = ptrs + (read.dy,)
+    OWN: gl.constexpr = BLOCK_H // CTAS
+    reads: gl.constexpr = (read_of(read.kept[0], 1, K.H, OWN),) * K.kept + those(
+        read_of(read.tiles, K.saved, K.H, OWN), read_of(read.dy, 1, K.H, OWN)
+    )
+    sectors = find_sectors(K, ptrs, reads, sequences.rows, rows, T, B, BLOCK_B)
+    held = Held(W_hh, None, d_tile, None, summands, sectors)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
     store_state(K, grads.d_states, rows, units, d_state)
     if CTAS > 1:

@@ -9,8 +9,8 @@ from ..support.versions import NEEDS_CLUSTERS
 
 # (H, D, of a cluster: programs), by tier, and the grid that the driver is asked for; B = 17 where D = 2, else 3.
 GRIDS = {
-    "resident": {(24, 2, 1): [2, 2, 1], (64, 1, 1): [1, 1, 1]},
-    "cluster": {(128, 2, 4): [8, 2, 1], (256, 1, 8): [8, 1, 1], (512, 1, 16): [16, 1, 1]},
+    "resident": {(24, 2, 1): [3, 2, 1], (64, 1, 1): [1, 1, 1]},
+    "cluster": {(128, 2, 4): [12, 2, 1], (256, 1, 8): [8, 1, 1], (512, 1, 16): [16, 1, 1]},
     "cooperative": {(262, 2, 1): [17, 3, 2], (264, 1, 1): [17, 1, 1]},
 }
 

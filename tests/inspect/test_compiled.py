@@ -27,6 +27,8 @@ def child(*arguments: str) -> list[dict]:
         ("kernels", "sm_90", "cooperative"),
         ("kernels", "sm_100", "cluster"),
         ("tile", "sm_90", "resident"),
+        ("rows16", "sm_90", "resident"),
+        pytest.param("rows16", "sm_90", "cluster", marks=pytest.mark.wide),
         pytest.param("kernels", "sm_80", "cooperative", marks=pytest.mark.wide),
         pytest.param("kernels", "sm_90", "resident", marks=pytest.mark.wide),
         pytest.param("kernels", "sm_90", "cluster", marks=pytest.mark.wide),

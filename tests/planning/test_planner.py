@@ -1,6 +1,7 @@
 """Plans: pure, right about what fits, and clear about what does not."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -217,9 +218,32 @@ def test_clusters_at_once_are_counted_in_groups_of_multiprocessors():
         board = dataclasses.replace(h100, clusters=((2, 1), (4, clusters_of_4), (8, 1)))
         assert fastrnn.plan("lstm", **sizes | {"hidden_size": 128, "batch_size": 32}, device=board).backend == tier
     stack = {"hidden_size": 256, "batch_size": 16, "seq_len": 10**5, "dtype": BF16, "num_layers": 3}
-    for clusters_of_8, chunked in ((3, True), (2, False)):
+    for clusters_of_8, chunked in ((6, True), (5, False)):  # two tiles of 8 rows a layer
         board = dataclasses.replace(h100, clusters=((8, clusters_of_8),))
         assert (fastrnn.plan("lstm", **stack, device=board).wavefront is not None) == chunked
+
+
+@pytest.mark.parametrize(
+    ("cell", "H", "at_once"),
+    (("lstm", 64, {1: 132}), ("gru", 128, {4: 33}), ("gru", 256, {8: 15}), ("lstm", 512, {16: 7})),
+)
+def test_tiles_of_8_rows_while_they_run_at_once(cell, H, at_once):
+    """Half of a step's work in twice the programs: else tiles of 16."""
+    (ctas, most), h100 = *at_once.items(), DeviceSpec.named("sm_90")
+    for B, rows in ((1, 8), (8 * most, 8), (8 * most + 1, 16)):
+        kernel = fastrnn.plan(cell, hidden_size=H, batch_size=B, dtype=BF16, device=h100).kernel
+        assert (kernel.block_b, kernel.ctas, kernel.grid) == (rows, ctas, (-(-B // rows), 1)), B
+    # Where a batch of 8 has as many programs in either, those of 8 are taken, however many recurrences there are.
+    kernel = fastrnn.plan(cell, hidden_size=H * 200, num_heads=200, batch_size=8, dtype=BF16, device=h100).kernel
+    assert kernel.block_b == 8 and kernel.grid == (1, 200)
+
+
+def test_a_tile_of_8_rows_needs_16_columns_a_warp():
+    """So H=16 stays in tiles of 16, and at H=64 two groups of four warps share a sum."""
+    small = functools.partial(fastrnn.plan, "gru", hidden_size=16, batch_size=16, dtype=BF16, device="sm_90")
+    assert small().kernel.block_b == 16
+    forms = fastrnn.plan("gru", hidden_size=64, batch_size=16, dtype=BF16, device="sm_90").kernel.choices["forward"]
+    assert {form["SHARES"] for form in forms} == {2}
 
 
 def test_plans_are_frozen_equal_and_hashable():

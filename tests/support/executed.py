@@ -6,6 +6,7 @@ python -m tests.support.executed kernels sm_90 resident     every cell, pass and
 python -m tests.support.executed sequences sm_90 resident ragged   kinds of SEQUENCES with this word, with cell states
 python -m tests.support.executed absent sm_90 resident      first states left out, plain and with sequences
 python -m tests.support.executed tile sm_90 resident        the same in tile Triton, where Gluon takes its place
+python -m tests.support.executed rows16 sm_90 resident      the same in batch tiles of 16 rows, where 8 take their place
 python -m tests.support.executed plans 512 FOLDER           what "auto" plans at H=512, every cell: results in a file
 python -m tests.support.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
 python -m tests.support.executed windows sm_90 resident     what a run in two windows gives that a whole one does not
@@ -25,6 +26,7 @@ from unittest import mock
 
 import torch
 
+from bench.measured import tiles_of_16_rows
 from fastrnn import ops, plan
 from fastrnn.device import DeviceSpec
 from fastrnn.inspect import cluster
@@ -40,11 +42,11 @@ from .cases import CELLS, SEQUENCES, TIMES, TIMES_FLOAT32, Case, Problem, make_p
 from .cluster_race import residual
 from .versions import HAS_CLUSTERS
 
-# Not aligned to 16 bytes, and aligned; rows and units masked; two directions; several programs where W_hh is split, and
-# pieces of 32 and 16 columns.
+# Not aligned to 16 bytes, and aligned; rows and units masked; two tiles of 8 rows; two directions; several programs
+# where W_hh is split, and pieces of 32 and 16 columns.
 CASES = {
-    "resident": Case(T=3, B=3, H=24, D=2),
-    "cluster": Case(T=3, B=3, H=100, D=2),
+    "resident": Case(T=3, B=11, H=24, D=2),
+    "cluster": Case(T=3, B=11, H=100, D=2),
     "cooperative": Case(T=3, B=3, H=262, D=1),
 }
 KINDS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"))
@@ -100,6 +102,11 @@ def absent(arch: str, backend: str) -> Iterator[dict]:
 
 def tile(arch: str, backend: str) -> Iterator[dict]:
     with mock.patch("fastrnn.compat.spills.triton_version", lambda: (3, 5)):  # which has no Gluon
+        yield from kernels(arch, backend)
+
+
+def rows16(arch: str, backend: str) -> Iterator[dict]:
+    with tiles_of_16_rows():
         yield from kernels(arch, backend)
 
 
@@ -206,6 +213,12 @@ MUTATIONS = {
         "cluster", "backward", replace(*CLUSTER_BARRIER), "race"),
     "a cluster's fence removed": ("cluster", "forward", replace(r"fence\.release[^;]*;", ""), "race"),
     "a cluster's fence removed, backward": ("cluster", "backward", replace(r"fence\.release[^;]*;", ""), "race"),
+    "prefetched past the last step": (
+        "resident", "forward", replace(r"(prefetch\.global\.L2 \[ ?%rd\d+) ?\]", r"\1+65536]"), "out of bounds"),
+    "prefetched before the first step": (
+        "resident", "backward", replace(r"(prefetch\.global\.L2 \[ ?%rd\d+) ?\]", r"\1+-65536]"), "out of bounds"),
+    "a sum of another row": (
+        "resident", "forward", nth(r"(st\.shared\.b32\s+\[%r\d+\], )%r\d+", r"\g<1>0", -1), ""),
     "one row too many": ("resident", "forward", replace(r"setp\.lt\.s64", "setp.le.s64"), "out of bounds"),
 }  # fmt: skip
 
@@ -308,6 +321,8 @@ def counted() -> Iterator[dict]:
 if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
-    commands = (kernels, sequences, absent, tile, plans, schedules, windows, parts, mutations, clusters, counted)
+    commands = (
+        kernels, sequences, absent, tile, rows16, plans, schedules, windows, parts, mutations, clusters, counted,
+    )  # fmt: skip
     for record in {each.__name__: each for each in commands}[command](*arguments):
         print(json.dumps(record), flush=True)

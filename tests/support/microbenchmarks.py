@@ -189,6 +189,10 @@ MICROBENCHMARKS = {
         in_chain("ld.global.b32", "%rd2") + "\n\tadd.s64 %rd2, %rd2, 256;", "LDG", repeats=1
     ),
 }
+for name, lines in (("prefetched", 3), ("prefetched too late", 1)):
+    MICROBENCHMARKS[f"L2 in a chain, {name}"] = Microbenchmark(
+        f"prefetch.global.L2 [%rd2+{256 * lines}];\n\t{MICROBENCHMARKS['L2 in a chain'].body}", "LDG", repeats=1
+    )
 for rank, whose in enumerate(("another's", "one's own")):  # the second program of the cluster is simulated
     MICROBENCHMARKS[f"cluster load in a chain, {whose}"] = Microbenchmark(
         in_chain("ld.volatile.shared::cluster.b32", "%r5"), "LD.", repeats=1, ctas=2,

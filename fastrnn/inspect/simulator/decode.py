@@ -101,6 +101,10 @@ class Op:
         return self.name == "MEMBAR" and ("GPU" in self.parts or "SYS" in self.parts)
 
     @property
+    def is_prefetch(self) -> bool:
+        return _is_prefetch(self.parts)
+
+    @property
     def is_strong(self) -> bool:
         return "STRONG" in self.parts
 
@@ -112,14 +116,20 @@ def decode(index: int, code: sass.Instruction) -> Op:
     name = parts[0]
     base = name[1:] if name in UNIFORM and name.startswith("U") else name
     operands = [operand(text) for text in split(rest)]
-    count = _results(base, operands)
+    prefetches = _is_prefetch(parts)
+    count = 0 if prefetches else _results(base, operands)
     place = next((one for one in operands if one.kind == "memory" and not one.text.startswith("c[")), None)
     registers = _registers(base, parts)
     return Op(
         index, code, name, base, parts, operand(guard) if guard else None, tuple(operands[:count]),
-        tuple(operands[count:]), _pipe(name, code), _width(name, code.opcode), registers,
-        _address(place.text, name) if place and name in SHARED | GLOBAL else None,
+        tuple(operands[count:]), "memory" if prefetches else _pipe(name, code), _width(name, code.opcode), registers,
+        _address(place.text, name) if place and (name in SHARED | GLOBAL or prefetches) else None,
     )  # fmt: skip
+
+
+def _is_prefetch(parts: tuple[str, ...]) -> bool:
+    """Into L2; CCTL does other things to caches as well."""
+    return parts[0] == "CCTL" and "PF2" in parts
 
 
 def decoded(code: sass.Code) -> list[Op]:
@@ -191,7 +201,7 @@ def _address(text: str, name: str) -> tuple[tuple[str, int, bool, int], ...]:
             if uniform_base:
                 wide = found[1] == "UR"
             else:
-                wide = "64" in flags or (name in ("LD", "ST") and found[1] == "R")
+                wide = "64" in flags or (name in ("LD", "ST", "CCTL") and found[1] == "R")
             factor = next((int(flag[1:]) for flag in flags if re.fullmatch(r"X\d+", flag)), 1)
             terms.append((found[1], -1 if found[2] == "Z" else int(found[2]), bool(wide), factor))
         else:

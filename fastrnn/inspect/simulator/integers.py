@@ -57,6 +57,9 @@ def add3(x: Sources) -> list[Array]:
 
 
 def add(x: Sources) -> list[Array]:
+    if "16x2" in x.parts:
+        low, high = U(0xFFFF), U(0xFFFF0000)
+        return [((x(0) & high) + (x(1) & high) & high) | (x(0) + x(1) & low)]
     return [x.wide(0) + x.wide(1)] if "64" in x.parts else [x(0) + x(1)]
 
 

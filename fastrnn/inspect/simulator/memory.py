@@ -21,7 +21,7 @@ LINE_BYTES = 128
 OPERANDS_READ = 4  # cycles behind the address stage until a store's operands have been read; assumed
 AWAY = 4  # cycles until a store has left the data stage; assumed
 WITHOUT_ADDRESSES = ("S2R", "S2UR", "LDC")
-WIDE_ADDRESSES = ("LDG", "STG", "LD", "ST", "RED", "REDG", "ATOM", "ATOMG", "LDGSTS")
+WIDE_ADDRESSES = ("LDG", "STG", "LD", "ST", "RED", "REDG", "ATOM", "ATOMG", "LDGSTS", "CCTL")
 
 
 class Memory:
@@ -141,6 +141,10 @@ class Memory:
             warp.stored = max(warp.stored, sent + figures.l2_latency)
             for line in access.lines:
                 self.l2.setdefault(line, begins)
+            return begins + AWAY
+        if op.is_prefetch:
+            for line in access.lines:
+                self.l2.setdefault(line, begins + figures.hbm_latency)
             return begins + AWAY
         if op.name in RETURNS_DATA:
             return begins + figures.atomic_latency - spent
