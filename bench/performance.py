@@ -78,7 +78,7 @@ def row(problem: Problem) -> str:
     )
     target = TARGETS.get(problem.hidden_size, "") if problem.cell == "lstm" else ""
     cycles = " | ".join(f"{each.cycles:,.0f}" for each in (forward, inference, backward))
-    what = f"{compiled.plan.backend}, {kernel.dialect}, {split}{kernel.warps} warps"
+    what = f"{compiled.plan.backend}, {kernel.dialect}, {split}{kernel.warps} warps, {kernel.block_b} rows"
     waits = f"{waited_for(forward)}, {waited_for(backward)}"
     return f"| {name} | {what} | {target} | {cycles} | {measured(problem)} | {waits} |"
 

@@ -332,7 +332,7 @@ def test_plan_prints_each_problem(capsys):
     assert main(["plan", "--cell", "slstm", "--hidden", "768", "--num-heads", "12"]) == 0
     printed = capsys.readouterr().out
     assert "slstm, T=3, B=16, H=768 in 12 heads, bfloat16, on sm_90: backend resident" in printed
-    assert "12 = 1 batch tile(s) of 16 rows x 1 direction(s) x 12 heads" in printed
+    assert "24 = 2 batch tile(s) of 8 rows x 1 direction(s) x 12 heads" in printed
 
 
 def test_inspect_knows_heads():
