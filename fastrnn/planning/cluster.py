@@ -15,7 +15,7 @@ from .kernel_plan import KIB, KernelPlan, Request, as_text, common, registers, r
 
 BLOCK_B = 16  # the rows of tensor cores' left operand: more programs serve a large batch
 # Units fill these rows where batch tiles are the 8 columns of the right operand: half of the work a step, in twice the
-# programs. Simulated (sm_90, bf16, cycles forward and backward): LSTM, H=64, 1065 and 1044 to 751 and 668.
+# programs. Simulated (sm_90, bf16, cycles forward and backward): LSTM, H=64, 1065 and 1044 to 691 and 678.
 NARROW_B = 8
 # 256 KiB in a program alone spill in every form (LSTM, H=128, fp32), 192 KiB in one of a cluster (GRU, H=384 on eight).
 MOST_WEIGHTS = 192 * KIB

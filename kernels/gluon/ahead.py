@@ -28,6 +28,14 @@ class Sectors(NamedTuple):
     anywhere: Any  # such an address
 
 
+class Batch(NamedTuple):
+    """Whose rows they are."""
+
+    table: Any
+    T: Any
+    B: Any
+
+
 class Read(NamedTuple):
     """Tiles of a tensor [slots, R, tiles, bytes]."""
 
@@ -86,20 +94,21 @@ def find_sectors(K: gl.constexpr, ptrs, READS: gl.constexpr, table_ptr, rows, T,
     found = Sectors(rows, nothing, anywhere + nothing, nothing, anywhere)
     for i in gl.static_range(len(READS)):
         own = (number % COUNT - before(i, READS, BLOCK_B)).to(gl.uint32)  # of what comes before: large
-        found = with_tensor(K, found, ptrs[i], READS[i], number // COUNT, own, table_ptr, T, B, BLOCK_B)
+        found = with_tensor(K, found, ptrs[i], READS[i], number // COUNT, own, Batch(table_ptr, T, B), BLOCK_B)
     return found
 
 
 @gluon.jit
-def with_tensor(K: gl.constexpr, found, ptr, READ: gl.constexpr, rank, number, table_ptr, T, B, BLOCK_B: gl.constexpr):
+def with_tensor(K: gl.constexpr, found, ptr, READ: gl.constexpr, rank, number, batch, BLOCK_B: gl.constexpr):
     """Threads have the sector of a tensor whose number they are given, if there is one."""
     IN_ROW: gl.constexpr = in_row(READ)
     IN_TILE: gl.constexpr = IN_ROW // READ[0]
     WIDTH: gl.constexpr = READ[0] * READ[1]
     first_row = gl.program_id(0).to(gl.int64) * BLOCK_B
     row, in_tile = (number // IN_ROW).to(gl.int32), rank * READ[2] + (number % IN_TILE).to(gl.int32) * SECTOR
-    exists = (number < BLOCK_B * IN_ROW) & (first_row + row < B) & (in_tile < READ[1])
-    rows = find_rows(K, table_ptr, found.rows.recurrence, T, B, first_row, gl.where(exists, row, 0))
+    exists = (number < BLOCK_B * IN_ROW) & (first_row + row < batch.B) & (in_tile < READ[1])
+    own_row = gl.where(exists, row, 0)
+    rows = find_rows(K, batch.table, found.rows.recurrence, batch.T, batch.B, first_row, own_row)
     offs = (number % IN_ROW // IN_TILE).to(gl.int32) * READ[1] + in_tile
     address = ptr.to(gl.int64) + rows.slots.to(gl.int64) * (rows.count * WIDTH) + offs
     return Sectors(
