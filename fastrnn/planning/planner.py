@@ -162,7 +162,8 @@ def plan(
 
     Examples:
         >>> import torch, fastrnn
-
+        >>> sizes = {"hidden_size": 128, "batch_size": 64, "seq_len": 1000}
+        >>> print(fastrnn.plan("lstm", **sizes, dtype=torch.bfloat16, device="sm_80"))
         lstm, T=1000, B=64, H=128, bfloat16, on sm_80: backend resident
           why       W_hh fits one program
           kernel    Gluon, 8 warps a program
