@@ -52,13 +52,16 @@ def plans(problem: Problem) -> Iterator[tuple[str, Request, KernelPlan]]:
     """Every form that the planner may take, of one batch tile."""
     request = problem.request
     if problem.hidden_size in PADDED[problem.dtype.itemsize]:
-        with contextlib.suppress(NotImplementedError):
-            yield "resident", request, resident.resident(request)
-        if request.precision == "tf32" or request.dtype != torch.float32:
-            for ctas in tuning.CTAS:
-                kernel = cluster.held(request, ctas) if ctas <= request.spec.cluster_limit else None
-                if kernel is not None and kernel.units >= 16:
-                    yield "cluster", request, kernel
+        if cluster.held(request, 1) is None:
+            with contextlib.suppress(NotImplementedError):
+                yield "resident", request, resident.resident(request)
+        sizes = [ctas for ctas in (1, *tuning.CTAS) if ctas <= request.spec.cluster_limit]
+        if request.precision == "ieee" and request.dtype == torch.float32:
+            sizes = sizes[:1]
+        for ctas, rows in itertools.product(sizes, (cluster.BLOCK_B, cluster.NARROW_B)):
+            kernel = cluster.held(request, ctas, rows)
+            if kernel is not None and (ctas == 1 or kernel.units >= 16):
+                yield "resident" if ctas == 1 else "cluster", request, kernel
     if problem.hidden_size in SLICED[problem.dtype.itemsize]:
         dialects = set()
         for tiling in cooperative._tilings(request):

@@ -119,13 +119,14 @@ def cluster(request: Request) -> KernelPlan:
     # Measured (H100, bf16, B=16, us a step forward and backward): LSTM, H=256, eight programs take 1.31 and 1.33, four
     # 1.55 and 1.53; H=128, four 1.02 and 0.75, two 1.13 and 0.95. Fewer than 32 units each are for what fits no others.
     sizes = [ctas for ctas in CLUSTERS if ctas <= spec.cluster_limit and spec.at_once(ctas)]
-    plans = [plan for plan in [held(request, ctas) for ctas in sizes] if plan is not None]
+    plans = [narrowed(request, plan) for plan in [held(request, ctas) for ctas in sizes] if plan is not None]
     wide = [plan for plan in plans if plan.units >= 32] or plans[:1]
     fits = prices.cheapest(wide, request) if wide else None
     key = tuning.cluster_key(request, tiles(request.B, BLOCK_B) * request.recurrences)
     ctas = tuning.of(spec.arch).ctas.get(key, 0)
     if 0 < ctas <= spec.cluster_limit and spec.at_once(ctas):
-        fits = held(request, ctas) or fits
+        tuned = held(request, ctas)
+        fits = fits if tuned is None else narrowed(request, tuned)
     if fits is None:
         largest = max([1, *sizes])
         raise NotImplementedError(
@@ -133,7 +134,7 @@ def cluster(request: Request) -> KernelPlan:
             f"{as_text(request.gates * request.padded**2 * request.dtype.itemsize)} at H={request.H} "
             f"(padded to {request.padded}) on {spec.arch}"
         )
-    return narrowed(request, fits)
+    return fits
 
 
 def run_at_once(kernel: KernelPlan, spec: DeviceSpec, launches: int = 1) -> bool:
