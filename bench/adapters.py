@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fastrnn.cells import CELLS
 from fastrnn.planning.kernel_plan import GridTooLargeError
-from fastrnn.planning.tiers import TIERS
+from fastrnn.planning.tiers import KERNELS
 
 from . import others
 from .workload import Data
@@ -230,6 +230,6 @@ PEERS: dict[str, Builder] = {
 IMPLEMENTATIONS: dict[str, Builder] = {
     "torch.nn": per_head(torch_nn),
     "step loop": per_head(step_loop),
-    **{f"fastrnn {backend}": ours(backend) for backend in ("auto", *TIERS, "reference")},
+    **{f"fastrnn {backend}": ours(backend) for backend in ("auto", *KERNELS, "reference")},
     **PEERS,
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("fastrnn", "torch", "triton", "numpy", "flashrnn", "haste_pytorch", "torchrl")
+PACKAGES = ("fastrnn", "torch", "triton", "numpy", "llvmlite", "flashrnn", "haste_pytorch", "torchrl")
 QUERY = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 

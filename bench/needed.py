@@ -17,6 +17,7 @@ PACKAGES = {
     "gluonts": ("gluonts", "the test on its model"),
     "hatchling": ("hatchling", "the wheel's tests"),
     "hypothesis": ("hypothesis", "sizes that hypothesis chooses"),
+    "llvmlite": ("llvmlite", "the kernels for CPUs"),
     "material": ("mkdocs-material", "the site"),
     "matplotlib": ("matplotlib", "figures and the examples' tests"),
     "mkdocstrings": ("mkdocstrings[python]", "the site"),
@@ -37,7 +38,7 @@ PACKAGES = {
     "xlstm": ("xlstm", "what is about its cells"),
 }
 TESTED = (
-    "build", "deepecho", "editables", "expecttest", "gluonts", "hatchling", "hypothesis", "matplotlib",
+    "build", "deepecho", "editables", "expecttest", "gluonts", "hatchling", "hypothesis", "llvmlite", "matplotlib",
     "pytest_benchmark", "rich", "sb3_contrib", "tirex", "xlstm",
 )  # fmt: skip
 EXAMPLE = ("torch", "matplotlib", "tqdm")
@@ -57,7 +58,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "docs": (("torch", "material", "mkdocstrings"), ()),
     "inspect": (("torch", "triton"), ()),
     "snapshots": (("torch", "triton"), ()),
-    "bench": (("torch", "pytest", "pytest_benchmark", "matplotlib"), ("triton",)),
+    "bench": (("torch", "pytest", "pytest_benchmark", "matplotlib"), ("triton", "llvmlite")),
     "bench-gpu": (("torch", "triton"), ("pytest", "pytest_benchmark", "statsmodels", "tirex", "xlstm")),
 }
 # What each test needs: patterns of its id. Modules that fail to import say so themselves, by pytest.importorskip.

@@ -83,6 +83,19 @@ def _seeded_and_exact():
     torch._C._set_cudnn_enabled(cudnn)
 
 
+@pytest.fixture(autouse=True)
+def _on_cpu(request):
+    """Kernels for CPUs are for CPU tensors, and need llvmlite."""
+    of_test = getattr(request.node, "callspec", None)
+    if of_test is not None and of_test.params.get("backend") == "cpu":
+        from fastrnn.planning import cpu
+
+        if torch.cuda.is_available():
+            pytest.skip("tests/ops/test_cpu.py has what is of CPU tensors where there is a GPU")
+        if cpu.MISSING:
+            pytest.skip(f"needs {', '.join(cpu.MISSING)}")
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ from ..device import DeviceSpec
 from ..ops.layer import Layer
 from ..ops.library import observed
 from ..ops.prepared import Prepared
-from ..planning import tuning
+from ..planning import cpu, tuning
 from ..planning.planner import Plan, plan, torch_precision
-from ..planning.tiers import TIERS
+from ..planning.tiers import KERNELS, TIERS
 from ..stack import Stack
 from .layers import layer_of
 from .options import PLAIN, Options, as_tensors, check_options, checked_values
@@ -183,13 +184,15 @@ def _route(
     wide = stack.of_cell.state_dtype(dtype)
     casts = any(tensor.dtype != dtype for tensor in (input, *params, *state))
     chosen = planned(stack, H, T // max(B, 1) if ragged else T, B, input)
+    if chosen.backend == "torch" and chosen.device == "cpu" and stack.backend == "auto":
+        chosen = _with_options(chosen, options, P == H and not observed((input,)))
     route = Route(T, B, H, P, chosen, None, dtype, wide, casts, layer_of(stack, chosen.backend), None)
     return route._replace(path=choose(Call(stack, input, None, params, options, route)))
 
 
 def _prepared(route: Route, stack: Stack, input: Tensor, options: Options) -> Route:
     """The same route, with its launches prepared if a kernel of ours runs."""
-    if route.chosen.kernel is None:
+    if route.chosen.backend not in KERNELS:
         return route
     slots = (route.T,) if options.cu_seqlens is not None else (route.T, route.B)
     like = input.new_empty(0, dtype=route.dtype)
@@ -201,7 +204,21 @@ def planned(stack: Stack, H: int, T: int, B: int, input: Tensor) -> Plan:
     T, B = (size.node.hint if isinstance(size, torch.SymInt) else size for size in (T, B))
     dtype = compute_dtype(input)
     facts = torch.is_grad_enabled(), _facts(stack, dtype)
-    return _planned(stack, H, max(T, 1), max(B, 1), dtype, input.device, facts)
+    found = _planned(stack, H, max(T, 1), max(B, 1), dtype, input.device, facts)
+    if found.backend == cpu.NAME and stack.backend == "auto" and observed((input,)):
+        # A compiler, an exporter or a transform knows torch's operators on CPU tensors, and may not know ours.
+        why = "the call is observed: by torch.compile, an exporter, a transform or a mode"
+        return replace(found, backend="torch" if stack.of_torch else "reference", why=why)
+    return found
+
+
+def _with_options(chosen: Plan, options: Options, ours: bool) -> Plan:
+    """The plan of a call on a CPU with lengths or resets, where torch's kernel needs several calls."""
+    if not ours or options.plain:
+        return chosen
+    sizes = chosen.seq_len, chosen.batch_size, chosen.hidden_size
+    backend, why = cpu.choose(chosen.cell, sizes, chosen.dtype, apart=True)
+    return replace(chosen, backend=backend, why=why)
 
 
 def _facts(stack: Stack, dtype: torch.dtype) -> tuple:

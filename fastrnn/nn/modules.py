@@ -41,10 +41,11 @@ class LSTM(Recurrent):
         device (torch.device | str | None): Where the parameters are. Default: None.
         dtype (torch.dtype | None): The dtype of the parameters. Default: None.
         backend (str): "auto" takes the cheapest persistent kernel, or torch's own kernel where none fits or torch's
-            costs less. On a GPU a `fastrnn.FallbackWarning` then says why. CPU tensors always take torch's own kernel. "resident" keeps W_hh
-            in one program. "cluster" splits it over a thread-block cluster, and "cooperative" over the GPU. "torch" is
-            torch's own kernel. "reference" is a differentiable loop in torch. A named backend runs or raises. Default:
-            "auto".
+            costs less. On a GPU a `fastrnn.FallbackWarning` then says why. CPU tensors take "cpu" or torch's, whichever
+            was measured to be faster. "resident" keeps W_hh in one program. "cluster" splits it over a thread-block
+            cluster, and "cooperative" over the GPU. "cpu" is machine code for CPU tensors (pip install llvmlite).
+            "torch" is torch's own kernel. "reference" is a differentiable loop in torch. A named backend runs or
+            raises. Default: "auto".
         checkpoint_every (int | None): None keeps the gates of all T time steps for backward. A positive K keeps the
             state of every K-th step, and backward computes the gates again, K steps at a time. This needs memory for
             the gates of K steps and for T / K states, and it costs one more forward pass. Every backend takes it. It

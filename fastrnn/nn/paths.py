@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..noise import draw
 from ..ops import layer
-from ..planning.tiers import TIERS
+from ..planning.tiers import KERNELS
 from ..sequences import PLAIN as WHOLE
 from ..sequences import stops_at_torchs_kernels, untraced
 from ..stack import Stack
@@ -230,7 +230,7 @@ def _lacks_chunks(call: Call) -> bool:
 
 def _is_straight(call: Call) -> bool:
     chunks = call.stack.checkpoint_every or _chunk_of_wave(call)
-    return call.backend in TIERS and not chunks and call.route.P == call.route.H
+    return call.backend in KERNELS and not chunks and call.route.P == call.route.H
 
 
 # A call takes the first path whose condition it meets.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..planning import cpu
 from ..planning.arguments import as_int, check_checkpoint_every, check_clips, check_heads, check_share
 from ..planning.planner import BACKENDS, Plan
 from ..sequences import Packing, stops_at_torchs_kernels, untraced
@@ -198,12 +199,12 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
             >>> torch.allclose(episodes[2:, 1], gru(x[2:])[0][:, 1])
             True
         """
-        # CPU tensors take torch's path as early as possible: "auto" should cost no more there than torch.nn.
+        # CPU tensors take torch's path as early as possible: a plan is asked for only where a call takes far longer.
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
         backend, packed = self.backend, isinstance(input, PackedSequence)
         whole = backend in ("auto", "torch") and plain and not return_cell_states and self.checkpoint_every is None
         whole = whole and self._stack_is_torchs(dropping=self.training)
-        if whole and (backend == "torch" or not input.is_cuda):
+        if whole and (backend == "torch" or not (input.is_cuda or cpu.may_pay(self.mode, input))):
             return self._run_torchs(input, hx)
         options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         if packed and not plain:

@@ -56,7 +56,7 @@ def launch_forward(prepared: Prepared, inputs: Inputs, outputs: Outputs, sequenc
     """Launch the forward kernel."""
     if prepared.kernels is None:  # an empty batch needs no kernel
         return
-    if inputs.b_hh is None and prepared.kernels.plan.dialect == "tile Triton":
+    if inputs.b_hh is None and prepared.kernels.dialect == "tile Triton":
         # Without b_hh, LLVM aborts the process for the LSTM in full fp32 (an assertion in Triton 3.9.0's vectorizer).
         inputs = inputs._replace(b_hh=inputs.W_hh.new_zeros(inputs.W_hh.numel() // prepared.K))
     if sequences.reset is not None:
@@ -110,14 +110,22 @@ def backward(args: BackwardArgs) -> BackwardResults:
     return BackwardResults(*(y.new_empty(0) if gradient is None else gradient for gradient in found))
 
 
-def allocate_gates(prepared: Prepared, y: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def allocate_gates(
+    prepared: Prepared, y: Tensor, rows: Tensor | None, own: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Allocate d_x_gates (slots, R*G*K) and, for a cell that splits its last gate, d_rec_last (slots, R*K).
 
-    In such a cell the last gate's recurrent gradient differs from d_x_gates: for the GRU's n it is d_n * r.
+    In such a cell the last gate's recurrent gradient differs from d_x_gates: for the GRU's n it is d_n * r. own:
+    nobody outside the layer gets them.
     """
-    allocate, units = y.new_empty if rows is None else y.new_zeros, prepared.recurrences * prepared.K
-    d_x_gates = allocate(prepared.count, prepared.cell.gates * units)
-    return d_x_gates, allocate(prepared.count, units) if prepared.cell.splits_last_gate else None
+    units = prepared.recurrences * prepared.K
+
+    def allocate(columns: int) -> Tensor:
+        found = prepared.own(y.new_empty, (prepared.count, columns)) if own else y.new_empty(prepared.count, columns)
+        return found if rows is None else found.zero_()
+
+    last = allocate(units) if prepared.cell.splits_last_gate else None
+    return allocate(prepared.cell.gates * units), last
 
 
 def launch_backward(

@@ -126,7 +126,7 @@ def _forward(
     ready, cell = call.prepared, call.prepared.cell
     x, states, starts, (W_ih, W_hh, *b) = call.split(tensors)
     b_ih, b_hh = (joined(b[0]), joined(b[1]).contiguous()) if b else (None, None)
-    x_gates = _product(x, joined(W_ih), b_ih)
+    x_gates = _product(ready, x, joined(W_ih), b_ih)
     new, of_y = x_gates.new_empty, ready.of_y
     allocate = new if rows is None else x_gates.new_zeros  # kernels write no frozen slot
     states = contiguous(states)
@@ -135,7 +135,7 @@ def _forward(
     else:
         finals = tuple([torch.empty_like(state) for state in states])
     y = allocate(of_y)
-    saved = new((cell.saved, *of_y)) if save and cell.saved else None
+    saved = ready.own(new, (cell.saved, *of_y)) if save and cell.saved else None
     others = ready.others if call.all_steps else ready.kept if save else 0
     steps = tuple([allocate(of_y, **ready.wide) for _ in range(others)]) if others else ()
     launch.launch_forward(
@@ -149,8 +149,13 @@ def _forward(
 
 
 @profiling.inside("input product", traced=False)
-def _product(x: Tensor, W_ih: Tensor, b_ih: Tensor | None) -> Tensor:
-    return linear(x, W_ih, b_ih)
+def _product(ready: Prepared, x: Tensor, W_ih: Tensor, b_ih: Tensor | None) -> Tensor:
+    if ready.keeps is None:
+        return linear(x, W_ih, b_ih)
+    rows = x.flatten(0, -2)
+    out = ready.own(x.new_empty, (rows.shape[0], W_ih.shape[0]))
+    torch.mm(rows, W_ih.T, out=out) if b_ih is None else torch.addmm(b_ih, rows, W_ih.T, out=out)
+    return out.view(*x.shape[:-1], -1)
 
 
 class _Node(torch.autograd.Function):
@@ -183,7 +188,7 @@ def _by_launch(
     d_finals, d_steps = complete(d_others[:P]), complete(d_others[P:])
     dy, W = None if dy is None else dy.contiguous(), joined(W_hh).contiguous()
     read = Saved(dy, d_steps, d_finals, W, contiguous(states), (y, *steps), saved)
-    d_gates, d_last = launch.allocate_gates(ready, y, rows)
+    d_gates, d_last = launch.allocate_gates(ready, y, rows, own=True)
     d_states = None if states is None else tuple([torch.empty_like(state) for state in read.before])
     d_starts = None
     if starts is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..cells import CELLS
-from ..planning.tiers import TIERS
+from ..planning.tiers import KERNELS
 from ..reference import beside_h, stacked
 from ..sequences import Sequences
 from . import double_backward, launch, torch_func
@@ -175,8 +175,8 @@ def recurrence(
         rec = W_hh h + b_hh;   (h, c) = cell(x_gates[t], rec, (h, c));   y[t] = h
 
     This is the op below the modules: the caller computes the input's product x_gates = W_ih x + b_ih. Tensors have one
-    device, one dtype (float32, bfloat16 or float16) and any strides. Direction 1 walks time from its end. The kernel
-    carries the state in fp32 from step to step.
+    device, one dtype (float32, bfloat16 or float16; for "cpu" float32 or float64) and any strides. Direction 1 walks
+    time from its end. The kernel carries the state in fp32 from step to step.
 
     Args:
         cell (str): "lstm", "gru", "rnn_tanh" or "rnn_relu", with G = 4, 3, 1 and 1 gates in torch's row order. "slstm",
@@ -187,7 +187,7 @@ def recurrence(
         h_0 (Tensor): (D, B, H).
         c_0 (Tensor | None): (D, B, H) for the LSTM and for registered cells with a c. (3, D, B, H) for the sLSTM: c, n
             and m. None for other cells.
-        backend (str): The tier: "resident", "cluster" or "cooperative".
+        backend (str): The tier: "resident", "cluster" or "cooperative"; on CPU tensors also "cpu".
         source (tuple | None): x (T, B, I), W_ih `(D*G*H, I)` and b_ih `(D*G*H,)` or None, which x_gates was made of.
             With it gradients are differentiable again: double backward runs the reference recurrence.
         sequences (Sequences | None): Made by `fastrnn.sequences.Sequences.of` from lengths, cu_seqlens or reset. Past
@@ -234,8 +234,8 @@ def recurrence(
     """
     if cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(map(repr, CELLS))}; got {cell!r}")
-    if backend not in TIERS:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, TIERS))}; got {backend!r}")
+    if backend not in KERNELS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, KERNELS))}; got {backend!r}")
     states = len(CELLS[cell].states)
     if cell_states and states == 1:
         raise ValueError(f"cell_states: expected False for {cell!r}, which has no cell state; got True")

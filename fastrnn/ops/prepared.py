@@ -10,7 +10,7 @@ from ..cells import CELLS, Cell
 from ..compat import driver, interpreter, profiling, spills
 from ..device import DeviceSpec
 from ..kernels.arguments import NO_CLIP, PLAIN_STEPS, Exchange, Sizes
-from ..planning import planner, tuning
+from ..planning import cpu, planner, tuning
 from ..planning.kernel_plan import Request, tiles
 from .schema import Args, BackwardArgs
 
@@ -23,6 +23,7 @@ class Kernels:
     def __init__(self, request: Request, tier: str) -> None:
         self.request, self.tier = request, tier
         self.cell, self.plan = request.of_cell, planner.kernel_for(request, tier)
+        self.dialect = self.plan.dialect
         self.tuned = tuning.TUNED.get(request.spec.arch)  # the plan depends on it
         # Compiled kernels with their constants. The key is everything that Triton compiles a kernel for.
         self.launched: dict[tuple, tuple[Any, tuple]] = {}
@@ -140,7 +141,7 @@ class Prepared:
     def __init__(
         self,
         cell: Cell,
-        kernels: Kernels | None,
+        kernels: Any,  # Kernels, or the CPU's
         slots: tuple[int, ...],
         sizes: tuple[int, int, int, int],
         dtype: torch.dtype,
@@ -150,6 +151,7 @@ class Prepared:
         self.B, self.D, self.N, self.K = B, D, N, K = sizes
         self.clip_h = clip_h  # a step reads h clipped to this; negative for no clip
         self.kernels = kernels  # None where B is 0
+        self.keeps = getattr(kernels, "empty", None)  # memory that later calls use again, on a CPU
         self.count = math.prod(slots)  # T * B, or total
         self.bytes = self.count * D * N * K * cell.gates * dtype.itemsize  # the size of x_gates
         self.recurrences, self.of_y, self.of_state = D * N, (*slots, D * N * K), (D, B, N * K)
@@ -160,6 +162,10 @@ class Prepared:
         self.ragged = len(slots) == 1
         # For ragged sequences T is a mean: the table of sequences bounds each one.
         self.T = slots[0] if not self.ragged else max(1, slots[0] // max(B, 1))
+
+    def own(self, new: Any, shape: tuple[int, ...]) -> Tensor:
+        """A tensor, unwritten, that nobody outside the layer gets; new makes another one."""
+        return new(shape) if self.keeps is None else self.keeps(shape)
 
 
 def prepare(args: Args | BackwardArgs) -> Prepared:
@@ -183,15 +189,20 @@ def of_sizes(
     """Prepare a call for slots (T, B) or (total,), and sizes (D, N, K). like has the dtype and the device."""
     (D, N, K), kernels = sizes, None
     if B > 0:
-        request = Request(
-            cell, K, B, D, N, like.dtype, planner.torch_precision(), DeviceSpec.of(like.device), *each_step
-        )
+        spec = cpu.spec(like.dtype, like.device) if tier == cpu.NAME else DeviceSpec.of(like.device)
+        request = Request(cell, K, B, D, N, like.dtype, planner.torch_precision(), spec, *each_step)
         key = request, tier, _planned_by(request)
         kernels = _kernels.get(key)
         if kernels is None:
-            kernels = _kernels[key] = Kernels(request, tier)
+            kernels = _kernels[key] = _of_cpu(request) if tier == cpu.NAME else Kernels(request, tier)
     of_h = each_step[1] if len(CELLS[cell].states) == 1 else NO_CLIP  # a cell with a c clips c, not h
     return Prepared(CELLS[cell], kernels, slots, (B, D, N, K), like.dtype, of_h)
+
+
+def _of_cpu(request: Request) -> Any:
+    from ..cpu.kernels import Kernels as OfCpu  # which needs llvmlite
+
+    return OfCpu(request)
 
 
 def _planned_by(request: Request) -> tuple:

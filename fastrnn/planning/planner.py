@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -10,17 +10,18 @@ import torch
 from ..cells import CELLS
 from ..compat import driver
 from ..device import SPECS, DeviceSpec
-from . import cluster, tuning
+from . import cluster, cpu, tuning
 from .arguments import as_int, check_checkpoint_every, check_clips, check_heads, check_share, expect
-from .kernel_plan import GridTooLargeError, KernelPlan, Request, as_text, saved_bytes
-from .prices import Price, Work, of_all, price_of_kernel, price_of_torch
-from .tiers import TIERS
+from .kernel_plan import GridTooLargeError, KernelPlan, Request, saved_bytes
+from .plans import Plan
+from .prices import Work, of_all, price_of_kernel, price_of_torch
+from .tiers import KERNELS, TIERS
 
 # What torch.backends.cudnn.rnn.fp32_precision asks, behind 1.4 us of Python (torch 2.13); torch.compile knows that one.
 _PRECISION = getattr(torch._C, "_get_fp32_precision_getter", None)
 # Asked on import: torch.compile cannot trace the question before torch 2.12.
 _HAS_TRITON = find_spec("triton") is not None
-BACKENDS = ("auto", "torch", "reference", *TIERS)
+BACKENDS = ("auto", "torch", "reference", *KERNELS)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Steps, for each layer of a stack, of the shortest chunk that a wavefront runs. Python issues a layer's chunk in 0.25
 # ms forward and 0.7 backward (measured with stubs for kernels, one core of a Xeon, torch 2.13), and kernels are
@@ -28,83 +29,6 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK_STEPS_PER_LAYER = 256
 # Of the least price: within it the fewest programs are taken, since prices are no more exact.
 NEAR = 1.05
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What would run for a layer: the backend, the reason, and the launch of our kernel. print(plan) shows it.
-
-    Attributes:
-        cell (str): The cell, such as "lstm".
-        hidden_size (int): H, all units of a layer.
-        batch_size (int): B, in sequences.
-        seq_len (int): T, in time steps.
-        directions (int): D, 1 or 2.
-        dtype (torch.dtype): The dtype to compute in.
-        device (str): An architecture such as "sm_90" if a kernel was planned. Otherwise the device as it was asked for.
-        backend (str): The backend that runs: "torch", "reference", "resident", "cluster" or "cooperative".
-        why (str): Why this backend runs, and why not those before it.
-        kernel (KernelPlan | None): The launch of our kernel: tiles, programs, warps, and sizes in bytes. None for
-            "torch" and "reference".
-        num_layers (int): The number of stacked layers.
-        checkpoint_every (int | None): The chunk whose gates backward computes again, in time steps. None if all are
-            kept.
-        wavefront (int | None): The chunk of a wavefront, in time steps. None if layers run one after the other.
-        order (str): Why layers run as a wavefront, or why they do not.
-        num_heads (int): N. W_hh has N blocks of hidden_size / N units.
-        training (bool): Whether the prices include backward.
-        prices (tuple[Price, ...]): The candidates that have a price, the cheapest first.
-    """
-
-    cell: str
-    hidden_size: int
-    batch_size: int
-    seq_len: int
-    directions: int
-    dtype: torch.dtype
-    device: str
-    backend: str
-    why: str
-    kernel: KernelPlan | None = None
-    num_layers: int = 1
-    checkpoint_every: int | None = None
-    wavefront: int | None = None
-    order: str = ""
-    num_heads: int = 1
-    training: bool = True
-    prices: tuple[Price, ...] = ()
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        shape = f"T={self.seq_len}, B={self.batch_size}, H={self.hidden_size}"
-        shape += f" in {self.num_heads} heads" if self.num_heads > 1 else ""
-        rows = {"why": self.why}
-        if k := self.kernel:
-            *slices, batch_tiles, _ = k.grid
-            groups = f"{batch_tiles} batch tile(s) of {k.block_b} rows x {self.directions} direction(s)"
-            groups += f" x {self.num_heads} heads" if self.num_heads > 1 else ""
-            split = f"{slices[0]} slices of {k.units} units x " if slices else ""
-            split = f"clusters of {k.ctas} with {k.units} units each x " if k.ctas > 1 else split
-            rows |= {
-                "kernel": f"{k.dialect}, {k.warps} warps a program",
-                "programs": f"{k.programs} = {split}{groups}"
-                + (f", in {k.parts} launches, one after the other" if k.parts > 1 else ""),
-                "on chip": f"{as_text(k.weight_bytes)} of W_hh a program in {k.weight_place}; shared memory: "
-                f"{as_text(k.shared_bytes)} of {as_text(k.shared_limit)}",
-                "math": f"products of {k.precision if self.dtype == torch.float32 else dtype}, summed in fp32; "
-                f"activations: {k.activations}",
-                "saved": f"{as_text(k.saved_bytes)} for backward, nothing for inference",
-            }
-            if K := self.checkpoint_every:
-                rows["saved"] = f"{as_text(k.saved_bytes)} for backward, of one chunk of {K} steps at a time"
-            if self.num_layers > 1:
-                how = f"as a wavefront of chunks of {self.wavefront} steps" if self.wavefront else "one after the other"
-                rows["layers"] = f"{self.num_layers}, {how}: {self.order}"
-        if self.prices:
-            passes = "forward and backward" if self.training else "forward"
-            rows["price"] = f"us a step, {passes}: {', '.join(map(str, self.prices))}"
-        head = f"{self.cell}, {shape}, {dtype}, on {self.device}: backend {self.backend}"
-        return "\n".join([head, *(f"  {key:<9} {value}" for key, value in rows.items())])
 
 
 def plan(
@@ -138,8 +62,8 @@ def plan(
         device (str | torch.device | DeviceSpec | None): An architecture ("sm_90", "gfx942"), a torch device, or None
             for the current GPU.
         backend (str): "auto" takes the cheapest of the tiers that can run and of torch's own kernel, or the first tier
-            where no price is known. It always takes torch's on CPU tensors. The other values are those of
-            `fastrnn.LSTM`.
+            where no price is known. CPU tensors take "cpu" or torch's, by measured price. The other values are
+            those of `fastrnn.LSTM`.
         precision (str | None): "ieee" or "tf32" for products of float32. None is torch's setting for RNNs.
         num_layers (int): The number of stacked layers, which may run as a wavefront.
         checkpoint_every (int | None): As in `fastrnn.LSTM`.
@@ -158,7 +82,8 @@ def plan(
             once.
         NotImplementedError: A named backend cannot run this. The message names what is missing.
 
-    For cells that torch lacks, and for heads, clips and zoneout, "auto" takes "reference" in place of "torch".
+    For cells that torch lacks, and for heads, clips and zoneout, "auto" takes "reference" in place of "torch", or
+    "cpu" on CPU tensors.
 
     Examples:
         >>> import torch, fastrnn
@@ -204,9 +129,11 @@ def plan(
     if backend in ("torch", "reference"):
         return problem(where, backend, "asked for")
     fallback = "torch" if of_torch else "reference"
+    if backend == cpu.NAME:
+        cpu.spec(dtype, None if device is None else where)
+        return problem("cpu", backend, "asked for")
     if backend == "auto" and where == "cpu":
-        kernel = "torch's own kernel" if of_torch else f"the reference: torch has no kernel {lacking}"
-        return problem(where, fallback, f"CPU tensors take {kernel}")
+        return problem(where, *cpu.choose(cell, (seq_len, batch_size, hidden_size), dtype, lacking))
     try:
         if not _HAS_TRITON:
             raise NotImplementedError("fastrnn's kernels are written in Triton, which is missing here")

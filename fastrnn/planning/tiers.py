@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import cluster, cooperative, resident
+from . import cluster, cooperative, cpu, resident
 from .kernel_plan import KernelPlan, Request
 
 
@@ -20,3 +20,5 @@ TIERS = {
     "cluster": Tier(cluster.cluster, "a cluster of programs holds W_hh"),
     "cooperative": Tier(cooperative.cooperative, "its slices fit programs that run at once"),
 }
+# Backends that are kernels of ours.
+KERNELS = (*TIERS, cpu.NAME)

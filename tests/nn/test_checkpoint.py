@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_iter
 import fastrnn
 from fastrnn import reference
 from fastrnn.nn import layers, paths
-from fastrnn.planning.tiers import TIERS
+from fastrnn.planning.tiers import KERNELS as OURS
 from fastrnn.stack import Stack
 
 from ..support.cases import CELLS, DTYPES, Case, make_problem, over_budget, require_kernel
 
-ALL = ("torch", "reference", *TIERS)
+ALL = ("torch", "reference", *OURS)
 NAMES = ("RNN", "GRU", "LSTM")
 
 
@@ -37,7 +37,7 @@ def layer(cell: str, x_gates, W_hh, b_hh, h_0, c_0, backend: str, K: int | None)
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("backend", TIERS)
+@pytest.mark.parametrize("backend", OURS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_bits_of_the_plain_run(cell, dtype, backend, device):

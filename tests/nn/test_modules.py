@@ -12,7 +12,7 @@ import fastrnn
 from fastrnn.nn import calls
 
 NAMES = ("RNN", "GRU", "LSTM")
-BACKENDS = ("auto", "torch", "reference", "resident", "cooperative")
+BACKENDS = ("auto", "torch", "reference", "resident", "cooperative", "cpu")
 
 
 def pair(name: str, device: str, backend: str, *args, dtype=torch.float64, **kwargs):

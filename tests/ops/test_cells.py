@@ -12,7 +12,7 @@ import torch
 import fastrnn
 from fastrnn import cells, ops, reference
 from fastrnn.kernels.cells import lstm_backward, lstm_forward
-from fastrnn.planning.tiers import TIERS
+from fastrnn.planning.tiers import KERNELS
 
 from ..support import children
 from ..support.cases import CASES, DTYPES, SEQUENCES, Case, make_problem, make_sequences, over_budget, require_kernel
@@ -40,7 +40,7 @@ def mgu():
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("backend", TIERS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.usefixtures("mgu")
@@ -51,7 +51,7 @@ def test_kernels_match_the_step(case, dtype, backend, device):
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("backend", TIERS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("kind", SEQUENCES)
 @pytest.mark.usefixtures("mgu")
 def test_kernels_match_the_step_on_sequences(kind, backend, device):

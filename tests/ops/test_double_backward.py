@@ -13,7 +13,7 @@ from fastrnn.ops import double_backward, launch
 from ..support.cases import CELLS, Case, make_problem, times_allowed
 
 NAMES = ("RNN", "GRU", "LSTM")
-KERNELS = ("resident", "cooperative")
+KERNELS = ("resident", "cooperative", "cpu")
 
 
 def penalty(layer, x, order: int) -> list[torch.Tensor]:

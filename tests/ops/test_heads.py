@@ -18,7 +18,7 @@ KINDS = ("plain", "lengths", "ragged", "resets to a state", "ragged, resets by s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("backend", ("resident", "cooperative"))
+@pytest.mark.parametrize("backend", ("resident", "cooperative", "cpu"))
 @pytest.mark.parametrize("cell", ("lstm", "gru", "slstm"))
 def test_heads_match_the_reference(cell, backend, kind, device):
     assert not faults(cell, backend, kind, device, torch.float32)

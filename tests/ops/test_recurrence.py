@@ -12,13 +12,13 @@ from fastrnn.kernels.arguments import Inputs, Outputs, Sequences, Sizes
 from fastrnn.kernels.cells import rnn_tanh_forward
 from fastrnn.kernels.tile import resident
 from fastrnn.ops import recurrence
-from fastrnn.planning.tiers import TIERS
+from fastrnn.planning.tiers import KERNELS
 
 from ..support.cases import CASES, CELLS, DTYPES, Case, make_problem, over_budget, require_kernel
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("backend", TIERS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
@@ -100,7 +100,7 @@ def test_offsets_beyond_2_31_elements(device):
 
 @pytest.mark.one_in(3)
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("backend", TIERS)
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_writes_every_element(cell, dtype, backend, device):

@@ -12,6 +12,7 @@ ORDER = (
     ("kernels", "sequences", "device", "noise"),
     ("cells", "reference", "stack"),
     ("planning",),
+    ("cpu",),
     ("ops",),
     ("torch_path",),
     ("nn",),
