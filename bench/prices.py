@@ -149,7 +149,7 @@ def measured_steps() -> dict[str, list[float]]:
     found: dict[str, dict[str, float]] = {}
     for record in records("forms"):
         request = Problem(record["cell"], record["H"], arch="sm_90").request
-        kernel = resident.resident(request) if record["ctas"] == 1 else cluster.held(request, record["ctas"])
+        kernel = cluster.held(request, record["ctas"])
         if kernel is None or "us" not in record or kernel.warps != record["warps"]:
             continue
         if kernel.choices[record["pass"]][0]["SHARES"] == record["shares"]:

@@ -49,7 +49,8 @@ class Asked(NamedTuple):
     @property
     def key(self) -> tuple:
         """Equal for all launches that compile to the same kernel."""
-        return self.function, self.device, tuple(self.options.items()), tuple(map(as_compiled, self.arguments))
+        forms = tuple([tuple(self.as_launched(choice).items()) for choice in self.choices])
+        return self.function, self.device, tuple(self.options.items()), tuple(map(as_compiled, self.arguments)), forms
 
     def options_of(self, choice: dict) -> dict[str, Any]:
         """Options and constants of a launch with one of the choices."""

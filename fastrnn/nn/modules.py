@@ -280,7 +280,7 @@ def explain(module: torch.nn.Module, input: "Tensor | PackedSequence") -> Plan:
         >>> import torch, fastrnn
         >>> plan = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(5, 2, 8))
         lstm, T=5, B=2, H=16, float32, on cpu: backend torch
-          why       CPU tensors take torch's own kernel
+          why       CPU tensors take torch's own kernel...
     """
     if not isinstance(module, Recurrent | Foreign):
         inside = "; fastrnn.report lists the layers inside a model" if isinstance(module, torch.nn.Module) else ""

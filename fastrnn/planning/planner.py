@@ -96,7 +96,7 @@ def plan(
           on chip   128 KiB of W_hh a program in registers and shared memory; shared memory: 152 KiB of 163 KiB
           math      products of bfloat16, summed in fp32; activations: tanh.approx
           saved     78.1 MiB for backward, nothing for inference
-          price     us a step, forward and backward: resident 4.25 (simulated), ..., torch 29.5 (reckoned)
+          price     us a step, forward and backward: resident 2.31 (simulated), ..., torch 29.5 (reckoned)
     """
     expect("cell", cell, tuple(CELLS))
     expect("backend", backend, BACKENDS)

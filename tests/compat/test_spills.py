@@ -78,3 +78,23 @@ def test_a_key_that_forgets_is_noticed(chosen, mutate, function, forgotten, chec
     mutate({f"fastrnn.compat.spills.{function}": (forgotten, "")})
     with pytest.raises(AssertionError):
         check(chosen)
+
+
+def test_tiles_of_two_sizes_share_no_form(monkeypatch):
+    """As launched their constants differ, in what the planner chose: only that says how many rows a tile has."""
+    monkeypatch.setattr(spills, "_chosen", {})
+
+    class OfTiles(Kernel):
+        def warmup(self, *arguments, grid, FORM, **options):
+            self.compiled += 1
+            return SimpleNamespace(_init_handles=lambda: None, n_spills=self.spills(arguments, options)[FORM])
+
+    kernel = OfTiles(lambda *_: {(16, 1): 0, (8, 1): 8, (8, 2): 0})
+
+    def chosen(rows):
+        def as_launched(choice):
+            return {"FORM": (rows, choice["SHARES"])}
+
+        return spills.first_without_spills(kernel, "sm_90", FORMS, (), (1,), {}, as_launched)["FORM"]
+
+    assert [chosen(rows) for rows in (16, 8)] == [(16, 1), (8, 2)]
