@@ -70,13 +70,13 @@ class Kernels:
             addresses, T, B, recurrence, first, count, scratch = code.arguments
             given = iter(range(1 << 30))
 
-            def pointer(of: type) -> Pointer:
+            def pointer(of: Any) -> Pointer:
                 table = code.pointer(addresses, I64)
                 return code.pointer(table.element(next(given)), of)
 
             types = {torch.int64: I64, torch.bool: I8, torch.uint8: I8}
 
-            def made(of_group: object) -> object:
+            def made(of_group: Any) -> Any:
                 if of_group is None:
                     return None
                 if isinstance(of_group, tuple):
@@ -92,7 +92,7 @@ class Kernels:
 
         return Compiled(f"{self.request.cell}_{which}", 7, self.request.dtype, write)
 
-    def _stays(self, seeds: Tensor, first: tuple, second: tuple) -> Tensor:
+    def _stays(self, seeds: Tensor, first: Any, second: Any) -> Tensor:
         """Of zoneout in training: which units keep their h, by slot."""
         R, H = self.request.recurrences, self.request.H
         y = second.y if isinstance(second, Outputs) else first.kept[0]

@@ -197,7 +197,8 @@ def _differentiate(K: Constants, tile: Tile, read: Any, into: Any, memory: tuple
             d_state = (d_state[0], *others)
         before = tuple(kept_before(n, j, mask) for n in range(len(read.kept)))
         if anew is not None:
-            starts = [None if sequences.starts is None else p.at(given * H + j) for p in sequences.starts or before]
+            anew_from = sequences.starts
+            starts = [None] * len(before) if anew_from is None else [p.at(given * H + j) for p in anew_from]
             before = tuple(_chosen(code, ~anew, b, start, mask) for b, start in zip(before, starts, strict=True))
         if sizes.clip_state >= 0:
             before = (clip(code, before[0], sizes.clip_state), *before[1:])

@@ -269,7 +269,7 @@ class Code:
         with self.builder.if_then(condition.ir):
             yield
 
-    def blocks(self, H: int, body: Callable[[Any, Value | None], None]) -> None:
+    def blocks(self, H: int, body: Callable[[Any, Value | None], Any]) -> None:
         """Of H units: body(first unit, mask), the mask None where a vector is full."""
         if self.width <= H:
             with self.loop(H // self.width) as block:
