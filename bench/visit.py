@@ -17,7 +17,7 @@ TEST_LIMIT = 180  # seconds of one test
 # Tests that need no GPU to say all that they say, or packages that a GPU machine may lack.
 ELSEWHERE = {
     "bench", "char_lm", "cluster", "codegen", "compiled", "docs", "examples", "execute", "foreign", "inspect",
-    "interpreter", "matrix", "measured", "mutations", "packaging", "planner", "readme", "real_models",
+    "interpreter", "matrix", "measured", "mutations", "packaging", "planner", "backends_page", "real_models",
     "segment_mutations", "tuning", "xlstm_lm",
 }  # fmt: skip
 KERNELS = ("recurrence", "sequences", "cells", "checkpoint", "proj_size", "options")

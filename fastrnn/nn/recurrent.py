@@ -204,7 +204,8 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         backend, packed = self.backend, isinstance(input, PackedSequence)
         whole = backend in ("auto", "torch") and plain and not return_cell_states and self.checkpoint_every is None
         whole = whole and self._stack_is_torchs(dropping=self.training)
-        if whole and (backend == "torch" or not (input.is_cuda or cpu.may_pay(self.mode, input))):
+        small = not packed and input.numel() < cpu.LEAST_ELEMENTS
+        if whole and (backend == "torch" or not (input.is_cuda or (not small and cpu.may_pay(self.mode, input)))):
             return self._run_torchs(input, hx)
         options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         if packed and not plain:
@@ -311,9 +312,7 @@ def _untraced(module: "Recurrent", input: Any, hx: Any) -> Any:
 
 def _map(f, state):
     """f of a tensor, or of each tensor of a tuple. None stays None."""
-    if state is None:
-        return None
-    return tuple(map(f, state)) if isinstance(state, tuple | list) else f(state)
+    return tuple(map(f, state)) if isinstance(state, tuple | list) else None if state is None else f(state)
 
 
 def _reordered(state: Tensor, order: Tensor | None) -> Tensor:

@@ -119,13 +119,14 @@ def allocate_gates(
     nobody outside the layer gets them.
     """
     units = prepared.recurrences * prepared.K
-
-    def allocate(columns: int) -> Tensor:
-        found = prepared.own(y.new_empty, (prepared.count, columns)) if own else y.new_empty(prepared.count, columns)
-        return found if rows is None else found.zero_()
-
-    last = allocate(units) if prepared.cell.splits_last_gate else None
-    return allocate(prepared.cell.gates * units), last
+    new = prepared.keeps if own and prepared.keeps is not None else y.new_empty
+    d_x_gates = new((prepared.count, prepared.cell.gates * units))
+    d_rec_last = new((prepared.count, units)) if prepared.cell.splits_last_gate else None
+    if rows is not None:  # kernels write no frozen slot
+        d_x_gates.zero_()
+        if d_rec_last is not None:
+            d_rec_last.zero_()
+    return d_x_gates, d_rec_last
 
 
 def launch_backward(

@@ -135,7 +135,7 @@ def _forward(
     else:
         finals = tuple([torch.empty_like(state) for state in states])
     y = allocate(of_y)
-    saved = ready.own(new, (cell.saved, *of_y)) if save and cell.saved else None
+    saved = (ready.keeps or new)((cell.saved, *of_y)) if save and cell.saved else None
     others = ready.others if call.all_steps else ready.kept if save else 0
     steps = tuple([allocate(of_y, **ready.wide) for _ in range(others)]) if others else ()
     launch.launch_forward(
@@ -153,7 +153,7 @@ def _product(ready: Prepared, x: Tensor, W_ih: Tensor, b_ih: Tensor | None) -> T
     if ready.keeps is None:
         return linear(x, W_ih, b_ih)
     rows = x.flatten(0, -2)
-    out = ready.own(x.new_empty, (rows.shape[0], W_ih.shape[0]))
+    out = ready.keeps((rows.shape[0], W_ih.shape[0]))
     torch.mm(rows, W_ih.T, out=out) if b_ih is None else torch.addmm(b_ih, rows, W_ih.T, out=out)
     return out.view(*x.shape[:-1], -1)
 

@@ -151,7 +151,8 @@ class Prepared:
         self.B, self.D, self.N, self.K = B, D, N, K = sizes
         self.clip_h = clip_h  # a step reads h clipped to this; negative for no clip
         self.kernels = kernels  # None where B is 0
-        self.keeps = getattr(kernels, "empty", None)  # memory that later calls use again, on a CPU
+        # Allocates what nobody outside the layer gets, from memory that later calls use again: on a CPU.
+        self.keeps: Any = getattr(kernels, "empty", None)
         self.count = math.prod(slots)  # T * B, or total
         self.bytes = self.count * D * N * K * cell.gates * dtype.itemsize  # the size of x_gates
         self.recurrences, self.of_y, self.of_state = D * N, (*slots, D * N * K), (D, B, N * K)
@@ -162,10 +163,6 @@ class Prepared:
         self.ragged = len(slots) == 1
         # For ragged sequences T is a mean: the table of sequences bounds each one.
         self.T = slots[0] if not self.ragged else max(1, slots[0] // max(B, 1))
-
-    def own(self, new: Any, shape: tuple[int, ...]) -> Tensor:
-        """A tensor, unwritten, that nobody outside the layer gets; new makes another one."""
-        return new(shape) if self.keeps is None else self.keeps(shape)
 
 
 def prepare(args: Args | BackwardArgs) -> Prepared:

@@ -474,7 +474,7 @@ def test_tuning_writes_a_file_that_the_planner_reads(tmp_path):
     assert {r["pass"] for r in records} == {"forward", "backward"} and sum(r["planner's own"] for r in records) == 2
     (tmp_path / "tuning.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     tune.write(setup(tmp_path))  # reads it too
-    assert set(json.loads((tmp_path / "tuned-interpreter.json").read_text())) == {"made", "forms", "ctas"}
+    assert set(json.loads((tmp_path / "tuned-interpreter.json").read_text())) == {"made", "forms", "ctas", "us"}
 
 
 @NEEDS_CLUSTERS
@@ -488,7 +488,7 @@ def test_what_is_tuned_is_compiled_before(monkeypatch):
         before = list(tune.choices(problem, DeviceSpec.named("sm_90")))
         planned.clear()
         tune.tune(problem, stages.Setup(Path("."), "sm_90", False, 1e6, 0))
-        assert len(before) > 20 and [tuned for tuned in planned if tuned.forms] == before
+        assert len(before) > 10 and [tuned for tuned in planned if tuned.forms] == before
 
 
 @NEEDS_CLUSTERS

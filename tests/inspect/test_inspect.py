@@ -266,7 +266,7 @@ def test_a_table_without_rich_names_the_extra(monkeypatch):
 
     for module in ("rich", "rich.console", "rich.table"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(RuntimeError, match=r"fastrnn\[inspect\]"):
+    with pytest.raises(RuntimeError, match="tables need rich: pip install rich"):
         print_table([{"missing": "everything"}])
 
 

@@ -12,6 +12,7 @@ import fastrnn
 from fastrnn.nn import calls
 from fastrnn.planning.kernel_plan import GridTooLargeError
 
+from ..support.cases import ON_CPU
 from ..support.versions import HAS_CLUSTERS
 
 N = 3
@@ -216,7 +217,7 @@ def test_plans_of_heads():
     for heads, cell in itertools.product((1, 2, 3, 6, 24), ("slstm", "lstm", "gru")):
         kernel = fastrnn.plan(cell, **sizes, num_heads=heads).kernel
         assert kernel.grid[-1] == heads and kernel.programs <= 132
-    assert fastrnn.plan("lstm", hidden_size=768, batch_size=16, num_heads=3, device="cpu").backend == "reference"
+    assert fastrnn.plan("lstm", hidden_size=768, batch_size=16, num_heads=3, device="cpu").backend == ON_CPU
 
 
 def test_what_is_no_division_into_heads_is_refused(device):
@@ -257,7 +258,7 @@ def test_states_of_another_shape_are_refused():
 
 def test_a_loop_on_a_gpu_is_warned_of():
     planned = fastrnn.plan("gru", hidden_size=6, batch_size=1, num_heads=N, device="cpu")
-    on_gpu = dataclasses.replace(planned, device="cuda:0", why="no tier holds these heads")
+    on_gpu = dataclasses.replace(planned, backend="reference", device="cuda:0", why="no tier holds these heads")
     with pytest.warns(fastrnn.FallbackWarning, match="runs a loop over time in torch: no tier holds these heads"):
         assert calls.backend_of(on_gpu) == "reference"
 

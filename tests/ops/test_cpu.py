@@ -199,7 +199,7 @@ def test_idle_memory_is_bounded(monkeypatch):
 MUTATIONS = {
     "another gate": ("fastrnn.cpu.loop.forward", "i * wide + g * H + j", "i * wide + j", "gru"),
     "no bias": ("fastrnn.cpu.loop.forward", "if b is None else b.load(column)", "", "gru"),
-    "first states left out": ("fastrnn.cpu.loop.forward", "inputs.states is None", "True", "lstm"),
+    "first states left out": ("fastrnn.cpu.loop.forward", "inputs.states is not None", "False", "lstm"),
     "c not kept": ("fastrnn.cpu.loop.forward", "after[n + 1]", "after[0]", "lstm"),
     "dh not carried": ("fastrnn.cpu.loop.backward", "d_states[0].load(i * S + column)", "code.number(0)", "gru"),
     "final gradients left out": ("fastrnn.cpu.loop.backward", "read.d_finals is None", "True", "lstm"),

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from fastrnn import cells, plan, reference
 from fastrnn.ops import recurrence
+from fastrnn.planning import cpu
 from fastrnn.planning.kernel_plan import GridTooLargeError
 from fastrnn.sequences import Sequences
 
 CELLS = tuple(cells.CELLS)
 OF_TORCH = tuple(name for name, cell in cells.CELLS.items() if cell.of_torch)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What "auto" takes on CPU tensors for what torch's kernels lack.
+ON_CPU = "reference" if cpu.MISSING else cpu.NAME
 
 
 class Case(NamedTuple):
