@@ -21,7 +21,7 @@ def checked(cell: str, H: int, *options: str) -> dict:
         ("rnn_tanh", 64),
         pytest.param("gru", 128, marks=NEEDS_CLUSTERS),
         pytest.param("lstm", 64, marks=pytest.mark.wide),
-        pytest.param("slstm", 100, marks=[pytest.mark.wide, NEEDS_CLUSTERS]),
+        pytest.param("lstm", 100, marks=[pytest.mark.wide, NEEDS_CLUSTERS]),
     ),
 )
 def test_every_line_is_prefetched_before_its_step(cell, H):
