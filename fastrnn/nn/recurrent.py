@@ -204,8 +204,8 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         backend, packed = self.backend, isinstance(input, PackedSequence)
         whole = backend in ("auto", "torch") and plain and not return_cell_states and self.checkpoint_every is None
         whole = whole and self._stack_is_torchs(dropping=self.training)
-        small = not packed and input.numel() < cpu.LEAST_ELEMENTS
-        if whole and (backend == "torch" or not (input.is_cuda or (not small and cpu.may_pay(self.mode, input)))):
+        large = whole and not input.is_cuda and (packed or input.numel() >= cpu.LEAST_ELEMENTS)
+        if whole and (backend == "torch" or not (input.is_cuda or (large and cpu.may_pay(self.mode, input)))):
             return self._run_torchs(input, hx)
         options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         if packed and not plain:
