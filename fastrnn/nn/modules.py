@@ -75,7 +75,7 @@ class LSTM(Recurrent):
             in code of torch.compile.
 
     torch has no kernels for num_heads above 1, clip_grad_state, clip_state and zoneout. With these, "auto" takes the
-    reference where no persistent kernel fits, and on CPU tensors always.
+    reference where no persistent kernel fits. On CPU tensors it takes "cpu", or the reference without llvmlite.
 
     With checkpoint_every, the recurrence and its gradients have the same bits as without, provided that x_gates has:
     its product over fewer rows may be rounded differently. Gradients of the parameters, and of a bidirectional layer's
@@ -183,8 +183,8 @@ class SLSTM(Recurrent):
 
     The arguments are those of `fastrnn.LSTM`, without proj_size: input_size, hidden_size, num_layers, bias,
     batch_first, dropout, bidirectional, device, dtype, backend, checkpoint_every, num_heads, clip_grad_state,
-    clip_state, tie_directions, drop_connect and zoneout. Torch has no such kernel: where none of ours runs, and on CPU
-    tensors always, "auto" takes the reference, a loop in torch.
+    clip_state, tie_directions, drop_connect and zoneout. Torch has no such kernel: where none of ours runs, "auto" takes
+    the reference, a loop in torch. On CPU tensors ours needs llvmlite.
 
     The parameters of a layer are weight_ih_l0 `(4*H, I)`, weight_hh_l0 `(4*H, K)` with K = H / num_heads, bias_ih_l0
     and bias_hh_l0 `(4*H,)`. Their gates are in the order i, f, z, o. hx and the final state are tuples (h, c, n, m),
