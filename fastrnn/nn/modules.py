@@ -183,8 +183,8 @@ class SLSTM(Recurrent):
 
     The arguments are those of `fastrnn.LSTM`, without proj_size: input_size, hidden_size, num_layers, bias,
     batch_first, dropout, bidirectional, device, dtype, backend, checkpoint_every, num_heads, clip_grad_state,
-    clip_state, tie_directions, drop_connect and zoneout. Torch has no such kernel: where none of ours runs, "auto" takes
-    the reference, a loop in torch. On CPU tensors ours needs llvmlite.
+    clip_state, tie_directions, drop_connect and zoneout. Torch has no such kernel: where none of ours runs, "auto"
+    takes the reference, a loop in torch. On CPU tensors ours needs llvmlite.
 
     The parameters of a layer are weight_ih_l0 `(4*H, I)`, weight_hh_l0 `(4*H, K)` with K = H / num_heads, bias_ih_l0
     and bias_hh_l0 `(4*H,)`. Their gates are in the order i, f, z, o. hx and the final state are tuples (h, c, n, m),
