@@ -8,6 +8,7 @@ A sector is the unit that comes from memory. Those of a step are counted through
 and each thread takes one or a few. A program of a cluster takes those of its own units.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from triton.experimental import gluon
@@ -36,46 +37,62 @@ class Batch(NamedTuple):
     B: Any
 
 
-class Read(NamedTuple):
-    """Tiles of a tensor [slots, R, tiles, bytes]."""
+@dataclass(frozen=True)
+class Read:
+    """Tiles of a tensor [slots, R, tiles, bytes]. No tuple: Triton before 3.8 loses sight of constants in a tuple."""
 
-    tiles: Any
-    bytes: Any  # of a row of one
-    own: Any  # of these in a program
+    tiles: int
+    bytes: int  # of a row of one
+    own: int  # of these in a program
+
+    @property
+    def in_tile(self):
+        """A program's sectors of a tile's row."""
+        return -(-min(self.bytes, self.own) // SECTOR.value)
 
 
-@gluon.jit
-def read_of(ptr, N: gl.constexpr, H: gl.constexpr, OWN: gl.constexpr):
-    """N tiles of H units, OWN of them (padding included) a program's; None where there is no tensor."""
+@dataclass(frozen=True)
+class Reads:
+    """One of each tensor, in order."""
+
+    each: tuple[Read, ...]
+
+
+@gluon.constexpr_function
+def read_of(ptr, tiles, units, own):
+    """Tiles of so many units, `own` of them (padding included) a program's; None where there is no tensor."""
     if ptr is None:
         return None
-    else:
-        BYTES: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
-        return Read(N, H * BYTES, OWN * BYTES)
+    width = ptr.dtype.element_ty.primitive_bitwidth // 8
+    return Read(tiles, units * width, own * width)
 
 
 @gluon.constexpr_function
-def those(*reads):
-    """The Reads that there are."""
-    return tuple(read for read in reads if read is not None)
+def reads_of(first, times, *others):
+    """The first so many times, then those of the others that there are."""
+    return Reads((first,) * times + tuple(read for read in others if read is not None))
 
 
 @gluon.constexpr_function
-def in_row(read):
-    """A program's sectors of a row."""
-    return read[0] * -(-min(read[1], read[2]) // SECTOR.value)
+def tensors(reads):
+    return len(reads.each)
 
 
 @gluon.constexpr_function
-def before(i, reads, block_b):
+def one_of(reads, i):
+    return reads.each[i]
+
+
+@gluon.constexpr_function
+def before(reads, i, block_b):
     """Sectors of the tensors before the i-th."""
-    return sum(block_b * in_row(read) for read in reads[:i])
+    return sum(block_b * read.tiles * read.in_tile for read in reads.each[:i])
 
 
 @gluon.constexpr_function
 def count(reads, block_b, warps):
     """A power of two: each thread once, or as often as it takes."""
-    return max(32 * warps, 1 << (before(len(reads), reads, block_b) - 1).bit_length())
+    return max(32 * warps, 1 << (before(reads, None, block_b) - 1).bit_length())
 
 
 @gluon.constexpr_function
@@ -92,24 +109,25 @@ def find_sectors(K: gl.constexpr, ptrs, READS: gl.constexpr, table_ptr, rows, T,
     number = gl.arange(0, COUNT * gl.num_ctas(), LAYOUT)
     nothing, anywhere = number * 0, ptrs[0].to(gl.int64)
     found = Sectors(rows, nothing, anywhere + nothing, nothing, anywhere)
-    for i in gl.static_range(len(READS)):
-        own = (number % COUNT - before(i, READS, BLOCK_B)).to(gl.uint32)  # of what comes before: large
-        found = with_tensor(K, found, ptrs[i], READS[i], number // COUNT, own, Batch(table_ptr, T, B), BLOCK_B)
+    for i in gl.static_range(tensors(READS)):
+        own = (number % COUNT - before(READS, i, BLOCK_B)).to(gl.uint32)  # of what comes before: large
+        batch = Batch(table_ptr, T, B)
+        found = with_tensor(K, found, ptrs[i], one_of(READS, i), number // COUNT, own, batch, BLOCK_B)
     return found
 
 
 @gluon.jit
 def with_tensor(K: gl.constexpr, found, ptr, READ: gl.constexpr, rank, number, batch, BLOCK_B: gl.constexpr):
     """Threads have the sector of a tensor whose number they are given, if there is one."""
-    IN_ROW: gl.constexpr = in_row(READ)
-    IN_TILE: gl.constexpr = IN_ROW // READ[0]
-    WIDTH: gl.constexpr = READ[0] * READ[1]
+    IN_TILE: gl.constexpr = READ.in_tile
+    IN_ROW: gl.constexpr = READ.tiles * READ.in_tile
+    WIDTH: gl.constexpr = READ.tiles * READ.bytes
     first_row = gl.program_id(0).to(gl.int64) * BLOCK_B
-    row, in_tile = (number // IN_ROW).to(gl.int32), rank * READ[2] + (number % IN_TILE).to(gl.int32) * SECTOR
-    exists = (number < BLOCK_B * IN_ROW) & (first_row + row < batch.B) & (in_tile < READ[1])
+    row, in_tile = (number // IN_ROW).to(gl.int32), rank * READ.own + (number % IN_TILE).to(gl.int32) * SECTOR
+    exists = (number < BLOCK_B * IN_ROW) & (first_row + row < batch.B) & (in_tile < READ.bytes)
     own_row = gl.where(exists, row, 0)
     rows = find_rows(K, batch.table, found.rows.recurrence, batch.T, batch.B, first_row, own_row)
-    offs = (number % IN_ROW // IN_TILE).to(gl.int32) * READ[1] + in_tile
+    offs = (number % IN_ROW // IN_TILE).to(gl.int32) * READ.bytes + in_tile
     address = ptr.to(gl.int64) + rows.slots.to(gl.int64) * (rows.count * WIDTH) + offs
     return Sectors(
         found.rows, gl.where(exists, rows.lengths, found.lengths), gl.where(exists, address, found.address),

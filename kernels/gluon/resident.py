@@ -38,7 +38,7 @@ from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows
 from ..tiles import first_state, load_bias, load_state, store_state
 from . import layouts
-from .ahead import find_sectors, prefetch, read_of, those
+from .ahead import find_sectors, prefetch, read_of, reads_of
 from .layouts import block_barrier
 from .products import in_shares, layouts_of, load_operand, load_weights, multiply, store_sums, weight, zero_sums
 
@@ -190,8 +190,8 @@ def forward(inputs, outputs, sequences, T, B, CELL: gl.constexpr, SIZES: gl.cons
         )
     partial: gl.constexpr = layouts.partial(BLOCK_B, BLOCK_H, CTAS, 2)
     summands = gl.allocate_shared_memory(gl.float32, [K.gates, SHARES, BLOCK_B, BLOCK_H], partial)
-    reads: gl.constexpr = those(read_of(inputs.x_gates, K.gates, K.H, BLOCK_H // CTAS))
-    sectors = find_sectors(K, (inputs.x_gates,), reads, sequences.rows, rows, T, B, BLOCK_B)
+    READS: gl.constexpr = reads_of(read_of(inputs.x_gates, K.gates, K.H, BLOCK_H // CTAS), 1)
+    sectors = find_sectors(K, (inputs.x_gates,), READS, sequences.rows, rows, T, B, BLOCK_B)
     held = Held(W_hh, b_hh, whole, own, summands, sectors)
     publish(held, K, F, units, state, 0)
     state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
@@ -231,10 +231,11 @@ def backward(read, grads, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constex
     if read.dy is not None:
         ptrs = ptrs + (read.dy,)
     OWN: gl.constexpr = BLOCK_H // CTAS
-    reads: gl.constexpr = (read_of(read.kept[0], 1, K.H, OWN),) * K.kept + those(
-        read_of(read.tiles, K.saved, K.H, OWN), read_of(read.dy, 1, K.H, OWN)
-    )
-    sectors = find_sectors(K, ptrs, reads, sequences.rows, rows, T, B, BLOCK_B)
+    READS: gl.constexpr = reads_of(
+        read_of(read.kept[0], 1, K.H, OWN), K.kept,
+        read_of(read.tiles, K.saved, K.H, OWN), read_of(read.dy, 1, K.H, OWN),
+    )  # fmt: skip
+    sectors = find_sectors(K, ptrs, READS, sequences.rows, rows, T, B, BLOCK_B)
     held = Held(W_hh, None, d_tile, None, summands, sectors)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
     store_state(K, grads.d_states, rows, units, d_state)
