@@ -23,15 +23,17 @@ class Ready:
         self.driver: Any = driver.active
         self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
 
-    def usable(self) -> bool:
-        """Whether a launch may use it now."""
-        return self.driver is driver.active and ordinary()
+    def launch(self, grid: tuple[int, ...], arguments: tuple) -> bool:
+        """Launch on the current stream, unless something changed how Triton launches: False then.
 
-    def launch(self, grid: tuple[int, int, int], arguments: tuple) -> None:
-        """Launch on the current stream. arguments has all of the kernel's parameters in order, constants too."""
-        x, y, z = grid
+        arguments has all of the kernel's parameters in order, constants too.
+        """
+        if self.driver is not driver.active or not ordinary():
+            return False
+        x, y, z = (*grid, 1, 1)[:3]
         stream = self.driver.get_current_stream(self.driver.get_current_device())
         self.run(x, y, z, stream, self.function, self.metadata, None, None, None, *arguments)
+        return True
 
 
 def ready(compiled: Any) -> Ready | None:

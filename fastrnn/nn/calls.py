@@ -13,8 +13,9 @@ from ..cells import CELLS
 from ..compat import driver
 from ..compat.cached import cached
 from ..device import DeviceSpec
-from ..ops.layer import Layer
-from ..ops.library import observed
+from ..ops.layer import Call as LayerCall
+from ..ops.layer import Layer, plain
+from ..ops.library import observed, watching
 from ..ops.prepared import Prepared
 from ..planning import cpu, tuning
 from ..planning.planner import Plan, plan, torch_precision
@@ -53,6 +54,8 @@ class Route(NamedTuple):
     casts: bool  # whether some tensor has another dtype, and is cast
     layer: Layer
     ready: Prepared | None  # for one launch a layer; None where operators are observed (ops/library.py)
+    again: bool = False  # whether a call like this one, without states and options, needs nothing else
+    plain: LayerCall | None = None  # of each layer, if nothing else happens between the launches
 
 
 class Call(NamedTuple):
@@ -150,7 +153,11 @@ def checked(
         if kept is None:
             if len(_routes) >= _MOST_ROUTES:
                 _routes.clear()
-            kept = _routes[key] = _prepared(_route(stack, input, state, params, options, choose), stack, input, options)
+            kept = _prepared(_route(stack, input, state, params, options, choose), stack, input, options)
+            if hx is None and options is PLAIN and kept.ready is not None:
+                again = not (stack.drops_connections or stack.zones_out)
+                kept = kept._replace(again=again, plain=_plain(kept, kept.ready, stack))
+            _routes[key] = kept
         route = kept
     if options is not PLAIN:
         options, rows = checked_values(options, input, route.T, stack.batch_first, seen)
@@ -159,11 +166,22 @@ def checked(
     return Call(stack, input, hx, params, options, route, rows)
 
 
+def known(stack: Stack, input: Tensor, params: Sequence[Tensor]) -> Call | None:
+    """A checked call without states and options, if a call like it was checked before. Else None."""
+    # No route is kept for subclasses of Tensor.
+    route = None if watching() else _routes.get(_key(stack, (input, *params), False, PLAIN))
+    if route is None or not route.again:
+        return None
+    if stack.tie_directions:
+        params = stack.of_each_direction(params)
+    return Call(stack, input, None, params, PLAIN, route)
+
+
 def _key(stack: Stack, tensors: Sequence[Tensor], with_state: bool, options: Options) -> tuple:
     """Everything that a Route depends on."""
     which = () if options is PLAIN else (*[given is None for given in options[:-1]], options.cell_states)
     dtype = compute_dtype(tensors[0])
-    sizes = tuple([(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors])
+    sizes = tuple([(type(tensor), tensor.shape, tensor.dtype, tensor.device) for tensor in tensors])
     return stack, with_state, which, sizes, dtype, torch.is_grad_enabled(), _facts(stack, dtype)
 
 
@@ -197,6 +215,13 @@ def _prepared(route: Route, stack: Stack, input: Tensor, options: Options) -> Ro
     slots = (route.T,) if options.cu_seqlens is not None else (route.T, route.B)
     like = input.new_empty(0, dtype=route.dtype)
     return route._replace(ready=route.layer.prepare(slots, route.B, route.H // stack.num_heads, like))
+
+
+def _plain(route: Route, ready: Prepared, stack: Stack) -> LayerCall | None:
+    chunks, changed = stack.checkpoint_every or route.chosen.wavefront, route.casts or stack.num_heads > 1
+    if chunks or changed or stack.dropped or route.P != route.H or route.T == 0:
+        return None
+    return plain(route.layer, ready, 4 if stack.bias else 2)
 
 
 def planned(stack: Stack, H: int, T: int, B: int, input: Tensor) -> Plan:

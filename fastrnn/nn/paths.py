@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import driver
 from ..noise import draw
 from ..ops import layer
 from ..planning.tiers import KERNELS
@@ -14,7 +15,7 @@ from ..sequences import stops_at_torchs_kernels, untraced
 from ..stack import Stack
 from ..torch_path import segments
 from . import layers, projection, wavefront
-from .calls import Call, as_tuple, backend_of, checked, until_launched
+from .calls import Call, as_tuple, backend_of, checked, known, until_launched
 from .dropout import drop, drop_connections, drop_mask, dropping, noise_of_chunks, zoning
 from .options import PLAIN, Options
 
@@ -38,6 +39,40 @@ def run(stack: Stack, input: Tensor, hx: Any, params: Sequence[Tensor], options:
     if torch.compiler.is_compiling():
         return _once(stack, input, hx, params, options, noise)
     return until_launched(stack.backend, _once, stack, input, hx, params, options, noise)
+
+
+def again(stack: Stack, input: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Any] | None:
+    """Run a call without states and options as an earlier one ran, without what `run` does for others.
+
+    Return output and the final state, or None: no kernel ran such a call, or the driver refuses it now. `run` then
+    finds another way.
+    """
+    call = known(stack, input, params)
+    if call is None:
+        return None
+    try:
+        output, finals = call.route.path(call) if call.route.plain is None else _plain(call, call.route.plain)
+    except driver.LaunchRefusedError:
+        if stack.backend != "auto":
+            raise
+        return None
+    return output, stack.hidden(finals)
+
+
+def _plain(call: Call, each: layer.Call) -> Found:
+    """`_straight` for a call where nothing else happens between the launches."""
+    stack, x, params, of_layers = call.stack, call.input, call.params, []
+    if stack.batch_first:
+        x = x.transpose(0, 1)
+    count = len(params) // stack.num_layers
+    for first in range(0, len(params), count):
+        weights = params[first : first + count]
+        if stack.bidirectional:
+            weights = [weight for role in layers.by_role(weights, 2) for weight in role]
+        x, *finals = layer.outputs_of(each, (x, *weights))
+        of_layers.append(finals)
+    finals = of_layers[0] if stack.num_layers == 1 else [torch.cat(of_all) for of_all in zip(*of_layers, strict=True)]
+    return x.transpose(0, 1) if stack.batch_first else x, tuple(finals)
 
 
 def _once(

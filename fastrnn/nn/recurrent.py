@@ -202,6 +202,10 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         # CPU tensors take torch's path as early as possible: a plan is asked for only where a call takes far longer.
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
         backend, packed = self.backend, isinstance(input, PackedSequence)
+        may_repeat = plain and hx is None and not (packed or return_cell_states)
+        may_repeat = may_repeat and (input.is_cuda or backend not in ("auto", "torch"))
+        if may_repeat and (found := paths.again(self._stack(), input, self._params())):
+            return found
         whole = backend in ("auto", "torch") and plain and not return_cell_states and self.checkpoint_every is None
         whole = whole and self._stack_is_torchs(dropping=self.training)
         large = whole and not input.is_cuda and (packed or input.numel() >= cpu.LEAST_ELEMENTS)
@@ -298,10 +302,8 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
         """Return what the repr says of this layer: torch.nn's options, and ours where they are set."""
         added = f", backend={self.backend!r}" if self.backend != "auto" else ""
         added += f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every is not None else ""
-        added += f", num_heads={self.num_heads}" if self.num_heads > 1 else ""
-        added += ", tie_directions=True" if self.tie_directions else ""
-        for name, unset in (("drop_connect", 0.0), ("zoneout", 0.0), ("clip_grad_state", None), ("clip_state", None)):
-            added += f", {name}={getattr(self, name)}" if getattr(self, name) != unset else ""
+        for name in ("num_heads", "tie_directions", "drop_connect", "zoneout", "clip_grad_state", "clip_state"):
+            added += f", {name}={getattr(self, name)}" if getattr(self, name) != getattr(Recurrent, name) else ""
         return super().extra_repr() + added
 
 

@@ -144,11 +144,14 @@ def launch_backward(
         wide = prepared.cell.state_dtype(y.dtype)
         before = tuple([read.before[place].to(wide) if place else h_0 for place in places])
     if prepared.kernels is not None:
-        kept, starts = tuple([read.kept[place] for place in places]), sequences.starts
-        starts = None if starts is None else tuple([starts[place] for place in places])
-        read = Saved(read.dy, read.d_steps, read.d_finals, read.W_hh, before, kept, read.tiles)
-        reads = Sequences(sequences.rows, _in_bytes(sequences.reset), starts, sequences.noise)
-        prepared.kernels.launch("backward", prepared.T, prepared.ragged, by_step, (read, into, reads))
+        if before is not None or len(places) < len(read.kept):
+            kept = tuple([read.kept[place] for place in places])
+            read = Saved(read.dy, read.d_steps, read.d_finals, read.W_hh, before, kept, read.tiles)
+        rows, reset, starts, noise = sequences
+        if reset is not None or starts is not None:
+            starts = None if starts is None else tuple([starts[place] for place in places])
+            sequences = Sequences(rows, _in_bytes(reset), starts, noise)
+        prepared.kernels.launch("backward", prepared.T, prepared.ragged, by_step, (read, into, sequences))
     return h_0
 
 

@@ -54,12 +54,21 @@ class Call(NamedTuple):
     weights: int
     noise: Tensor | None  # zoneout in training (noise.py)
 
-    def split(self, given: Sequence[Any]) -> tuple[Any, Any, Any, list[Any]]:
-        """Split a list into x, first states, states after resets, and weights by role; the list may be of gradients."""
-        first, D = 1 + self.states, self.layer.directions
+    def split(self, given: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+        """Split a list into x, first states, states after resets, and weights by role; the list may be of gradients.
+
+        A role has one weight, or with two directions a list.
+        """
+        D, first = self.layer.directions, 1 + self.states
         second = first + self.starts
-        roles = [given[i : i + D] for i in range(second, second + self.weights, D)]
+        end = second + self.weights
+        roles = given[second:end] if D == 1 else [given[i : i + D] for i in range(second, end, D)]
         return given[0], given[1:first] or None, given[first:second] or None, roles
+
+    def needed(self, needs: Sequence[bool]) -> tuple[bool, Sequence[bool]]:
+        """Whether x needs a gradient, and whether each role does."""
+        need_x, _, _, roles = self.split(needs)
+        return need_x, roles if self.layer.directions == 1 else [True in of_role for of_role in roles]
 
 
 def run(
@@ -88,12 +97,25 @@ def run(
         return by_op(layer, linear(*source), source, (W_hh, b_hh), states or None, window)
     reset = None if reset is None else reset.contiguous()
     call = Call(layer, ready, window.by_step, window.all_steps, len(states), len(starts), len(weights), window.noise)
-    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
-        outputs = _Node.apply(call, rows, reset, *tensors)
-    else:
-        outputs, *_ = _forward(call, rows, reset, tensors, save=False)
+    outputs = outputs_of(call, tensors, rows, reset)
     count = 1 + len(ready.cell.states)
     return outputs[0], outputs[1:count], outputs[count:] or None
+
+
+def plain(layer: Layer, ready: Prepared, roles: int) -> Call | None:
+    """The Call of a layer without states, resets and lengths. None if it takes two nodes."""
+    if ready.bytes > LARGE and torch.is_grad_enabled():
+        return None
+    return Call(layer, ready, False, False, 0, 0, roles * layer.directions, None)
+
+
+def outputs_of(
+    call: Call, tensors: Sequence[Tensor], rows: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Run a Call that nothing observes. Return y, the final states and, if they are asked for, those of all steps."""
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        return _Node.apply(call, rows, reset, *tensors)  # type: ignore[return-value]
+    return _forward(call, rows, reset, tensors, save=False)[0]
 
 
 # If x_gates has more bytes than this, a layer is two nodes in training. One node frees what forward saved only after it
@@ -182,8 +204,7 @@ def _by_launch(
     ready, P = call.prepared, len(call.prepared.cell.states)
     x, states, starts, (W_ih, W_hh, *_) = call.split(tensors)
     rows, reset, y, saved, *steps = tensors[1 + call.states + call.starts + call.weights :]
-    need_x, _, _, need_weights = call.split(needs[3:])
-    need_W_ih, need_W_hh, *need_b = [True in of_role for of_role in need_weights]
+    need_x, (need_W_ih, need_W_hh, *need_b) = call.needed(needs[3:])
     sequences = Sequences(rows, reset, contiguous(starts), call.noise)
     d_finals, d_steps = complete(d_others[:P]), complete(d_others[P:])
     dy, W = None if dy is None else dy.contiguous(), joined(W_hh).contiguous()
@@ -206,7 +227,7 @@ def _by_launch(
         db_ih = d_gates.sum(0)
         db_hh = sums.bias_gradient(d_gates, d_last, ready.K, db_ih) if need_b[1] else None
     dx, dW_ih = of_product(d_gates, x, W_ih, need_x, need_W_ih)
-    return _in_order(call, needs, (dx, d_states, d_starts, (dW_ih, dW_hh, db_ih, db_hh)))
+    return _in_order(call, (dx, d_states, d_starts, (dW_ih, dW_hh, db_ih, db_hh)))
 
 
 def _by_op(
@@ -219,8 +240,7 @@ def _by_op(
     # These are functions of the other tensors. Double backward differentiates by those.
     detached: list[Any] = [None if tensor is None else tensor.detach() for tensor in of_steps]
     y, saved, *steps = detached
-    need_x, _, _, (need_W_ih, need_W_hh, *need_b) = call.split(needs[3:])
-    need_b_hh = bool(need_b) and any(need_b[1])
+    need_x, (need_W_ih, need_W_hh, *need_b) = call.needed(needs[3:])
     R, K = ready.recurrences, ready.K
     b_ih, b_hh = map(joined, b) if b else (None, None)
     of_step, none, d_steps = (*ready.slots, R, K), y.new_empty(0), complete(d_others[P:])
@@ -234,40 +254,39 @@ def _by_op(
             y.view(of_step),
             none if saved is None else saved.view(*ready.slots, R, ready.cell.saved, K),
             stacked([step.view(of_step) for step in steps]) if steps else none,
-            *(layer.cell, any(need_W_hh), need_b_hh, layer.backend),
+            *(layer.cell, need_W_hh, need_b[1:] == [True], layer.backend),
             *(None if b_hh is None else b_hh.view(R, -1), x, joined(W_ih), b_ih),
             *(rows, reset, stacked(starts), call.by_step, layer.heads, *layer.each_step, call.noise),
         )
     )
     d_gates = found.d_x_gates.view(ready.count, ready.cell.gates * R * K)
-    db_ih = d_gates.sum(0) if need_b and any(need_b[0]) else None
-    dx, dW_ih = of_product(d_gates, x, W_ih, need_x, any(need_W_ih))
+    db_ih = d_gates.sum(0) if need_b[:1] == [True] else None
+    dx, dW_ih = of_product(d_gates, x, W_ih, need_x, need_W_ih)
     d_states = None if states is None else found.d_state_0.unbind()
     d_starts = None if starts is None else found.d_starts.unbind()
-    dW_hh = found.dW_hh.view(-1, K) if any(need_W_hh) else None
-    db_hh = found.db_hh.flatten() if need_b_hh else None
-    return _in_order(call, needs, (dx, d_states, d_starts, (dW_ih, dW_hh, db_ih, db_hh)))
+    dW_hh = found.dW_hh.view(-1, K) if need_W_hh else None
+    db_hh = found.db_hh.flatten() if need_b[1:] == [True] else None
+    return _in_order(call, (dx, d_states, d_starts, (dW_ih, dW_hh, db_ih, db_hh)))
 
 
 def of_product(
-    d_gates: Tensor, x: Tensor, W_ih: Sequence[Tensor], need_x: bool, need_W: bool
+    d_gates: Tensor, x: Tensor, W_ih: Any, need_x: bool, need_W: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of x and of all directions' W_ih, from the gradient of their product."""
-    dx = (d_gates @ joined(W_ih)).view(x.shape) if need_x else None
-    return dx, d_gates.T @ x.flatten(0, -2) if need_W else None
+    dx = torch.mm(d_gates, joined(W_ih)).view(x.shape) if need_x else None
+    return dx, torch.mm(d_gates.t(), x.flatten(0, -2)) if need_W else None
 
 
-def _in_order(call: Call, needs: Sequence[bool], found: tuple) -> tuple[Tensor | None, ...]:
+def _in_order(call: Call, found: tuple) -> tuple[Tensor | None, ...]:
     """Put gradients into the order of the node's inputs: x, states, starts, then W_ih, W_hh, b_ih and b_hh.
 
-    Each of the last four comes for all directions at once, one after the other.
+    Each of the last four comes for all directions at once, one after the other. autograd drops those that nobody needs.
     """
     dx, d_states, d_starts, (*d_roles,) = found
     D = call.layer.directions
     if D > 1:
         d_roles = [d for d_role in d_roles for d in ([None] * D if d_role is None else d_role.chunk(D))]
-    ordered = (None, None, None, dx, *(d_states or ()), *(d_starts or ()), *d_roles)
-    return tuple([gradient if need else None for gradient, need in zip(ordered, needs, strict=False)])
+    return None, None, None, dx, *(d_states or ()), *(d_starts or ()), *d_roles[: call.weights]
 
 
 def complete(gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
@@ -278,9 +297,11 @@ def complete(gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...] | None:
     return tuple([torch.zeros_like(given[0]) if g is None else g.contiguous() for g in gradients])
 
 
-def joined(tensors: Sequence[Tensor] | None) -> Any:
-    """Concatenate N tensors (R, ...) to (N*R, ...). One tensor is returned itself."""
-    return None if tensors is None else tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
+def joined(tensors: Sequence[Tensor] | Tensor | None) -> Any:
+    """Concatenate N tensors (R, ...) to (N*R, ...). One tensor is returned itself, in a list or not."""
+    if tensors is None or isinstance(tensors, Tensor):
+        return tensors
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors))
 
 
 def stacked(tensors: Sequence[Tensor] | None) -> Any:

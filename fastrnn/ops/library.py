@@ -118,12 +118,16 @@ _RecurrenceBackward = torch_func.function(
 
 def observed(tensors: Iterable[Tensor]) -> bool:
     """Whether something must see single operators: a compiler, tracer, mode, transform or subclass of Tensor."""
+    return watching() or not all([type(tensor) in PLAIN for tensor in tensors])
+
+
+def watching() -> bool:
+    """The same, whatever the tensors are."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()
         or torch_func.transforming()
-        or not all([type(tensor) in PLAIN for tensor in tensors])
     )
 
 

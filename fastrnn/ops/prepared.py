@@ -31,52 +31,44 @@ class Kernels:
     @profiling.inside("recurrence", traced=False)
     def launch(self, which: str, T: int, ragged: bool, by_step: bool, groups: tuple) -> None:
         """Launch the kernel of a pass over T steps. groups are the groups of pointers in kernels/arguments.py."""
-        launches: Any = ((self.plan.grid, groups, (T, self.request.B)),)
-        if self.tier == "cooperative":
-            launches = self._parts(which, T, groups)
-        for grid, groups, numbers in launches:
-            if interpreter.ENABLED:
-                function, constants = self._function(which, groups, ragged, by_step)
-                form = self._form(which, self.plan.choices[which][0])
-                _interpret(function, grid, (*groups, *numbers, *constants, form))
-                continue
-            key = which, ragged, by_step, _pointers(groups)
-            W_hh = groups[0].W_hh
-            if W_hh.is_cuda and torch.cuda.device_count() > 1:  # Triton launches on the current GPU, not the tensors'
-                with torch.cuda.device_of(W_hh):
-                    self._launch(key, grid, groups, numbers)
-            else:
-                self._launch(key, grid, groups, numbers)
+        W_hh, kind = groups[0].W_hh, (which, ragged, by_step)
+        if W_hh.is_cuda and torch.cuda.device_count() > 1:  # Triton launches on the current GPU, not the tensors'
+            with torch.cuda.device_of(W_hh):
+                self._launch(kind, T, groups)
+        else:
+            self._launch(kind, T, groups)
 
-    def _parts(self, which: str, T: int, groups: tuple) -> list[tuple]:
-        """Grid, groups and numbers of each part of a batch whose programs would not all run at once."""
+    def _launch(self, kind: tuple, T: int, groups: tuple) -> None:
+        parts = self._parts(kind[0], groups) if self.tier == "cooperative" else ((self.plan.grid, groups),)
+        for grid, of_part in parts:
+            key, arguments = (*kind, _pointers(of_part)), (*of_part, T, self.request.B)
+            ready, constants = self.launched.get(key, NOT_READY)
+            if interpreter.ENABLED:
+                function, constants = self._function(kind[0], of_part, *kind[1:])
+                _interpret(function, grid, (*arguments, *constants, self._form(kind[0], self.plan.choices[kind[0]][0])))
+            elif ready is None or not ready.launch(grid, (*arguments, *constants)):
+                self.launched[key] = self._first_launch(key, grid, of_part, arguments)
+
+    def _parts(self, which: str, groups: tuple) -> list[tuple]:
+        """Grid and groups of each part of a batch whose programs would not all run at once."""
         slices, batch_tiles, R = self.plan.grid
-        exchange, numbers = self._exchange(which, groups[0].W_hh), (T, self.request.B)
+        exchange = self._exchange(which, groups[0].W_hh)
         if self.plan.parts == 1:
-            return [(self.plan.grid, (*groups, exchange), numbers)]
+            return [(self.plan.grid, (*groups, exchange))]
         found, end = [], tiles(self.request.B, self.plan.block_b)
         # Two of each: a kernel is compiled for pointers to multiples of 16 bytes.
         firsts = torch.arange(2 * self.plan.parts, device=exchange.counters.device) // 2 * batch_tiles
         for part, first in enumerate(range(0, end, batch_tiles)):
             grid = (slices, min(batch_tiles, end - first), R)
             of_part = exchange._replace(counters=exchange.counters[part], first_tile=firsts[2 * part : 2 * part + 1])
-            found.append((grid, (*groups, of_part), numbers))
+            found.append((grid, (*groups, of_part)))
         return found
 
-    def _launch(self, key: tuple, grid: tuple[int, ...], groups: tuple, numbers: tuple[int, ...]) -> None:
-        ready, constants = self.launched.get(key, NOT_READY)
-        if ready is not None and ready.usable():
-            ready.launch((*grid, 1, 1)[:3], (*groups, *numbers, *constants))
-        else:
-            self.launched[key] = self._first_launch(key, grid, groups, numbers)
-
-    def _first_launch(
-        self, key: tuple, grid: tuple[int, ...], groups: tuple, numbers: tuple[int, ...]
-    ) -> tuple[Any, tuple]:
+    def _first_launch(self, key: tuple, grid: tuple[int, ...], groups: tuple, arguments: tuple) -> tuple[Any, tuple]:
         """Launch through Triton's binder. Return what later launches like this one can use."""
         request, (which, ragged, by_step, _) = self.request, key
         function, constants = self._function(which, groups, ragged, by_step)
-        arguments = (*groups, *numbers, *constants)
+        arguments = (*arguments, *constants)
         try:
             options = self._options(which, function, arguments)
             compiled = function[grid](*arguments, **options)
@@ -217,17 +209,17 @@ def forget() -> None:
 
 def _pointers(groups: tuple) -> tuple:
     """What Triton compiles pointers for: the dtype, and whether the address is a multiple of 16; or None."""
-    found: list[Any] = []
-    for group in groups:
-        for member in group:
-            if member is None:
-                found.append(None)
-            elif type(member) is tuple:
-                found.append(tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in member]))
-            else:
-                found.append(member.dtype)
-                found.append(member.data_ptr() % 16)
-    return tuple(found)
+    return tuple(
+        [
+            None
+            if member is None
+            else tuple([(tensor.dtype, tensor.data_ptr() % 16) for tensor in member])
+            if type(member) is tuple
+            else (member.dtype, member.data_ptr() % 16)
+            for group in groups
+            for member in group
+        ]
+    )
 
 
 def _interpret(function: Any, grid: tuple[int, ...], arguments: tuple) -> None:

@@ -47,14 +47,16 @@ def weight_gradient(steps: Steps, d_x_gates: Tensor, d_rec_last: Tensor | None) 
     R, K, limit = steps.prepared.recurrences, steps.prepared.K, steps.prepared.clip_h
     if limit >= 0:
         steps = _clipped(steps, limit)
-    gates = d_x_gates.shape[1] // (R * K)
-    whole, ends = d_x_gates.new_empty(R * gates * K, K), gates * K
+    rows, shifted = d_x_gates.shape[1] // R, _is_shifted(steps)
+    whole = d_x_gates.new_empty(R * rows, K)
+    # The rows of each product in `whole`. All views in one operation.
+    sizes = (rows,) if d_rec_last is None else (rows - K, K)
+    parts = whole.split_with_sizes(sizes * R) if len(sizes) * R > 1 else (whole,)
     for r in range(R):
-        h_prev, first = _h_prev(steps, r), r * gates * K
+        h_prev, own = _h_prev(steps, r, shifted), parts[r * len(sizes) : (r + 1) * len(sizes)]
+        _sum(steps, r, d_x_gates, r * rows, h_prev, shifted, out=own[0])
         if d_rec_last is not None:
-            ends = (gates - 1) * K
-            _sum(steps, r, d_rec_last, r * K, h_prev, out=whole[first + ends : first + gates * K])
-        _sum(steps, r, d_x_gates, first, h_prev, out=whole[first : first + ends])
+            _sum(steps, r, d_rec_last, r * K, h_prev, shifted, out=own[1])
     return whole
 
 
@@ -67,12 +69,12 @@ def _clipped(steps: Steps, limit: float) -> Steps:
     return steps._replace(y=steps.y.clamp(-limit, limit), h_0=h_0, sequences=sequences)
 
 
-def _sum(steps: Steps, r: int, d_rec: Tensor, first: int, h_prev: Tensor, out: Tensor) -> None:
+def _sum(steps: Steps, r: int, d_rec: Tensor, first: int, h_prev: Tensor, shifted: bool, out: Tensor) -> None:
     """Sum over the columns of d_rec from `first` on. Each view is one operation, to save time on the CPU."""
     prepared, rows = steps.prepared, out.shape[0]
     columns, count = d_rec.shape[1], d_rec.shape[0]
     at = first + d_rec.storage_offset()
-    if not _is_shifted(steps):
+    if not shifted:
         torch.mm(d_rec.as_strided((rows, count), (1, columns), at), h_prev, out=out)
         return
     B, direction = prepared.B, r // prepared.N
@@ -104,15 +106,15 @@ def _own(state: Tensor, r: int, prepared: Prepared) -> Tensor:
     return state.select(-3, r // N).narrow(-1, r % N * K, K)
 
 
-def _h_prev(steps: Steps, r: int) -> Tensor:
+def _h_prev(steps: Steps, r: int, shifted: bool) -> Tensor:
     """The h before every slot (slots, K), as a view or a copy. If y is shifted, without the slots at the start."""
     prepared, (rows, reset, starts) = steps.prepared, steps.sequences[:3]
     R, N, K, direction = prepared.recurrences, prepared.N, prepared.K, r // prepared.N
-    if _is_shifted(steps):
+    if shifted:
         B, count = prepared.B, prepared.slots[0] * prepared.B
         first = steps.y.storage_offset() + (B * R * direction + r) * K
-        shifted = steps.y.as_strided((count - B, K), (R * K, 1), first)
-        return shifted if reset is None else shifted.masked_fill(reset[1:].reshape(-1, 1), 0)
+        before = steps.y.as_strided((count - B, K), (R * K, 1), first)
+        return before if reset is None else before.masked_fill(reset[1:].reshape(-1, 1), 0)
     y = steps.y.view(*prepared.slots, R, K).select(-2, r)
     h_0 = y.new_zeros(prepared.B, K) if steps.h_0 is None else _own(steps.h_0, r, prepared)
     start = None
