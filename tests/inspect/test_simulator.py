@@ -2,13 +2,14 @@
 
 import importlib
 import inspect
+import re
 import textwrap
 from dataclasses import fields
 
 import pytest
 
 from fastrnn.inspect import sass
-from fastrnn.inspect.simulator import ERROR, note, timeline
+from fastrnn.inspect.simulator import ERROR, barriers, memory, multiprocessor, note, timeline
 from fastrnn.inspect.simulator import figures as table
 from fastrnn.inspect.simulator.decode import Operand, decode, decoded, operand, split
 from fastrnn.inspect.simulator.simulate import conflicts, prepared, simulate
@@ -299,6 +300,18 @@ def test_a_picture_of_a_timeline(tmp_path):
     pytest.importorskip("matplotlib")
     timeline.picture(MICROBENCHMARKS["tanh, 8 warps"].simulated(), "tanh", tmp_path / "step.png")
     assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_knows_every_cause_of_waiting():
+    """A cause that belongs to none of the six kinds would end the picture of a kernel that meets it."""
+    causes = set(multiprocessor.LOADS.values())
+    for room in (multiprocessor, memory, barriers):
+        for line in inspect.getsource(room).splitlines():
+            if re.search(r"\.block\(|\.hold\(|\buntil\(|\blevel = ", line):
+                causes |= set(re.findall(r'"([\w ]+)"', line))
+    assert causes >= {"cluster barrier", "fence", "branch", "stall count", "another warp issued", "device memory", "L1"}
+    assert {timeline.kind_of(cause) for cause in causes} == set(timeline.KINDS) - {"pipes"}
+    assert timeline.kind_of("pipe: integer") == timeline.kind_of("special function") == "pipes"
 
 
 def test_all_of_a_kernel_is_decoded():

@@ -14,10 +14,19 @@ LETTERS = {
 }  # fmt: skip
 ORDER = "BTSMbfi"
 COLUMNS, INSTRUCTIONS = 100, 12
-COLORS = (
-    "#d62728", "#ff7f0e", "#bcbd22", "#9467bd", "#17becf", "#8c564b", "#e377c2", "#1f77b4", "#7f7f7f", "#aec7e8",
-    "#ffbb78", "#98df8a", "#c5b0d5", "#c49c94",
-)  # fmt: skip
+# The six things that a step waits for, as docs/performance.md names them, with their colors and their causes.
+KINDS = {
+    "the chain": (
+        "#d9534f",
+        ("stall count", "branch", "operands read", "shuffle", "special register", "constant bank"),
+    ),
+    "issue": ("#3f7fd1", ("another warp issued",)),
+    "barriers": ("#e0982b", ("barrier", "cluster barrier", "fence")),
+    "shared memory": ("#8a63d2", ("shared memory", "distributed shared memory")),
+    "pipes": ("#5b8c2a", ("special function",)),  # and every cause that begins so: "pipe: tensor cores"
+    "L2": ("#1f9e9a", ("L2", "L1", "data in flight", "device memory", "memory")),
+}
+KIND_OF = {cause: kind for kind, (_, causes) in KINDS.items() for cause in causes}
 
 
 def step_of(simulated: Simulated) -> tuple[int, int]:
@@ -101,8 +110,13 @@ def _barriers(simulated: Simulated, first: int, last: int) -> Iterator[str]:
         yield f"  {names[index]:<30}{min(found[index]):>8,}{max(found[index]):>8,}"
 
 
+def kind_of(cause: str) -> str:
+    """Which of the six KINDS a cause of the simulator belongs to."""
+    return "pipes" if cause.startswith("pipe: ") else KIND_OF[cause]
+
+
 def picture(simulated: Simulated, title: str, file: Path) -> None:
-    """Draw a step: each warp's waits in the colors of their causes, and under it how busy each resource is.
+    """Draw a step: each warp's waits in the colors of the six KINDS, and under it how busy each resource is.
 
     Raises RuntimeError without matplotlib.
     """
@@ -121,24 +135,26 @@ def _drawn(simulated: Simulated, title: str) -> Any:
     first, last = step_of(simulated)
     figure: Any = Figure(figsize=(12, 2.5 + 0.22 * len(simulated.machine.warps) + 3), layout="constrained")
     warps, bars = figure.subplots(2, 1, height_ratios=(2, 1))
-    causes = [cause for cause in simulated.waits if cause != "issue"]
-    colors = {cause: COLORS[n % len(COLORS)] for n, cause in enumerate(causes)}
     for row, warp in enumerate(simulated.machine.warps):
-        by_cause: dict[str, list[tuple[int, int]]] = {}
+        by_kind: dict[str, list[tuple[int, int]]] = {}
         for start, end, cause in warp.waits:
             start, end = max(start, first), min(end, last)
             if end > start:
-                by_cause.setdefault(cause, []).append((start - first, end - start))
-        for cause, spans in by_cause.items():
-            warps.broken_barh(spans, (row - 0.4, 0.8), facecolors=colors.get(cause, "#dddddd"))
+                by_kind.setdefault(kind_of(cause), []).append((start - first, end - start))
+        for kind, spans in by_kind.items():
+            warps.broken_barh(spans, (row - 0.4, 0.8), facecolors=KINDS[kind][0])
         issued = [(time - first, 1) for time, _ in warp.issues if first <= time < last]
         warps.broken_barh(issued, (row - 0.4, 0.8), facecolors="0.5")
     warps.set(
         xlabel="cycle of the step", ylabel="warp", xlim=(0, last - first), title=f"{title}: simulated, not measured"
     )
     warps.invert_yaxis()
-    handles = [Patch(color="0.5", label="issue"), *(Patch(color=colors[cause], label=cause) for cause in causes)]
-    warps.legend(handles=handles, bbox_to_anchor=(1.01, 1), loc="upper left", fontsize="small")
+    shares: Counter[str] = Counter()
+    for cause, cycles in simulated.waits.items():
+        shares["works" if cause == "issue" else kind_of(cause)] += cycles / simulated.cycles
+    colors = {"works": "0.5"} | {kind: color for kind, (color, _) in KINDS.items()}
+    handles = [Patch(color=color, label=f"{kind}, {shares[kind]:.0%}") for kind, color in colors.items()]
+    warps.legend(handles=handles, bbox_to_anchor=(1.01, 1), loc="upper left", title="a warp works, or waits for")
     names = [name for name, cycles in simulated.uses.items() if cycles >= 0.5]
     bars.barh(names, [simulated.uses[name] / simulated.cycles * 100 for name in names], color="C0")
     bars.set(xlabel="busy, % of the step", xlim=(0, 100))
