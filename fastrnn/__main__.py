@@ -26,6 +26,10 @@ from .device import SPECS, DeviceSpec
 from .planning.planner import BACKENDS, KERNEL_DTYPES, torch_precision
 from .planning.tiers import TIERS
 
+# What an option that is not given stands for: prices of a plan need a sequence, and inspect compiles a short one.
+PLANNED = {"batch": 16, "dtype": ["bfloat16"], "arch": ["sm_90"], "steps": 1024}
+INSPECTED = PLANNED | {"steps": 3}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Return 0 if it ran, 1 if there is no kernel for anything that was asked, 2 after an error."""
@@ -42,9 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m fastrnn", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="command")
     planner = commands.add_parser("plan", help="show which kernel would run, its tiles, and why")
-    planner.set_defaults(run=_plan)
+    planner.set_defaults(run=_plan, assumed=PLANNED)
     inspect = commands.add_parser("inspect", help="show what the compiler makes of a kernel, and simulate a time step")
-    inspect.set_defaults(run=_inspect)
+    inspect.set_defaults(run=_inspect, assumed=INSPECTED)
     profile = commands.add_parser("profile", help="measure time and memory of long sequences on this machine")
     profile.set_defaults(run=_profile)
     _add_profile_options(profile)
@@ -53,19 +57,26 @@ def _parser() -> argparse.ArgumentParser:
 
     dtypes = [str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES]
     for command in (planner, inspect):
-        command.add_argument("--cell", nargs="+", choices=list(CELLS), required=True)
+        help = ", ".join(CELLS)
+        command.add_argument("--cell", nargs="+", choices=list(CELLS), required=True, metavar="CELL", help=help)
         command.add_argument("--hidden", nargs="+", type=int, required=True, metavar="H", help="hidden units")
-        command.add_argument("--batch", type=int, default=16, metavar="B", help="sequences (default: 16)")
-        command.add_argument("--directions", type=int, choices=(1, 2), default=1)
+        command.add_argument("--batch", type=int, metavar="B", help="sequences (default: 16)")
+        help = "directions of the layer (default: 1)"
+        command.add_argument("--directions", type=int, choices=(1, 2), default=1, help=help)
         _add_heads(command)
-        command.add_argument("--dtype", nargs="+", choices=dtypes, default=["bfloat16"])
+        help = f"{', '.join(dtypes)} (default: bfloat16)"
+        command.add_argument("--dtype", nargs="+", choices=dtypes, metavar="DTYPE", help=help)
         archs = [arch for arch in SPECS if arch != "interpreter"]
-        command.add_argument("--arch", nargs="+", choices=archs, default=["sm_90"])
-        command.add_argument("--backend", choices=["auto", *TIERS], default="auto")
+        help = f"GPU architectures: {', '.join(archs)} (default: sm_90, an H100)"
+        command.add_argument("--arch", nargs="+", choices=archs, metavar="ARCH", help=help)
+        help = "auto (the cheapest) or one tier (default: auto)"
+        command.add_argument("--backend", choices=["auto", *TIERS], default="auto", help=help)
         help = "precision of float32 products (default: torch's setting)"
         command.add_argument("--precision", nargs="+", choices=("ieee", "tf32"), default=[torch_precision()], help=help)
-        command.add_argument("--steps", type=int, default=3, metavar="T", help="time steps (default: 3)")
-    inspect.add_argument("--pass", dest="which", choices=("forward", "backward", "both"), default="both")
+    planner.add_argument("--steps", type=int, metavar="T", help="time steps, on which prices depend (default: 1024)")
+    inspect.add_argument("--steps", type=int, metavar="T", help="time steps to compile for and to execute (default: 3)")
+    help = "which kernel of the pair (default: both)"
+    inspect.add_argument("--pass", dest="which", choices=("forward", "backward", "both"), default="both", help=help)
     inspect.add_argument(
         "--execute", action="store_true", help="run the compiled PTX on the CPU, and check the results"
     )
@@ -85,19 +96,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_profile_options(profile: argparse.ArgumentParser) -> None:
-    profile.add_argument("--cell", choices=list(CELLS), required=True)
+    profile.add_argument("--cell", choices=list(CELLS), required=True, metavar="CELL", help=", ".join(CELLS))
     profile.add_argument("--hidden", type=int, required=True, metavar="H", help="hidden units")
     profile.add_argument("--batch", type=int, default=16, metavar="B", help="sequences (default: 16)")
     profile.add_argument("--seq", required=True, metavar="T,T,...", help="sequence lengths, in time steps")
     profile.add_argument("--input", type=int, metavar="I", help="input features (default: H)")
     profile.add_argument("--layers", type=int, default=1, metavar="L", help="stacked layers (default: 1)")
-    profile.add_argument("--directions", type=int, choices=(1, 2), default=1)
+    help = "directions of the layer (default: 1)"
+    profile.add_argument("--directions", type=int, choices=(1, 2), default=1, help=help)
     _add_heads(profile)
-    profile.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16")
-    profile.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    profile.add_argument("--backend", choices=BACKENDS, default="auto")
-    profile.add_argument("--checkpoint-every", type=int, metavar="K", help="checkpoint_every of fastrnn's layer")
-    profile.add_argument("--compare", nargs="+", choices=BACKENDS, default=[], help="backends to measure beside it")
+    profile.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (default: float32)")
+    device, help = "cuda" if torch.cuda.is_available() else "cpu", "default: cuda if there is a GPU"
+    profile.add_argument("--device", choices=("cpu", "cuda"), default=device, help=help)
+    help = f"{', '.join(BACKENDS)} (default: auto)"
+    profile.add_argument("--backend", choices=BACKENDS, default="auto", metavar="BACKEND", help=help)
+    profile.add_argument("--checkpoint-every", type=int, metavar="K", help="keep every K-th state, not all gates")
+    help = "other backends to measure beside it"
+    profile.add_argument("--compare", nargs="+", choices=BACKENDS, default=[], metavar="BACKEND", help=help)
     profile.add_argument(
         "--json", action="store_true", help="print one JSON object a line, for each length and backend"
     )
@@ -136,9 +151,19 @@ def _asked(args: argparse.Namespace) -> Iterator[dict]:
             }
 
 
+def _fill(args: argparse.Namespace) -> list[str]:
+    """Set the options that were not given to what they stand for, and return them as they would be written."""
+    missing = {name: value for name, value in args.assumed.items() if getattr(args, name) is None}
+    vars(args).update(missing)
+    return [f"--{name} {value[0] if isinstance(value, list) else value}" for name, value in missing.items()]
+
+
 def _plan(args: argparse.Namespace, arguments: list[str]) -> int:
+    assumed = _fill(args)
     for asked in _asked(args):
         print(plan(device=asked.pop("arch"), **asked))
+    if assumed:
+        print(f"defaults taken: {', '.join(assumed)}")
     return 0
 
 
@@ -149,6 +174,7 @@ def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
     from .inspect.compile import PASSES, Problem
     from .inspect.report import Simulation, as_json, print_table, records, show_steps
 
+    _fill(args)
     is_shown = args.timeline is not None
     if args.bounds and (is_shown or args.what_if):
         raise ValueError("bounds: expected no --timeline and no --what-if beside it, since both simulate")

@@ -31,8 +31,12 @@ def diagnosis() -> Iterator[tuple[str, str]]:
         yield "device", f"{found.name}, {found.multi_processor_count} multiprocessors"
     else:
         yield "device", "no GPU that torch can use"
+    said: dict[str, str] = {}  # the tier that gave a reason first
     for tier in TIERS:
-        yield f"backend {tier}", usable(tier, device)
+        found = usable(tier, device)
+        first = said.setdefault(found, tier)
+        yield f"backend {tier}", found if first == tier or found == "usable" else f"not usable, as {first}"
+    yield "backend cpu", of_cpu()
     yield "backend torch", "usable"
     yield "backend reference", "usable"
     yield "inspect", _inspect()
@@ -58,6 +62,19 @@ def usable(tier: str, device: torch.device) -> str:
     try:
         spec = DeviceSpec.of(device)
         plan("lstm", hidden_size=HELD[tier], batch_size=1, dtype=torch.float16, device=spec, backend=tier)
+    except (NotImplementedError, ValueError) as reason:
+        return f"not usable: {reason}"
+    return "usable"
+
+
+def of_cpu() -> str:
+    """ "usable", or why the backend for CPU tensors cannot run.
+
+    >>> of_cpu().split(":")[0] in ("usable", "not usable")
+    True
+    """
+    try:
+        plan("gru", hidden_size=64, batch_size=1, dtype=torch.float32, device="cpu", backend="cpu")
     except (NotImplementedError, ValueError) as reason:
         return f"not usable: {reason}"
     return "usable"

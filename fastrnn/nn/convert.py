@@ -71,6 +71,8 @@ def convert(
         >>> print(fastrnn.report(model))
         encoder: fastrnn.GRU(8, 16)
         step: left as it is: a cell runs one time step a call, so nothing stays on chip
+        >>> model["encoder"]
+        fastrnn.GRU(8, 16)
         >>> isinstance(model["encoder"], fastrnn.GRU), isinstance(model["encoder"], torch.nn.GRU)
         (True, True)
         >>> type(fastrnn.revert(model)["encoder"])
@@ -134,7 +136,7 @@ class Report:
         rows = [
             f"{_shown(name)}: {layer}, on fastrnn's sLSTM"
             if isinstance(layer, foreign.Foreign)
-            else f"{_shown(name)}: fastrnn.{layer}"
+            else f"{_shown(name)}: {layer}"
             for name, layer in self.converted.items()
         ]
         rows += [f"{_shown(name)}: left as it is: {why}" for name, why in self.left.items()]

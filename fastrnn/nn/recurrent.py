@@ -19,10 +19,11 @@ from ..stack import Stack
 from . import calls, paths, streaming
 from .older_tools import OlderTools, leaf_module
 from .options import Options
+from .shown import Shown
 from .validation import check_rank
 
 
-class Recurrent(OlderTools, torch.nn.RNNBase):
+class Recurrent(OlderTools, Shown, torch.nn.RNNBase):
     """The base class of all layers: it chooses a backend, and takes batched, unbatched, ragged and packed input."""
 
     # The class of torch.nn whose forward runs for backend "torch".
@@ -297,14 +298,6 @@ class Recurrent(OlderTools, torch.nn.RNNBase):
     def _name(self) -> str:
         """The name that torch.nn's errors give this layer."""
         return self.mode.split("_")[0]
-
-    def extra_repr(self) -> str:
-        """Return what the repr says of this layer: torch.nn's options, and ours where they are set."""
-        added = f", backend={self.backend!r}" if self.backend != "auto" else ""
-        added += f", checkpoint_every={self.checkpoint_every}" if self.checkpoint_every is not None else ""
-        for name in ("num_heads", "tie_directions", "drop_connect", "zoneout", "clip_grad_state", "clip_state"):
-            added += f", {name}={getattr(self, name)}" if getattr(self, name) != getattr(Recurrent, name) else ""
-        return super().extra_repr() + added
 
 
 @untraced  # torch.compile fails inside torch.nn's forward of packed input: break the graph before it

@@ -328,11 +328,16 @@ def test_plan_prints_each_problem(capsys):
     cells, kinds = ["--cell", "lstm", "gru"], ["--dtype", "bfloat16", "float32", "--precision", "tf32", "ieee"]
     assert main(["plan", *cells, "--hidden", "64", *kinds, "--steps", "9"]) == 0
     heads = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
-    assert len(heads) == 6 and heads[0] == "lstm, T=9, B=16, H=64, bfloat16, on sm_90: backend resident"
+    assert len(heads) == 7 and heads[-1] == "defaults taken: --batch 16, --arch sm_90"
+    assert heads[0] == "lstm, T=9, B=16, H=64, bfloat16, on sm_90: backend resident"
     assert main(["plan", "--cell", "slstm", "--hidden", "768", "--num-heads", "12"]) == 0
     printed = capsys.readouterr().out
-    assert "slstm, T=3, B=16, H=768 in 12 heads, bfloat16, on sm_90: backend resident" in printed
+    assert "slstm, T=1024, B=16, H=768 in 12 heads, bfloat16, on sm_90: backend resident" in printed
     assert "24 = 2 batch tile(s) of 8 rows x 1 direction(s) x 12 heads" in printed
+    assert printed.endswith("defaults taken: --batch 16, --dtype bfloat16, --arch sm_90, --steps 1024\n")
+    sizes = ("--batch", "8", "--dtype", "float16", "--arch", "sm_80", "--steps", "7")
+    assert main(["plan", "--cell", "lstm", "--hidden", "64", *sizes]) == 0
+    assert "defaults" not in capsys.readouterr().out
 
 
 def test_inspect_knows_heads():
@@ -351,7 +356,9 @@ def test_doctor(capsys):
     assert found["backend resident"] == found["backend cooperative"] == found["backend torch"] == "usable"
     if not torch.cuda.is_available():
         done = cli("doctor")
-        assert "backend resident     not usable" in done.stdout and "TRITON_INTERPRET=1" in done.stdout
+        assert "backend resident     not usable" in done.stdout
+        assert done.stdout.count("TRITON_INTERPRET=1") == 1  # the other tiers refer to it
+        assert "backend cooperative  not usable, as resident" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -260,8 +260,8 @@ def test_what_is_missing_is_said(backend, device):
 
 def test_kept_by_repr_pickle_and_deepcopy():
     module = fastrnn.GRU(3, 4, backend="resident", checkpoint_every=8)
-    assert repr(module) == "GRU(3, 4, backend='resident', checkpoint_every=8)"
-    assert repr(fastrnn.GRU(3, 4, checkpoint_every=8)) == "GRU(3, 4, checkpoint_every=8)"
+    assert repr(module) == "fastrnn.GRU(3, 4, backend='resident', checkpoint_every=8)"
+    assert repr(fastrnn.GRU(3, 4, checkpoint_every=8)) == "fastrnn.GRU(3, 4, checkpoint_every=8)"
     for copied in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
         assert copied.checkpoint_every == 8
 

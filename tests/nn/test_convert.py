@@ -48,6 +48,7 @@ def test_a_layer_alone(name, backend, subclass, device):
     layer.zero_grad()
     assert fastrnn.convert(layer, backend=backend, subclass=subclass) is layer
     assert isinstance(layer, getattr(fastrnn, name)) and layer.backend == backend
+    assert repr(layer).startswith(f"fastrnn.{name}(3, 5")
     assert isinstance(layer, LAYERS[name]) == subclass and type(layer).__name__ == name
     after, _ = layer(x)
     after.square().sum().backward()

@@ -126,7 +126,7 @@ def test_construction_is_torch_nns(name, device):
         assert key == other and torch.equal(a, b)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    assert repr(ours) == repr(theirs)
+    assert repr(ours) == f"fastrnn.{theirs!r}"
     assert [[p.shape for p in group] for group in ours.all_weights] == [
         [p.shape for p in g] for g in theirs.all_weights
     ]
@@ -134,7 +134,14 @@ def test_construction_is_torch_nns(name, device):
 
 
 def test_extra_repr_names_a_chosen_backend():
-    assert repr(fastrnn.GRU(3, 4, backend="resident")) == "GRU(3, 4, backend='resident')"
+    assert repr(fastrnn.GRU(3, 4, backend="resident")) == "fastrnn.GRU(3, 4, backend='resident')"
+
+
+def test_repr_names_a_subclass_of_yours_alone():
+    class Mine(fastrnn.GRU):
+        pass
+
+    assert repr(Mine(3, 4)) == "Mine(3, 4)"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,5 +1,6 @@
 """Public docstrings make the reference on the site: they name every argument, have an example, and lose no star."""
 
+import ast
 import inspect
 import re
 
@@ -36,6 +37,22 @@ def faults(name: str, doc: str, named: set[str], needs_example: bool) -> list[st
     prose = re.sub(r"`[^`]*`|^    (>>>|\.\.\.).*$", "", doc, flags=re.MULTILINE)
     found += [f"{name}: Markdown takes the star of {part!r}" for part in re.findall(r"\S*\w\*\w\S*", prose)]
     return found
+
+
+def written(name: str) -> set[str]:
+    """The arguments in the signature of a layer that type checkers and the reference read, which never runs."""
+    tree = ast.parse(inspect.getsource(getattr(fastrnn, name)).replace("# fmt: skip", ""))
+    branch = next(
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    )
+    (made,) = branch.orelse
+    assert isinstance(made, ast.FunctionDef)
+    return {argument.arg for argument in (*made.args.args, *made.args.kwonlyargs)} - {"self"}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_signature_for_readers_has_every_argument(name):
+    assert written(name) == arguments(name, getattr(fastrnn, name)) | ({"nonlinearity"} if name == "RNN" else set())
 
 
 @pytest.mark.parametrize("name", PUBLIC)

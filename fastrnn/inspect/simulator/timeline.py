@@ -149,7 +149,7 @@ def _drawn(simulated: Simulated, title: str) -> Any:
         xlabel="cycle of the step", ylabel="warp", xlim=(0, last - first), title=f"{title}: simulated, not measured"
     )
     warps.invert_yaxis()
-    shares: Counter[str] = Counter()
+    shares = dict.fromkeys(("works", *KINDS), 0.0)
     for cause, cycles in simulated.waits.items():
         shares["works" if cause == "issue" else kind_of(cause)] += cycles / simulated.cycles
     colors = {"works": "0.5"} | {kind: color for kind, (color, _) in KINDS.items()}
