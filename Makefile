@@ -37,7 +37,7 @@ demo: $(HERE)
 	$(READY)
 	$(RUN) examples/char_lm.py --out runs/char_lm
 
-# The other examples, each in three minutes or less on a CPU core: metrics and a figure in runs/NAME.
+# The other examples, each in nine minutes or less on a CPU core: metrics and a figure in runs/NAME.
 $(EXAMPLES): $(HERE)
 	$(READY)
 	$(RUN) examples/$@.py --out runs/$@
