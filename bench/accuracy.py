@@ -1,4 +1,4 @@
-"""How far approximate activations lead an LSTM off over a long sequence: errors against fp64, by an emulation in torch.
+"""Compare an LSTM with approximate activations, emulated in torch, with fp64 over a long sequence.
 
     python -m bench.accuracy            print the table
     python -m bench.accuracy --write    put it into docs/performance.md
@@ -72,7 +72,7 @@ def table(T: int) -> Iterator[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=4096, metavar="T")
+    parser.add_argument("--steps", type=int, default=4096, metavar="T", help="time steps (default: 4096)")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args()
     lines = []

@@ -1,4 +1,4 @@
-"""Sums and operands in the Gluon kernels' shared memory meet no bank twice: else an error.
+"""Check that no access of the Gluon kernels to sums and operands in shared memory meets a bank twice.
 
     python -m bench.bank_conflicts              sums, in any form that the planner may take
     python -m bench.bank_conflicts operands     operands, which ldmatrix loads, in the kernels that are planned

@@ -75,8 +75,13 @@ def measured(pair: Pair, rounds: int, timer: Any) -> Record:
 def options(doc: str) -> argparse.ArgumentParser:
     """What both processes take."""
     parser = processes.options(doc)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU: more wait for each other where others run")
+    parser.add_argument("--rounds", type=int, default=11, help="calls of each (default: 11)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="on a CPU (default: 1); more wait for each other if the CPU has other work",
+    )
     return parser
 
 

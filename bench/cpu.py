@@ -1,4 +1,4 @@
-"""Measured on this CPU: fastrnn's kernels for CPUs beside torch.nn, in turns, and the means that were tried.
+"""Measure fastrnn's kernels for CPUs on this machine, in turns with torch.nn, and the other means that were tried.
 
     python -m bench.cpu              print the table: the issue's rows, one thread and two (some minutes)
     python -m bench.cpu --ladder     the GRU's training step by one means after the other
@@ -188,10 +188,12 @@ def _price(cell: str, shape: tuple[int, int, int], kind: str, seconds: float) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each pair")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring for each pair (default: 2)")
     for flag in ("ladder", "prices", "write"):
         parser.add_argument(f"--{flag}", action="store_true")
-    parser.add_argument("--busy", action="store_true", help="leave two threads out: other work has the second core")
+    parser.add_argument(
+        "--busy", action="store_true", help="measure one thread only, if the second core has other work"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.prices:

@@ -1,4 +1,4 @@
-"""How long a first call takes, of which all but a few milliseconds is Triton's compiler; and fastrnn.warmup.
+"""Measure how long a first call takes, most of which is Triton's compiler, and what fastrnn.warmup saves.
 
     python -m bench.first_call           a table (two minutes); --write puts it into docs/performance.md
 

@@ -1,4 +1,4 @@
-"""All that one visit to a GPU should bring, by one command, in under nine minutes, resumable.
+"""Measure and test everything that needs a GPU, in one command of under nine minutes that can be resumed.
 
     python -m bench.gpu                    into bench/results/<gpu>-<date>/
     python -m bench.gpu --out FOLDER       into another; all that is found goes there, in eight files at most
@@ -56,9 +56,9 @@ def everything(setup: Setup) -> int:
 def main(arguments: list[str] | None = None) -> int:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, in Triton's interpreter, at tiny sizes")
-    parser.add_argument("--out", type=Path, help="folder of the results; one that exists is gone on with")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages")
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU, in Triton's interpreter, at tiny sizes")
+    parser.add_argument("--out", type=Path, help="folder of the results; if it exists, the run goes on there")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of all stages (default: {SECONDS})")
     args = parser.parse_args(arguments)
     if args.dry_run:  # before fastrnn is imported, which reads it
         os.environ["TRITON_INTERPRET"] = "1"

@@ -1,4 +1,4 @@
-"""What a call costs the host, measured on any machine: everything runs as on a GPU, but the driver launches nothing.
+"""Measure what a call costs the host, on any machine: everything runs as on a GPU, but the driver launches nothing.
 
     python -m bench.host_cost            tables (a minute); --write puts them into docs/performance.md
     python -m bench.host_cost --calls    how many functions, Python's and C's, a call runs: the same on every machine
@@ -201,8 +201,8 @@ def tables(count: int) -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--count", type=int, default=400, help="calls that count")
-    parser.add_argument("--calls", action="store_true", help="count functions instead of microseconds")
+    parser.add_argument("--count", type=int, default=400, help="calls to measure (default: 400)")
+    parser.add_argument("--calls", action="store_true", help="count the functions called, not microseconds")
     parser.add_argument("--memory", action="store_true", help="count allocations, and bytes at their peak")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""What a call costs the host, ours beside others', each with its Triton kernels replaced by nothing; on any machine.
+"""Measure what a call costs the host, beside other libraries, with each Triton kernel replaced by nothing.
 
     python -m bench.host_table           a table (a minute); --write puts it into docs/performance.md
     python -m bench.host_table --out DIR     leaves it for bench.report, as `make bench` does
@@ -148,8 +148,8 @@ TEXT = (
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write stage-host.json there")
+    parser.add_argument("--rounds", type=int, default=300, help="calls of each library (default: 300)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write stage-host.json into this folder")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args(argv)
     if args.rounds < 1:

@@ -1,4 +1,4 @@
-"""What the compiler makes of the planned kernels, as a committed table: tests/snapshots/inspect.jsonl.
+"""Write what the compiler makes of the planned kernels into tests/snapshots/inspect.jsonl.
 
     python -m bench.inspect_table            write the snapshot anew (make snapshots); its diff shows what a change did
     python -m bench.inspect_table --full F   compile all that the planner may pick (make inspect) and write it to F
@@ -97,7 +97,7 @@ def snapshot() -> tuple[str, list[Record]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--full", type=Path, metavar="FILE", help="write the full table to a file instead")
+    parser.add_argument("--full", type=Path, metavar="FILE", help="write the full table to FILE instead")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     if args.full:

@@ -1,4 +1,4 @@
-"""Milliseconds of whole layers, ours beside torch.nn's (cuDNN): one process, our kernels compiled before.
+"""Measure whole layers beside torch.nn's (cuDNN) in milliseconds, in one process, after our kernels were compiled.
 
     python -m bench.layers bfloat16 float16 float32 segments shapes --out FILE
 
@@ -106,7 +106,7 @@ def timed(workload: Workload, dry: bool) -> Record:
 
 def main() -> None:
     parser = options(__doc__ or "")
-    parser.add_argument("groups", nargs="+", choices=list(GROUPS))
+    parser.add_argument("groups", nargs="+", choices=list(GROUPS), help="dtypes, or segments, or shapes")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     log = Log(args.out, args.seconds)

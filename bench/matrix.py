@@ -1,4 +1,4 @@
-"""Run the kernels with every Triton that people have, each from a folder of its own, beside the torch at hand.
+"""Run the kernels with each Triton that a torch pins, each installed in its own folder, beside the installed torch.
 
     python -m bench.matrix                    every version, a table; exit status 1 if anything failed
     python -m bench.matrix --quick            a part, for CI
@@ -221,9 +221,9 @@ def matrix(versions: list[str], quick: bool, jobs: int) -> Iterator[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, one architecture")
-    parser.add_argument("--triton", nargs="+", default=list(TRITONS), metavar="VERSION")
-    parser.add_argument("--jobs", type=int, default=2, help="versions at once")
+    parser.add_argument("--quick", action="store_true", help="run fewer sizes, for one architecture")
+    parser.add_argument("--triton", nargs="+", default=list(TRITONS), metavar="VERSION", help="default: all")
+    parser.add_argument("--jobs", type=int, default=2, help="versions that run at once (default: 2)")
     args = parser.parse_args(arguments)
     failed = 0
     print("| Triton | what | result |\n|---|---|---|")

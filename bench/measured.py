@@ -1,4 +1,4 @@
-"""The tables of times measured on a GPU in docs/performance.md, from the records in bench/measured/.
+"""Write the tables of measured GPU times in docs/performance.md, from the records in bench/measured/.
 
     python -m bench.measured                        print them
     python -m bench.measured --write                put them into docs/performance.md
@@ -123,7 +123,7 @@ TABLES = {"steps": steps, "layers": layers, "host": host}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     args = parser.parse_args()
     for name, table in TABLES.items():
         lines = list(table())

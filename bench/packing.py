@@ -1,4 +1,4 @@
-"""Results in few files of bounded size, as they come back from a machine that gives back no more.
+"""Pack results into few files of bounded size, for a machine that gives back no more, and unpack them.
 
     python -m bench.packing FOLDER TO       unpack them
 
@@ -85,8 +85,8 @@ def unpack(out: Path, folder: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("to", type=Path)
+    parser.add_argument("folder", type=Path, help="with packed results")
+    parser.add_argument("to", type=Path, help="folder for the unpacked ones")
     args = parser.parse_args()
     if not unpack(args.folder, args.to):
         parser.error(f"folder: expected one with {NAME.format('*')}; got {args.folder}")

@@ -1,4 +1,4 @@
-"""The tables of simulated times in docs/performance.md: what the planner takes, and what the simulator says of it.
+"""Write the tables of simulated times in docs/performance.md: the planner's choice, and its simulated steps.
 
     python -m bench.performance                     print the table (some minutes: every kernel is compiled)
     python -m bench.performance --sequences         another: what lengths and resets add to a step
@@ -150,8 +150,8 @@ def main() -> int:
     )
     parser.add_argument("--hidden", nargs="+", type=int)
     parser.add_argument("--arch", default="sm_90")
-    parser.add_argument("--sequences", action="store_true", help="what lengths and resets add to a step")
-    parser.add_argument("--heads", action="store_true", help="768 units in heads of --hidden units each")
+    parser.add_argument("--sequences", action="store_true", help="show what lengths and resets add to a step")
+    parser.add_argument("--heads", action="store_true", help="show 768 units in heads of --hidden units each")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args()
     cells = args.cell or (["lstm", "slstm"] if args.heads else ["lstm", "gru", "rnn_tanh"])

@@ -1,4 +1,4 @@
-"""The pictures of the README and of docs/, from data that is committed, and nothing else.
+"""Draw the pictures of the README and of docs/ from committed data.
 
     python -m bench.pictures                draw all of them into docs/pictures/
     python -m bench.pictures tiers          draw one
@@ -154,7 +154,7 @@ PICTURES = {"tiers": tiers, "speed": speed, "planner": planner}
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; all if none is named")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"some of {', '.join(PICTURES)}; all if none is named")
     args = parser.parse_args(arguments)
     if unknown := set(args.names) - PICTURES.keys():
         parser.error(f"NAME: expected one of {', '.join(PICTURES)}; got {', '.join(sorted(unknown))}")

@@ -1,4 +1,4 @@
-"""Steps that read from device memory: whether prefetches bring into L2 what they read, and what they take otherwise.
+"""Simulate steps that read from device memory, and check that prefetches bring into L2 what they read.
 
     python -m bench.prefetched                        cycles of a step from L2 and from device memory (some minutes)
     python -m bench.prefetched --check lstm 64        how many steps ahead each line of memory is prefetched, as JSON
@@ -76,8 +76,8 @@ def rows() -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", nargs=2, metavar=("CELL", "H"))
-    parser.add_argument("--ahead", type=int, metavar="N", help="steps")
+    parser.add_argument("--check", nargs=2, metavar=("CELL", "H"), help="check the prefetches of one kernel")
+    parser.add_argument("--ahead", type=int, metavar="N", help="prefetch N steps ahead")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args()
     if args.ahead is not None:

@@ -1,4 +1,4 @@
-"""What "auto" chooses by: the table of simulated steps, and what it takes by it, for docs/performance.md.
+"""Write the tables that "auto" decides by: simulated steps, measured steps, and what it takes.
 
     python -m bench.prices                    what "auto" takes and its price, over H, B and cells
     python -m bench.prices --write            ... into docs/performance.md
@@ -206,8 +206,8 @@ def chosen(cell: str, H: int, B: int, arch: str, training: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
-    parser.add_argument("--simulate", action="store_true", help="fastrnn/planning/prices.json")
-    parser.add_argument("--measured", action="store_true", help="fastrnn/tuned/sm_90.json")
+    parser.add_argument("--simulate", action="store_true", help="write fastrnn/planning/prices.json")
+    parser.add_argument("--measured", action="store_true", help="write fastrnn/tuned/sm_90.json")
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))

@@ -181,7 +181,9 @@ class Log:
 def options(doc: str) -> argparse.ArgumentParser:
     """What every such process takes."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines; what it has is not repeated")
-    parser.add_argument("--seconds", type=float, default=1e6, help="after which nothing new is begun")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, interpreted, at a tiny size")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="file of JSON lines; what it holds is not measured again"
+    )
+    parser.add_argument("--seconds", type=float, default=1e6, help="begin nothing new after this time")
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU, interpreted, at a tiny size")
     return parser

@@ -1,4 +1,4 @@
-"""A report of what was measured: Markdown, plots, and one HTML page that holds everything.
+"""Write a report of measurements: Markdown, plots, and one HTML page that holds everything.
 
     python -m bench.report bench/results/DIR      report.md, *.png and report.html beside the JSON files there
 
@@ -294,7 +294,7 @@ def write(folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="with the results of a benchmark")
     args = parser.parse_args()
     write(args.folder)
     print(args.folder / "report.html")

@@ -1,4 +1,4 @@
-"""Measured on this CPU: resets and unequal lengths by fastrnn.torch_path against what is written today, LSTM, fp32.
+"""Measure resets and unequal lengths on this CPU: fastrnn.torch_path beside what people write today, LSTM, fp32.
 
     python -m bench.segments            print the tables (a few minutes)
     python -m bench.segments --blocks   another table: without gradients, by dense blocks and by torch's packed form
@@ -142,9 +142,11 @@ def blocks(repeats: int) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--blocks", action="store_true", help="without gradients, dense blocks and torch's packed form")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--repeats", type=int, default=20, help="calls of each form (default: 20)")
+    parser.add_argument(
+        "--blocks", action="store_true", help="compare dense blocks with torch's packed form, without gradients"
+    )
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""How far the simulator is off: kernels that an H100 has run, simulated, beside what was measured (bench/measured/).
+"""Show how far the simulator is off: simulate kernels that an H100 has run, beside their times in bench/measured/.
 
     python -m bench.simulated                 a table by tier and pass (10 minutes: every form is compiled)
     python -m bench.simulated --each          a line a form as well
@@ -85,8 +85,8 @@ def table(found: list[Compared]) -> Iterator[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--each", action="store_true", help="a line a form as well")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="one form in N, and no grids")
+    parser.add_argument("--each", action="store_true", help="print a line for each form too")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="take one form in N, and no cooperative ones")
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args()
     found = []

@@ -1,4 +1,4 @@
-"""Microseconds a step of kernels, beside six bounds and a simulation of it: one process, everything compiled before.
+"""Measure time steps of kernels in microseconds, beside six bounds and a simulation, in one process, compiled before.
 
     python -m bench.steps planned --out FILE      what the planner takes, LSTM, GRU and RNN at 64 to 1024
     python -m bench.steps tiers --out FILE        tiers and sizes of clusters beside one another
@@ -70,7 +70,7 @@ def counted(job: Job, arch: str) -> Record:
 
 def main() -> None:
     parser = options(__doc__ or "")
-    parser.add_argument("which", choices=list(JOBS))
+    parser.add_argument("which", choices=list(JOBS), help="what to measure")
     args = parser.parse_args()
     log, arch = Log(args.out, args.seconds), prepare.spec(args.dry_run).arch
     chosen = (DRY if args.dry_run else JOBS)[args.which]

@@ -1,4 +1,4 @@
-"""TiRex's architecture, random weights, forecasts a real series by its own code and by ours, in milliseconds.
+"""Time a forecast by TiRex's architecture with random weights, by its own code and by ours, in milliseconds.
 
     python -m bench.tirex --out FILE    its size (12 blocks of 512 units in 4 heads), a context of 2048 weeks
 

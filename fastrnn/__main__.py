@@ -177,10 +177,10 @@ def _inspect(args: argparse.Namespace, arguments: list[str]) -> int:
     _fill(args)
     is_shown = args.timeline is not None
     if args.bounds and (is_shown or args.what_if):
-        raise ValueError("bounds: expected no --timeline and no --what-if beside it, since both simulate")
+        raise ValueError("bounds: expected neither --timeline nor --what-if with it, because both simulate a step")
     if args.json and is_shown and not args.timeline:
         raise ValueError(
-            "timeline: expected a FILE beside --json, for a picture; got none, and a timeline as text is no JSON"
+            "timeline: expected --timeline FILE with --json, for a picture; got no FILE, and the text is not JSON"
         )
     passes = PASSES if args.which == "both" else (args.which,)
     planned = False
@@ -208,7 +208,7 @@ def _profile(args: argparse.Namespace, arguments: list[str]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints every start and stop
     lengths = [int(text) if text.strip().isdecimal() else 0 for text in args.seq.split(",")]
     if 0 in lengths:
-        raise ValueError(f"seq: expected positive numbers of steps, as 1024,4096; got {args.seq!r}")
+        raise ValueError(f"seq: expected positive numbers of steps, such as 1024,4096; got {args.seq!r}")
     request = profile.Request(
         args.cell, args.hidden, args.batch, min(lengths), args.hidden if args.input is None else args.input,
         args.layers, args.directions, args.dtype, args.backend, args.checkpoint_every, args.device, args.heads,

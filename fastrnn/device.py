@@ -61,8 +61,8 @@ class DeviceSpec:
             return SPECS["interpreter"]
         if device.type != "cuda":
             raise NotImplementedError(
-                f"fastrnn's kernels run on CUDA or ROCm devices, or on CPU tensors in Triton's interpreter if "
-                f"TRITON_INTERPRET=1 is set before fastrnn is imported; a kernel for {device.type} tensors is missing"
+                f"a kernel for {device.type} tensors is missing: Triton's kernels run on GPUs (CUDA or ROCm). In "
+                "Triton's interpreter they run on CPU tensors, if TRITON_INTERPRET=1 is set before fastrnn is imported"
             )
         return _of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 

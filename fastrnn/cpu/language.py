@@ -62,7 +62,9 @@ class _Module:
             if name in ("math", "core"):
                 return self
             if name not in LANGUAGE:
-                raise NotImplementedError(f"tl.{name} on a CPU is missing; there are {', '.join(LANGUAGE)}")
+                raise NotImplementedError(
+                    f"tl.{name} is missing in kernels for the CPU, which have {', '.join(LANGUAGE)}"
+                )
             return LANGUAGE[name]
         return on_vectors(getattr(self._module, name))
 

@@ -116,7 +116,9 @@ class Value:
     __hash__ = None  # type: ignore[assignment]
 
     def __bool__(self) -> bool:
-        raise NotImplementedError("a kernel for the CPU has no `if` of a tile's values: use tl.where")
+        raise NotImplementedError(
+            "a kernel for the CPU cannot branch on the values of a tile: use tl.where in place of `if`"
+        )
 
     def to(self, dtype: Any) -> "Value":
         """Tiles of a cell have one dtype."""

@@ -85,7 +85,9 @@ def _made(given: Any, parameter: Tensor | None, dtype: torch.dtype | None) -> An
     if not given or not all(type(size) is int for size in given):
         return tuple(_made(member, parameter, dtype) for member in given)
     if parameter is None:
-        raise ValueError(f"module: expected parameters, which give a tensor of {tuple(given)} its device; got none")
+        raise ValueError(
+            f"module: expected parameters, because a tensor of {tuple(given)} takes their device; got none"
+        )
     return torch.zeros(given, dtype=dtype or parameter.dtype, device=parameter.device)
 
 

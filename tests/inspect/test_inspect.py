@@ -291,7 +291,7 @@ def test_nothing_planned_is_said():
         ("plan --cell lstm --hidden 4096 --backend resident", "NotImplementedError: backend='resident': W_hh does not"),
         (
             "inspect --cell gru --hidden 8 --bounds --what-if",
-            "ValueError: bounds: expected no --timeline and no --what-if",
+            "ValueError: bounds: expected neither --timeline nor --what-if",
         ),
         (
             "inspect --cell gru --hidden 8 --json --timeline",

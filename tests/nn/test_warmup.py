@@ -204,7 +204,7 @@ def test_processes_are_as_many_as_idle_cpus(allowed, load, jobs, monkeypatch):
     (
         ((torch.zeros(3), (4, 2, 3)), {}, "module: expected a torch.nn.Module, got Tensor"),
         ((fastrnn.GRU(3, 4), (4, 2, 3)), {"jobs": 0}, "jobs: expected a positive int, got 0"),
-        ((nn.Tanh(), (4, 2, 3)), {}, r"expected parameters, .* \(4, 2, 3\) its device; got none"),
+        ((nn.Tanh(), (4, 2, 3)), {}, r"expected parameters, .* \(4, 2, 3\) takes their device; got none"),
         ((fastrnn.GRU(3, 4).requires_grad_(False), (4, 2, 3)), {}, "training: expected a result with a gradient"),
     ),
 )

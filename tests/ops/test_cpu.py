@@ -240,7 +240,7 @@ def test_a_cell_with_what_a_cpu_lacks_says_so(monkeypatch):
         return (d_state[0],), (d_state[0],), (d_state[0],)
 
     monkeypatch.setitem(cells.CELLS, "sums", cells.Cell("sums", 1, cells.rnn_relu_step, 0, kernels=(forward, backward)))
-    with pytest.raises(NotImplementedError, match="tl.cumsum on a CPU is missing"):
+    with pytest.raises(NotImplementedError, match="tl.cumsum is missing in kernels for the CPU"):
         recurrence("sums", torch.randn(2, 2, 1, 1, 4), torch.randn(1, 4, 4), None, torch.zeros(1, 2, 4), None)
 
 

@@ -171,7 +171,7 @@ def _pipe(name: str, code: sass.Instruction) -> str:
     for pipe, names in kinds:
         if name in names:
             return pipe
-    raise NotImplementedError(f"simulation of {code.opcode} is missing: which pipe takes it is not known here")
+    raise NotImplementedError(f"simulation of {code.opcode} is missing: the simulator does not know its pipe")
 
 
 def _width(name: str, opcode: str) -> int:

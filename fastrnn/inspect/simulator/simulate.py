@@ -57,7 +57,7 @@ def prepared(kernel: Kernel, steps: int = STEPS) -> Prepared:
     block = Block.of(parameters(kernel.cubin), kernel.numbers, warps=kernel.warps, grid=kernel.grid, rank=rank)
     traces = Machine(ops, loop, block).run(steps)
     if any(len(begins) <= steps for begins in traces.begins):
-        raise RuntimeError(f"simulation: expected {steps} steps, and the loop over time ended before")
+        raise RuntimeError(f"simulation: expected {steps} steps, but the loop over time ended earlier")
     return Prepared(ops, traces, find_poll(ops, loop, traces))
 
 

@@ -70,7 +70,7 @@ class Machine:
                 group = self._begin_step(group, steps)
             if len(group):
                 self._step(self.ops[at], group)
-        raise RuntimeError(f"simulation: the step loop did not come round in {MOST_INSTRUCTIONS} instructions")
+        raise RuntimeError(f"simulation: one pass of the time loop did not end within {MOST_INSTRUCTIONS} instructions")
 
     def _begin_step(self, group: Array, steps: int) -> Array:
         for warp in group:
