@@ -295,7 +295,7 @@ def test_nothing_planned_is_said():
         ),
         (
             "inspect --cell gru --hidden 8 --json --timeline",
-            "ValueError: timeline: expected a FILE beside --json, for a picture",
+            "ValueError: timeline: expected --timeline FILE with --json, for a picture",
         ),
         (
             "inspect --cell gru --hidden 8 --arch sm_89 --what-if",
