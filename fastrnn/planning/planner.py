@@ -56,7 +56,7 @@ def plan(
         cell (str): "lstm", "gru", "rnn_tanh", "rnn_relu", "slstm", or a cell that `fastrnn.cells.register` added.
         hidden_size (int): H, the units of one layer.
         batch_size (int): B, in sequences.
-        seq_len (int): T, in time steps.
+        seq_len (int): T, in time steps. Prices depend on it, because a launch costs less a step over many steps.
         directions (int): D, 1 or 2.
         dtype (torch.dtype): The dtype to compute in. Kernels take float32, bfloat16 and float16.
         device (str | torch.device | DeviceSpec | None): An architecture ("sm_90", "gfx942"), a torch device, or None

@@ -181,6 +181,17 @@ def test_the_reference_has_every_public_name():
         assert operator.attrgetter(name)(fastrnn).__doc__, f"fastrnn.{name} has no docstring"
 
 
+def starred(text: str) -> list[str]:
+    """Words whose star Markdown takes for emphasis, as in a shape that is not marked as code."""
+    prose = re.sub(r"^```.*?^```$|^ {4}.*?$|`[^`]*`", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"\S*\w\*\w\S*", prose)
+
+
+def test_no_star_of_a_shape_is_lost():
+    assert {page.name: starred(page.read_text()) for page in PAGES} == {page.name: [] for page in PAGES}
+    assert starred("of shape (L*D, 1, H)") == ["(L*D,"] and starred("of shape `(L*D, 1, H)`") == []
+
+
 def test_pictures_have_a_text():
     for page in PAGES:
         for text, file in re.findall(r"!\[(.*?)\]\((\S+)\)", page.read_text()):
