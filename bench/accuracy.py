@@ -48,7 +48,7 @@ def lstm(x_gates: Tensor, W_hh: Tensor, approximate_f: bool, approximate_others:
 
 
 def errors(dtype: torch.dtype, bias: float, T: int, B: int = 8, H: int = 32) -> dict[str, float]:
-    """Root of the mean squared error of y against fp64, by form."""
+    """Return the root of the mean squared error of y against fp64, by form."""
     torch.manual_seed(0)
     x_gates = torch.randn(T, B, 4, H).to(dtype)
     x_gates[:, :, 1] += bias

@@ -206,7 +206,7 @@ def peer(build: Callable[[Data], tuple]) -> Builder:
 
 
 def or_missing(run: Callable, *args: Any) -> Any:
-    """What a peer's code returns; whatever it raises is why it does not run: Missing."""
+    """Return the result of a peer's code. If it raises, raise Missing with the reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what it imports

@@ -16,7 +16,7 @@ TIMES = 8
 
 
 def results(built: Built, data: Data) -> dict[str, Tensor]:
-    """y, and the gradients of the input and of torch.nn's parameters, by number."""
+    """Return y, and the gradients of the input and of torch.nn's parameters, by number."""
     input = data.input.detach().requires_grad_()
     y = built.call(input)
     d_input, *gradients = torch.autograd.grad(y, [input, *built.leaves], data.dy)
@@ -40,7 +40,7 @@ def _truth(workload: Workload, device: str) -> tuple[dict[str, Tensor], dict[str
 
 
 def disagreement(name: str, workload: Workload, device: str) -> dict[str, str]:
-    """Where an implementation is further from fp64 than it may be, over the first steps; raises adapters.Missing.
+    """Say where an implementation errs more than it may against fp64, over the first steps; may raise Missing.
 
     The reference is the loop over torch.nn's cells in fp64, which has all kinds of workload. A peer that fails, or is
     wrong, is missing.

@@ -34,7 +34,7 @@ def summands(
     unused_ptr, BLOCK_B: gl.constexpr, H: gl.constexpr, SHARES: gl.constexpr, SUMMANDS: gl.constexpr,
     DIM: gl.constexpr, MUTANT: gl.constexpr,
 ):  # fmt: skip
-    """Those of the resident and cluster kernels; DIM 2 is forward."""
+    """Store and load sums as the resident and cluster kernels do. DIM 2 is forward."""
     CTAS: gl.constexpr = gl.num_ctas()
     PRODUCT: gl.constexpr = layouts.product(BLOCK_B, gl.num_warps(), SHARES, CTAS, DIM)
     SUMMED: gl.constexpr = layouts.summed(SUMMANDS, BLOCK_B, H, gl.num_warps(), CTAS)
@@ -52,7 +52,7 @@ def summands(
 
 @gluon.jit
 def sums_of_warps(unused_ptr, BLOCK_B: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Those of the cooperative kernels."""
+    """Store and load sums as the cooperative kernels do."""
     WARPS: gl.constexpr = gl.num_warps()
     LAYOUT: gl.constexpr = cooperative.sums_layout(WARPS, BLOCK_B, BLOCK_N)
     tile = gl.allocate_shared_memory(gl.float32, [WARPS, BLOCK_B, BLOCK_N], LAYOUT)
@@ -68,7 +68,7 @@ def check(name: str, constants: tuple, options: dict) -> None:
 
 
 def forms() -> Iterator[Form]:
-    """Of everything that is planned and has shared sums."""
+    """Yield the forms of all plans that have shared sums."""
     for cell, H, dtype, batch in itertools.product(CELLS, SIZES, (torch.bfloat16, torch.float32), BATCHES):
         sizes = {"hidden_size": H, "batch_size": batch, "dtype": dtype, "precision": "tf32"}
         kernel = plan(cell, device="sm_90", **sizes).kernel
@@ -90,7 +90,7 @@ OPERANDS = {"lstm": (64, 128, 256, 512, 1024), "gru": (32, 64, 128, 256), "rnn_t
 
 
 def operands_of_products() -> None:
-    """Every ldmatrix in the time loop of planned kernels."""
+    """Yield every ldmatrix in the time loop of planned kernels."""
     seen, others = 0, []
     for cell, sizes in OPERANDS.items():
         for H, batch in itertools.product(sizes, BATCHES):

@@ -54,7 +54,7 @@ def needs_nvcc() -> None:
 
 
 def measured(pair: Pair, rounds: int, timer: Any) -> Record:
-    """Times of a pair; why not, if not."""
+    """Return the times of a pair, or the reason why there are none."""
     try:
         calls = pair.build()
         results = {name: call() for name, call in calls.items()}  # compiles
@@ -73,7 +73,7 @@ def measured(pair: Pair, rounds: int, timer: Any) -> Record:
 
 
 def options(doc: str) -> argparse.ArgumentParser:
-    """What both processes take."""
+    """Return the parser of the options that both processes take."""
     parser = processes.options(doc)
     parser.add_argument("--rounds", type=int, default=11, help="calls of each (default: 11)")
     parser.add_argument(

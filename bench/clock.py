@@ -60,7 +60,7 @@ class WallClock:
 
 
 def seconds(call: Callable[[], object], clock: Any) -> float:
-    """One call's."""
+    """Return the seconds of one call."""
     clock.prepare()
     start = clock()
     call()
@@ -74,7 +74,7 @@ def pin_threads(cores: list[int]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What a time depends on: device, clocks now, versions."""
+    """Return what a time depends on: device, clocks now, versions."""
     found: dict[str, Any] = {"device": device(), "cpu": cpu(), "threads": torch.get_num_threads()}
     found["python"] = platform.python_version()
     found |= {package: installed(package) for package in PACKAGES}
@@ -98,7 +98,7 @@ def installed(package: str) -> str | None:
 
 
 def clocks() -> dict[str, str] | None:
-    """What nvidia-smi says of the first GPU; None without it."""
+    """Return the clocks of the first GPU by nvidia-smi; None without it."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader"]
@@ -109,7 +109,7 @@ def clocks() -> dict[str, str] | None:
 
 
 def cpu() -> str:
-    """Its name, as the system gives it."""
+    """Return the CPU's name, as the system gives it."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

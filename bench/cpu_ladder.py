@@ -24,7 +24,7 @@ def by_fastrnn(gru: torch.nn.GRU) -> Callable[[Tensor], Tensor]:
 
 
 def step(x: Tensor, rec: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """r, z, n and h' of x_gates and W_hh h + b_hh."""
+    """Compute r, z, n and h' from x_gates and W_hh h + b_hh."""
     H = h.shape[1]
     r_z = (x[:, : 2 * H] + rec[:, : 2 * H]).sigmoid()
     r, z = r_z[:, :H], r_z[:, H:]
@@ -33,7 +33,7 @@ def step(x: Tensor, rec: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def d_step(d: Tensor, r: Tensor, z: Tensor, n: Tensor, rec_n: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x_gates, of rec, and of h without the product's share."""
+    """Compute the gradients of x_gates, of rec, and of h without the product's share."""
     d_n = d * (1 - z) * (1 - n * n)
     d_z, d_r = d * (h - n) * z * (1 - z), d_n * rec_n * r * (1 - r)
     return torch.cat((d_r, d_z, d_n), 1), torch.cat((d_r, d_z, d_n * r), 1), d * z

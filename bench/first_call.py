@@ -38,7 +38,7 @@ def made(cell: str, H: int, dtype: str) -> tuple[torch.nn.Module, torch.Tensor]:
 
 
 def first_call(cell: str, H: int, dtype: str) -> list[float]:
-    """Seconds of forward and of backward."""
+    """Return the seconds of forward and of backward."""
     module, x = made(cell, H, dtype)
     start = time.perf_counter()
     y, _ = module(x)
@@ -57,7 +57,7 @@ class Together(torch.nn.Module):
 
 
 def warmed(jobs: int) -> list[float]:
-    """Kernels that were compiled, and seconds."""
+    """Return how many kernels were compiled, and the seconds."""
     module = Together()
     start = time.perf_counter()
     count = fastrnn.warmup(module, (T, B, INPUT), jobs=jobs)
@@ -65,7 +65,7 @@ def warmed(jobs: int) -> list[float]:
 
 
 def alone(folder: str, *arguments: object) -> list[float]:
-    """Of first_call or warmed, in a process of its own, with Triton's cache in a folder."""
+    """Run first_call or warmed in another process, with Triton's cache in a folder."""
     command = [sys.executable, "-m", "bench.first_call", "--one", json.dumps(arguments)]
     done = subprocess.run(command, env=os.environ | {"TRITON_CACHE_DIR": folder}, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)

@@ -77,7 +77,7 @@ class Form(NamedTuple):
 
 
 def forms() -> Iterator[Form]:
-    """Those worth compiling: clusters at the sizes where a tier is open first."""
+    """Yield the forms worth compiling; first the clusters at sizes where two tiers compete."""
     sizes = {256: (4, 8, 16), 512: (8, 16), 64: (1, 2), 128: (1, 2, 4)}
     for hidden, ctas in sizes.items():
         for cell, count in itertools.product(("lstm", "gru"), ctas):
@@ -141,7 +141,7 @@ def compiled(form: Form, arch: str) -> str | None:
 
 
 def timed(form: Form, arch: str) -> Record:
-    """Microseconds a step of one form."""
+    """Return the microseconds a step of one form."""
     times = []
     try:
         with only(form, arch):

@@ -33,7 +33,7 @@ def failed(record: Record) -> bool:
 
 
 def everything(setup: Setup) -> int:
-    """All stages, and the report; 1 if something disagrees or failed."""
+    """Run all stages and write the report. Return 1 if something disagrees or failed."""
     from . import clock, report, tune, visit
 
     setup.folder.mkdir(parents=True, exist_ok=True)

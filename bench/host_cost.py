@@ -133,7 +133,7 @@ class Case(NamedTuple):
 
 
 def plain() -> Iterator[Case]:
-    """One layer and two."""
+    """Yield layers: one, and two stacked."""
     for name in ("LSTM", "GRU"):
         for layers in (1, 2):
             ours = getattr(fastrnn, name)(I, H, num_layers=layers, backend="resident")
@@ -173,7 +173,7 @@ def cases() -> Iterator[Case]:
 
 
 def memory(call: Callable[[], object]) -> Memory:
-    """Of a call like one before it."""
+    """Return the memory of a call that is like one before it."""
     call()
     return memory_of(call, torch.device("cpu"))[1]
 

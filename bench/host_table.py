@@ -89,7 +89,7 @@ def compiling_nothing() -> Iterator[None]:
 
 
 def calls_of(cell: str, which: str) -> tuple[dict[str, Call], dict[str, str]]:
-    """Each library's call that works, and why others do not."""
+    """Return each library's call that works, and why others do not."""
     calls, left_out = {}, {}
     for name, build in LIBRARIES.items():
         shape, size = (Case(1, 1, SMALLEST, 1), SMALLEST) if name == BASELINE else (Case(T, B, H, 1), I)
@@ -116,7 +116,7 @@ Record = dict[str, Any]
 
 
 def records(cell: str, which: str, rounds: int) -> Iterator[Record]:
-    """One of each library: microseconds, and how many times ours."""
+    """Return a record of each library: microseconds, and how many times ours."""
     calls, left_out = calls_of(cell, which)
     launches = {name: launches_of(call) for name, call in calls.items()}
     seconds = in_turns(calls, rounds, clock.WallClock())

@@ -71,7 +71,7 @@ def compile_group(group: str, arch: str, flags: str, run: Callable = run) -> lis
 
 
 def faults(record: Record) -> list[str]:
-    """What must not be true of any planned kernel, and is of this one."""
+    """Return the faults of this kernel: what must not be true of any planned kernel."""
     if "missing" in record:
         return []
     spec = DeviceSpec.named(record["arch"])

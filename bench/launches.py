@@ -44,7 +44,7 @@ DRY = (("resident", "gru", 8, "float32", "plain"), ("cooperative", "lstm", 8, "f
 
 
 def check(tier: str, cell: str, H: int, dtype: str, kind: str) -> Record:
-    """Both passes' faults, none if they are as exact as the tests ask."""
+    """Return the faults of both passes; none if they are as exact as the tests ask."""
     native = torch.cuda.is_available()
     device, case = ("cuda", Case(33, 17, H, 2)) if native else ("cpu", Case(2, 2, H, 2))
     precision = "tf32" if dtype == "tf32" else "ieee"

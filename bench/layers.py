@@ -88,7 +88,7 @@ def compiled(workload: Workload, arch: str) -> str | None:
 
 
 def timed(workload: Workload, dry: bool) -> Record:
-    """Both libraries' times, and ours over torch.nn's."""
+    """Return both libraries' times, and ours over torch.nn's."""
     found: Record = {}
     data = Data(workload, "cpu" if dry else "cuda")
     for short, name in NAMES.items():

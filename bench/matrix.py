@@ -50,7 +50,7 @@ INTERPRETED, QUICK_INTERPRETED = "bfloat16 or float32", "T5-B3 and (lstm or gru)
 
 
 class NoPipError(RuntimeError):
-    """Nothing installs a version that is not at hand."""
+    """Raised if pip is missing and a version is not installed."""
 
 
 class Row(NamedTuple):
@@ -177,7 +177,7 @@ def reason_of(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def checks(triton: Triton, quick: bool) -> Iterator[Row]:
-    """Every check of one version, as they end."""
+    """Yield every check of one version, as they end."""
     found = imported(triton)
     yield Row(triton.version, "import", found)
     if found != "passed":

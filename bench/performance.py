@@ -47,7 +47,7 @@ def waited_for(of: Simulated) -> str:
 
 
 def measured(problem: Problem) -> str:
-    """Cycles of a step on an H100, forward and backward, where this form was measured."""
+    """Return the cycles of a step on an H100, forward and backward, if this form was measured."""
     times = [today(problem.cell, problem.hidden_size, which) for which in PASSES]
     return ", ".join("" if us is None else f"{us * MHZ:,.0f}" for us in times) if any(times) else ""
 
@@ -96,7 +96,7 @@ def sequences_rows(cells: list[str], sizes: list[int], arch: str) -> Iterator[st
 
 
 def sequences_row(problem: Problem, backend: str) -> str:
-    """Forward and backward of each form, in cycles a step."""
+    """Return a row: forward and backward of each form, in cycles a step."""
     tensors: Any = problem.tensors()
     inputs = {name: tensors[name] for name in ("x_gates", "W_hh", "b_hh", "state_0")}
     upstream = {name: tensors[name] for name in ("dy", "d_finals", "W_hh", "state_0")}

@@ -49,7 +49,7 @@ def problems(arch: str, dtype: str, cell: str) -> Iterator[Problem]:
 
 
 def plans(problem: Problem) -> Iterator[tuple[str, Request, KernelPlan]]:
-    """Every form that the planner may take, of one batch tile."""
+    """Yield every form that the planner may take, of one batch tile."""
     request = problem.request
     if problem.hidden_size in PADDED[problem.dtype.itemsize]:
         if cluster.held(request, 1) is None:
@@ -76,7 +76,7 @@ def plans(problem: Problem) -> Iterator[tuple[str, Request, KernelPlan]]:
 
 
 def cycles(problem: Problem, tier: str, request: Request, kernel: KernelPlan) -> tuple[float, float]:
-    """Simulated cycles of a step of this kernel, forward and backward."""
+    """Return the simulated cycles of a step of this kernel, forward and backward."""
     problem = replace(problem, batch_size=request.B, backend=tier)
     tensors = problem.tensors()
     with (
@@ -179,7 +179,7 @@ HIDDEN, BATCH = (64, 128, 256, 512, 1024, 2048), (16, 128, 1024, 4096)
 
 
 def rows(cells: list[str], archs: list[str]) -> Iterator[str]:
-    """What "auto" takes, and its price in us a step of T = 1024."""
+    """Yield rows: the choice of "auto", and its price in us a step at T = 1024."""
     passes = ("inference", "training")
     yield f"| cell, H | B | {' | '.join(f'{arch}, {which}' for arch in archs for which in passes)} |"
     yield "|---" * (2 + len(archs) * len(passes)) + "|"

@@ -35,7 +35,7 @@ class Done:
 
     @property
     def reason(self) -> str:
-        """Why it failed, in a line."""
+        """Return why the process failed, in a line."""
         if self.timed_out:
             return f"ended after {self.seconds:.0f} s"
         return said(self.errors) or said(self.output) or f"exit status {self.status}"
@@ -179,7 +179,7 @@ class Log:
 
 
 def options(doc: str) -> argparse.ArgumentParser:
-    """What every such process takes."""
+    """Return the parser of the options that every such process takes."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument(
         "--out", type=Path, required=True, help="file of JSON lines; what it holds is not measured again"

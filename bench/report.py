@@ -51,7 +51,7 @@ class Result(NamedTuple):
 
 
 def load(folder: Path) -> tuple[list[Result], dict[str, Any], dict[str, Any]]:
-    """Results, the machine, and the notes of all runs in a folder."""
+    """Return results, machine and notes of all runs in a folder."""
     results, machine = [], {}
     notes: dict[str, Any] = {"left_out": {}, "auto_over_torch": {}}
     for file in sorted(folder.rglob("benchmark*.json")):
@@ -286,7 +286,7 @@ def _left_out(left_out: dict[str, str]) -> Block:
 
 
 def write(folder: Path) -> None:
-    """report.md, pictures and report.html into the folder of the results."""
+    """Write report.md, pictures and report.html into the folder of the results."""
     found = blocks(folder)
     (folder / "report.md").write_text(markdown(found))
     (folder / "report.html").write_text(page(found))

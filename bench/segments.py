@@ -69,7 +69,7 @@ def _forms(lstm: torch.nn.LSTM, state: tuple[Tensor, ...], **how: Tensor) -> dic
 
 
 def results(form: Form, lstm: torch.nn.LSTM, x: Tensor) -> tuple[Tensor, ...]:
-    """Output and gradients of its sum's."""
+    """Return the output, and the gradients of its sum."""
     y = form(x)
     return y, *torch.autograd.grad(y.sum(), [x, *lstm.parameters()])
 

@@ -37,7 +37,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Setup:
-    """Where it runs, and how much."""
+    """Where and how long a visit runs, and at which sizes."""
 
     folder: Path  # where stages write
     arch: str
@@ -52,7 +52,7 @@ class Setup:
         return self.left() >= item.limit and of_stage > 0 and (first or of_stage >= item.limit)
 
     def left(self, stage: str | None = None) -> float:
-        """Seconds of a stage's share, or of the whole visit."""
+        """Return the seconds that a stage's share, or the whole visit, still has."""
         return self.started + (UNTIL[stage] if stage else 1.0) * self.seconds - time.monotonic()
 
 

@@ -58,7 +58,7 @@ def forecast(model: torch.nn.Module, past: Tensor, halved: bool = False) -> Tens
 
 
 def calls(B: int, backend: str, device: str, sizes: dict[str, int]) -> dict[str, Call]:
-    """Both forecasts of the same weights."""
+    """Return both forecasts, with the same weights."""
     if backend == "cuda":
         clients.needs_nvcc()
     theirs = architecture(**sizes, backend=backend).to(device)

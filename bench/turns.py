@@ -45,7 +45,7 @@ def _ratio(other: float, own: float) -> float:
 
 
 def quartiles(values: Iterable[float]) -> list[float]:
-    """Low quartile, median, high quartile.
+    """Return low quartile, median and high quartile.
 
     >>> quartiles([4.0, 1.0, 2.0, 3.0, 5.0])
     [2.0, 3.0, 4.0]

@@ -50,12 +50,12 @@ class Workload:
 
     @property
     def units(self) -> int:
-        """Of all heads."""
+        """Return the units of all heads."""
         return self.heads * self.shape.H
 
     @property
     def flops(self) -> int:
-        """Of the products of a forward pass; backward has twice as many."""
+        """Return the flops of a forward pass's products; backward has twice as many."""
         T, B, H, D = self.shape
         inputs = self.I + (self.layers - 1) * D * self.units  # of all layers
         return 2 * T * B * D * CELLS[self.cell].gates * self.units * (inputs + self.layers * H)

@@ -49,14 +49,14 @@ def truncated(a: Value, low: int) -> Value:
 
 
 def extent(place: Value, size: int) -> tuple[int, int]:
-    """Where size bytes at an address may lie: from the first byte to the one behind the last."""
+    """Return where size bytes at an address may lie: the first byte, and the one behind the last."""
     start = place.base - (1 << 32) if place.base >> 31 else place.base  # a negative constant on top of an offset
     end = start + place.spread + size
     return (start, end) if end <= 1 << 32 else (0, end)
 
 
 def result(instruction: Instruction, sources: list[Value]) -> Value:
-    """What an instruction makes of its sources: the low 32 bits of it."""
+    """Return the low 32 bits that an instruction computes from its sources."""
     parts, name = instruction.parts, instruction.parts[0]
     wide = parts[-1][1:] == "64"
     if parts[-1][1:] not in ("32", "64") or (name in ("mul", "mad") and "hi" in parts):
@@ -75,7 +75,7 @@ def result(instruction: Instruction, sources: list[Value]) -> Value:
 
 
 def binary(name: str, a: Value, b: Value) -> Value:
-    """add, sub, mul, and, or, xor, shl or shr of two values; of anything else, any."""
+    """Apply add, sub, mul, and, or, xor, shl or shr to two values. Any other operation may give any value."""
     if name == "add":
         return _value(a.base + b.base, _sum(a.spread, b.spread))
     if name == "sub" and not b.spread:

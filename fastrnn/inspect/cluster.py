@@ -51,7 +51,7 @@ class _State:
 
 
 def unguarded(text: str) -> list[tuple[Instruction, Instruction]]:
-    """Pairs of a PTX kernel's instructions that break the rule: (a remote access, what it is not ordered with).
+    """Return pairs of a PTX kernel's instructions that break the rule: a remote access, and one it is not ordered with.
 
     >>> ptx = ".visible .entry k() { st.shared.b32 [global_smem], %r1; ret; }"
     >>> unguarded(ptx)

@@ -71,7 +71,7 @@ class Problem:
 
     @property
     def request(self) -> Request:
-        """What its kernel is planned for."""
+        """Return the request that the planner gets."""
         sizes = (self.hidden_size // self.num_heads, self.batch_size, self.directions, self.num_heads)
         return Request(self.cell, *sizes, self.dtype, self.precision, self.spec)
 
@@ -94,7 +94,7 @@ class Problem:
         return chosen
 
     def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
-        """Random inputs of both passes: standard normal, W_hh and b_hh uniform as torch.nn initializes them."""
+        """Make random inputs of both passes: standard normal, but W_hh and b_hh as torch.nn initializes them."""
         generator = torch.Generator().manual_seed(self.seed)
         cell, N = CELLS[self.cell], self.num_heads
         T, B, D, H, G, P = (

@@ -18,7 +18,7 @@ HELD = {"resident": 64, "cluster": 256, "cooperative": 256}
 
 
 def diagnosis() -> Iterator[tuple[str, str]]:
-    """(what, what was found) of this machine, line by line."""
+    """Yield (what, what was found) of this machine, line by line."""
     yield "fastrnn", __version__
     yield "python", platform.python_version()
     yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'})"
@@ -43,7 +43,7 @@ def diagnosis() -> Iterator[tuple[str, str]]:
 
 
 def gluon() -> str:
-    """Which of the kernels in Triton's lower-level dialect the installed Triton compiles."""
+    """Say which kernels in Gluon, Triton's lower-level dialect, the installed Triton compiles."""
     if importlib.util.find_spec("triton") is None:
         return "missing, as Triton"
     if spills.triton_version() < (3, 6):

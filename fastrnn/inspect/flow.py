@@ -38,7 +38,7 @@ class Code:
         return [self.statements[i] for i in longest_loop(self.statements, self.labels)]
 
     def global_loads(self, parameter: int, statements: Sequence[Statement]) -> list[Statement]:
-        """Those of the statements that are global loads whose address derives from a parameter of the kernel."""
+        """Return the loads from global memory whose address derives from a parameter of the kernel."""
         derived = {self.parameters[parameter]}
         # A loaded value is no address: it ends the flow.
         moves = [s for s in self.statements if s.defines and not _is_memory(s)]
@@ -52,7 +52,7 @@ class Code:
 
 
 def longest_loop(statements: Sequence[Statement], labels: dict[str, int]) -> list[int]:
-    """Indices of the loop with the most statements, loops inside it included: all that lead to it and back from it.
+    """Return the indices of the loop with the most statements, including loops inside it.
 
     Compilers place blocks freely, and enter loops in their middle: the order of the text says nothing.
     """

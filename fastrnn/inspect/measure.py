@@ -69,7 +69,7 @@ def _tensors(problem: Problem) -> Any:
 
 
 def median_us(call: Callable[[], object]) -> float:
-    """Of a call's time on the GPU, after a few."""
+    """Return the median of a call's time on the GPU in microseconds, after a few calls that do not count."""
     times = []
     for run in range(WARM_UPS + RUNS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

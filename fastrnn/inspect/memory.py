@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes beside what was allocated before a call."""
+    """The bytes that a call allocates beyond what was allocated before it."""
 
     peak: int  # the most at any time in it
     kept: int  # what is still allocated after it, results included

@@ -87,13 +87,13 @@ class Request:
 
     @property
     def flops(self) -> int:
-        """Of the products of forward and backward, which has twice as many; without what is computed again."""
+        """Return the flops of the products of forward and backward, which has twice as many, without recomputation."""
         H, D, L = self.hidden_size, self.directions, self.num_layers
         columns = self.input_size + (L - 1) * D * H + L * H // self.num_heads
         return 3 * 2 * self.seq_len * self.batch_size * D * CELLS[self.cell].gates * H * columns
 
     def bytes_moved(self, parameters: int) -> int:
-        """Forward reads input and parameters and writes output; backward does so with gradients, and reads input."""
+        """Return the bytes moved at least: input, parameters and output forward; gradients and input backward."""
         features = 3 * self.input_size + 3 * self.directions * self.hidden_size
         elements = self.seq_len * self.batch_size * features + 3 * parameters
         return elements * getattr(torch, self.dtype).itemsize
@@ -101,7 +101,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Profile:
-    """What one forward and backward took; bytes are beside parameters, input and the gradient that comes from above."""
+    """Time and memory of one forward and backward; bytes leave out parameters, input and the output's gradient."""
 
     backend: str  # that ran
     asked: str  # as which it was asked for
@@ -143,7 +143,7 @@ class Run:
             return torch.autograd.grad(y, self.leaves, self.upstream)
 
     def seconds(self) -> tuple[float, float]:
-        """Of forward and of backward: medians of several runs."""
+        """Return the seconds of forward and of backward: medians of several runs."""
         found: list[tuple[float, float]] = []
         started = time.perf_counter()
         for run in range(WARM_UPS + MOST_RUNS):
@@ -160,14 +160,14 @@ class Run:
         return statistics.median(f for f, _ in found), statistics.median(b for _, b in found)
 
     def memory(self) -> tuple[int, int, int]:
-        """Bytes: at the peak of forward, at the peak of backward, and kept between them beside the output."""
+        """Return bytes: at the peak of forward, at the peak of backward, and kept between them beside the output."""
         y, forward = memory_of(self.forward, self.device)
         _, backward = memory_of(lambda: self.backward(y), self.device)
         output = y.untyped_storage().nbytes()
         return forward.peak, forward.kept + backward.peak, forward.kept - output
 
     def trace(self, file: Path) -> None:
-        """One forward and backward by torch.profiler, as a Chrome trace that Perfetto reads too."""
+        """Write one forward and backward as a Chrome trace by torch.profiler, which Perfetto reads too."""
         file.touch()  # torch's profiler only prints that it cannot
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
@@ -178,7 +178,7 @@ class Run:
         profiler.export_chrome_trace(str(file))
 
     def nvtx(self) -> None:
-        """One forward and backward with every range handed to NVTX, for Nsight."""
+        """Run one forward and backward with every range given to NVTX, for Nsight."""
         if self.device.type != "cuda":
             raise ValueError(f"nvtx: expected a CUDA device; got {self.device}")
         with torch.autograd.profiler.emit_nvtx():
@@ -205,7 +205,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
 
 @dataclass(frozen=True)
 class Light:
-    """What a device does at most, measured on it: products of a dtype, and a copy, each the best of several."""
+    """The most that a device does, measured on it: products of a dtype, and a copy, each the best of several."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -272,7 +272,7 @@ def profiles(request: Request, lengths: Sequence[int], compare: Sequence[str] = 
 
 
 def table(found: Sequence[Profile]) -> str:
-    """For people: a line a profile."""
+    """Return a table for people, with a line for each profile."""
     head = f"{'T':>8} {'backend':<22}{'us a step: forward':>19}{'backward':>11}{'tokens/s':>13}"
     head += f"{'peak MiB: forward':>19}{'backward':>11}{'kept B a step':>15}{'of light':>10}"
     lines = [head]
@@ -312,5 +312,5 @@ def _drawn(found: Sequence[Profile]) -> Any:
 
 
 def as_dict(found: Profile) -> dict[str, Any]:
-    """With stable keys, for programs."""
+    """Return a profile with stable keys, for programs."""
     return asdict(found)

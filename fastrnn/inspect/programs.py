@@ -19,7 +19,7 @@ def nvidia_tool(name: str) -> str:
 
 
 def run(command: Sequence[str], needed: str) -> str:
-    """What a program prints; RuntimeError, with what it is needed for, where it is missing or fails."""
+    """Run a program and return what it prints; RuntimeError, with its purpose, if it is missing or fails."""
     try:
         done = subprocess.run([*command], capture_output=True, text=True, check=False)
     except OSError as reason:

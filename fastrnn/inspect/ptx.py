@@ -39,7 +39,7 @@ class Kernel:
 
 
 def size_of(type_: str) -> int:
-    """Bytes of a PTX type such as b32 or bf16x2."""
+    """Return the bytes of a PTX type such as b32 or bf16x2."""
     bits = re.search(r"(\d+)(x2)?$", type_)
     assert bits is not None, type_
     return int(bits[1]) // 8 * (2 if bits[2] else 1)

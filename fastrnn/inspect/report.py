@@ -156,7 +156,7 @@ def _record(problem: Problem, compiled: Compiled, which: str) -> Record:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """bfloat16 for torch.bfloat16."""
+    """Return the dtype's name without "torch.", such as bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -177,7 +177,7 @@ def write(problem: Problem, compiled: Compiled, which: str, folder: Path) -> Non
 
 
 def as_json(record: Record) -> str:
-    """One line."""
+    """Return a record as one line of JSON."""
     return json.dumps(record)
 
 
@@ -219,7 +219,7 @@ def print_table(rows: list[Record]) -> None:
 def show_steps(
     rows: list[Record], simulation: Simulation, say: Callable[[str], None] | None, file: str, *, is_alone: bool
 ) -> None:
-    """Simulated steps of records, as text to say and as a picture each: in the file, or if there are more beside it.
+    """Print the simulated step of each record and draw it into the file, or into files beside it if there are several.
 
     Raises RuntimeError for a picture without matplotlib.
     """

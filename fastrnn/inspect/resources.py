@@ -30,7 +30,7 @@ AMD_SIMDS, AMD_REGISTERS, AMD_WAVES = 4, 512, 8
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one kernel; a step is one pass through its time loop."""
+    """What one kernel uses. A step is one pass through its time loop."""
 
     registers: int  # a thread
     accumulation_registers: int  # AMD's AGPRs, of these
@@ -74,7 +74,7 @@ def resources(launch: Launch) -> Resources:
 
 
 def spill_bytes(asm: Mapping[str, Any]) -> int:
-    """Bytes a thread of registers that are kept in memory: NVIDIA's stack; AMD's spilled vector registers.
+    """Return the bytes of registers that a thread keeps in memory: NVIDIA's stack, or AMD's spilled vector registers.
 
     AMD's scalar registers spill to lanes of vector registers, not to memory: not counted.
     """
@@ -84,7 +84,7 @@ def spill_bytes(asm: Mapping[str, Any]) -> int:
 
 
 def occupancy(spec: DeviceSpec, registers: int, warps: int, shared_bytes: int) -> int:
-    """Programs that one multiprocessor runs at once, by registers, shared memory and warps.
+    """Return how many programs one multiprocessor runs at once, by registers, shared memory and warps.
 
     >>> from fastrnn.device import DeviceSpec
     >>> occupancy(DeviceSpec.named("sm_90"), registers=64, warps=8, shared_bytes=100_000)

@@ -43,7 +43,7 @@ class Code:
 
 @functools.lru_cache(maxsize=16)
 def tool(cubin: bytes, name: str, *flags: str) -> str:
-    """What one of the NVIDIA tools that come with Triton prints of a cubin."""
+    """Run one of the NVIDIA tools that come with Triton on a cubin, and return what it prints."""
     path = programs.nvidia_tool(name)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -52,19 +52,19 @@ def tool(cubin: bytes, name: str, *flags: str) -> str:
 
 
 def disassemble(cubin: bytes) -> str:
-    """SASS with control codes, as text."""
+    """Return the cubin's SASS with control codes, as text."""
     return tool(cubin, "nvdisasm", "-c", "-hex")
 
 
 def usage(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack (spilled registers) a thread, and bytes of static shared memory."""
+    """Return registers and stack bytes (spilled registers) of a thread, and bytes of static shared memory."""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", tool(cubin, "cuobjdump", "-res-usage"))
     assert found is not None
     return {"registers": int(found[1]), "stack": int(found[2]), "shared": int(found[3])}
 
 
 def parse(sass: str) -> tuple[list[Instruction], list[Instruction]]:
-    """All instructions, and those of the step loop, which is the longest."""
+    """Return all instructions, and those of the step loop, which is the longest loop."""
     code = read(sass)
     return code.instructions, [code.instructions[i] for i in code.loop]
 

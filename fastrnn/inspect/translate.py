@@ -11,7 +11,7 @@ CHUNK = 150  # instructions in one C function: gcc's time grows faster than a fu
 
 
 def translate(kernel: Kernel) -> str:
-    """C source of `step`, which runs a warp for a number of blocks; machine.h goes before it."""
+    """Return the C source of `step`, which runs a warp for a number of blocks; machine.h goes before it."""
     functions, cases = [], []
     for number, block in enumerate(kernel.blocks):
         straight = [i for i in block if not _is_control(i)]

@@ -108,7 +108,7 @@ def _shares(
 
 @cached
 def cluster(request: Request) -> KernelPlan:
-    """W_hh over the programs of a cluster: of as many as shorten a step while all of the batch's run at once."""
+    """Plan W_hh over the programs of a cluster: as many as shorten a step while all clusters run at once."""
     spec = request.spec
     if spec.cluster_limit == 1:
         raise NotImplementedError(f"{spec.arch} has no thread-block clusters")

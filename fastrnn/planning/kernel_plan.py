@@ -18,7 +18,7 @@ ACTIVATIONS = {torch.bfloat16: "tanh.approx", torch.float16: "exp2"}
 
 
 class GridTooLargeError(ValueError):
-    """More programs would have to run at once than the device has room for."""
+    """Raised if more programs must run at once than the device has room for."""
 
 
 class Request(NamedTuple):
@@ -85,7 +85,7 @@ class KernelPlan:
 
 
 def common(request: Request) -> dict[str, Any]:
-    """What a plan says whatever its tiles."""
+    """Return the fields of a plan that do not depend on its tiles."""
     spec = request.spec
     return {
         "precision": request.precision,
@@ -95,14 +95,14 @@ def common(request: Request) -> dict[str, Any]:
 
 
 def saved_bytes(request: Request, steps: int) -> int:
-    """Kept for backward, of so many steps."""
+    """Return the bytes that are kept for backward, for so many steps."""
     cell, dtype = request.of_cell, request.dtype
     of_unit = cell.saved * dtype.itemsize + max(cell.kept_places) * cell.state_dtype(dtype).itemsize
     return steps * request.B * request.recurrences * request.H * of_unit
 
 
 def as_text(size: int) -> str:
-    """Bytes for people."""
+    """Return bytes as text for people, such as 1.5 MiB."""
     return f"{size / KIB:,.0f} KiB" if size < 1024 * KIB else f"{size / KIB**2:,.1f} MiB"
 
 
@@ -112,7 +112,7 @@ def registers(spec: DeviceSpec, warps: int) -> int:
 
 
 def weight_place(spec: DeviceSpec) -> str:
-    """Where a program's W_hh stays: what Triton does with a product's operand that is loaded before the loop."""
+    """Say where a program's W_hh stays, because Triton decides where an operand loaded before the loop lies."""
     return "arrays" if spec.arch == "interpreter" else "registers" if spec.is_amd else "shared memory"
 
 

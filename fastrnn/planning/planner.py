@@ -252,7 +252,7 @@ def _spec(device: "str | torch.device | DeviceSpec | None") -> DeviceSpec:
 
 
 def torch_precision() -> str:
-    """Triton's input_precision for fp32 recurrent products: torch's own setting for RNNs ("tf32" unless changed).
+    """Return the precision of fp32 recurrent products by torch's setting for RNNs ("tf32" unless changed).
 
     Source: torch.backends.cudnn.rnn.fp32_precision, before torch 2.9 torch.backends.cudnn.allow_tf32.
     """

@@ -30,7 +30,7 @@ LAUNCH_US = 5.0  # assumed: from a launch to its first step, W_hh read
 
 
 class Board(NamedTuple):
-    """What a price needs to know of a board, the one that device.py names."""
+    """The figures of a board that a price needs. device.py names the board."""
 
     ghz: float
     tflops: float  # dense products in 16 bits, summed in fp32, as mma reaches it; in tf32 half
@@ -54,7 +54,7 @@ TABLE: dict[str, Any] = json.loads(FILE.read_text())
 
 
 class Price(NamedTuple):
-    """Of one candidate of a plan."""
+    """The price of one candidate of a plan."""
 
     backend: str
     us: float  # of all steps and passes
@@ -66,7 +66,7 @@ class Price(NamedTuple):
 
 
 def of_all(price: Price) -> float:
-    """What candidates are sorted by."""
+    """Return the microseconds by which candidates are sorted."""
     return price.us
 
 
@@ -83,7 +83,7 @@ class Work(NamedTuple):
 
 
 def form_of(kernel: KernelPlan) -> str:
-    """What cycles of prices.json belong to, beside cell, dtype and H."""
+    """Return the form by which prices.json has cycles, beside cell, dtype and H."""
     dialect = "" if kernel.dialect == "Gluon" else "tile "
     if len(kernel.grid) > 2:
         return f"{dialect}grid {kernel.block_b}x{kernel.units}"
@@ -96,7 +96,7 @@ def dtype_of(request: Request) -> str:
 
 
 def simulated_cycles(kernel: KernelPlan, request: Request) -> tuple[float, float] | None:
-    """Of a step, forward and backward, as the simulator says; None where the table has nothing like it."""
+    """Return the simulated cycles of a step, forward and backward; None if the table has nothing like it."""
     board = BOARDS.get(request.spec.arch)
     if board is None:
         return None
@@ -126,7 +126,7 @@ def between(points: Sequence[Sequence[float]], H: int, column: int) -> float:
 
 
 def step_of(kernel: KernelPlan, request: Request) -> tuple[float, float, str] | None:
-    """Microseconds of a step of one wave, forward and backward, and where they come from."""
+    """Return microseconds of a step of one wave, forward and backward, and where they come from."""
     cell = "rnn_tanh" if request.gates == 1 else request.cell
     like = request._replace(cell=cell, H=request.padded if len(kernel.grid) < 3 else request.H)
     like = like._replace(dtype=torch.bfloat16) if request.dtype == torch.float16 else like
@@ -147,14 +147,14 @@ def waves_of(kernel: KernelPlan, spec: DeviceSpec) -> int:
 
 
 def moved_us(request: Request, which: str, training: bool) -> float:
-    """Microseconds in which device memory moves a step's tensors."""
+    """Return the microseconds in which device memory moves a step's tensors."""
     saved, units = saved_bytes(request, 1), request.B * request.recurrences * request.H * request.dtype.itemsize
     moved = units * (request.gates + (1 if which == "forward" else 2)) + (saved if training else 0)
     return moved / BOARDS[request.spec.arch].bytes_us / 1e6
 
 
 def price_of_kernel(backend: str, kernel: KernelPlan, request: Request, work: Work) -> Price | None:
-    """Of a plan; None where nothing is known of a step's time."""
+    """Return the price of a plan; None if no time of a step is known."""
     step = step_of(kernel, request)
     if step is None or request.spec.arch not in BOARDS:
         return None
@@ -165,7 +165,7 @@ def price_of_kernel(backend: str, kernel: KernelPlan, request: Request, work: Wo
 
 
 def cheapest(plans: Sequence[KernelPlan], request: Request) -> KernelPlan:
-    """Of one tier's plans, by a step of training; where none has a price the first of the fewest launches."""
+    """Return the cheapest of one tier's plans in training. Without prices: the first with the fewest launches."""
     best, least = plans[0], math.inf
     for plan in plans:  # torch.compile traces no min with a key
         if plan.parts < best.parts:
@@ -199,7 +199,7 @@ def is_persistent(request: Request, which: str, num_layers: int) -> bool:
 
 
 def price_of_torch(request: Request, work: Work) -> Price | None:
-    """Of torch's own kernel, cuDNN's."""
+    """Return the price of torch's own kernel, which is cuDNN's."""
     board = BOARDS.get(request.spec.arch)
     if board is None:
         return None

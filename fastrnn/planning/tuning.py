@@ -38,7 +38,7 @@ Form = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tuned:
-    """Of one architecture: by kernel and pass the form to try first, by problem the programs of a cluster."""
+    """What was tuned for one architecture: the form to try first by kernel and pass, and cluster sizes by problem."""
 
     forms: Mapping[str, Mapping[str, Form]] = field(default_factory=dict)
     ctas: Mapping[str, int] = field(default_factory=dict)
@@ -51,18 +51,18 @@ def _problem(cell: str, H: int, dtype: torch.dtype, precision: str) -> str:
 
 
 def kernel_key(request: Request, kernel: KernelPlan) -> str:
-    """What a form belongs to: all that decides which forms a kernel has."""
+    """Return the key of a form: everything that decides which forms a kernel has."""
     problem = _problem(request.cell, request.H, request.dtype, kernel.precision)
     return f"{kernel.dialect} {problem} block_b={kernel.block_b} units={kernel.units} ctas={kernel.ctas}"
 
 
 def cluster_key(request: Request, tiles: int) -> str:
-    """What the size of a cluster belongs to; tiles are those of the batch, of all directions."""
+    """Return the key of a cluster's size. tiles counts the batch tiles of all directions."""
     return f"{_problem(request.cell, request.H, request.dtype, request.precision)} tiles={tiles}"
 
 
 def torch_key(request: Request) -> str:
-    """What the time of torch's own kernel belongs to."""
+    """Return the key of the time of torch's own kernel."""
     return f"torch {_problem(request.cell, request.H, request.dtype, request.precision)}"
 
 
@@ -105,7 +105,7 @@ def _tuples(value: Any) -> Any:
 
 
 def known(folder: Path) -> dict[str, Tuned]:
-    """What a folder's files say, by architecture."""
+    """Return the contents of a folder's files, by architecture."""
     return {file.stem: read(file) for file in sorted(folder.glob("*.json"))}
 
 
@@ -115,7 +115,7 @@ NOTHING = Tuned()
 
 
 def of(arch: str) -> Tuned:
-    """What is known of an architecture."""
+    """Return what was tuned for an architecture."""
     return TUNED.get(arch, NOTHING)
 
 

@@ -33,7 +33,7 @@ ERROR = (
 
 
 def note(arch: str) -> str:
-    """What is to be said wherever simulated times of an architecture are."""
+    """Return the caution that goes with every simulated time of an architecture."""
     others = len(borrowed(arch))
     return (
         ERROR

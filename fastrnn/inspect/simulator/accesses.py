@@ -21,7 +21,7 @@ POINTER_BITS = 36  # of a made-up pointer, below the number of its parameter
 
 @dataclass(frozen=True)
 class Access:
-    """One warp's; an access of no lane has 0 bytes."""
+    """One access of a warp. If no lane takes part, it has 0 bytes."""
 
     bytes: int
     wavefronts: int = 0  # passes through the banks: shared memory only
@@ -40,7 +40,7 @@ NOTHING = Access(0)
 
 
 def accesses(op: Op, addresses: Array, lanes: Array, rank: int) -> list[Access]:
-    """Of each warp."""
+    """Return the access of each warp."""
     if op.name in SHARED:
         return _shared(op, addresses, lanes, rank)
     if op.name in ("LD", "ST"):
@@ -62,7 +62,7 @@ def _shared(op: Op, addresses: Array, lanes: Array, rank: int) -> list[Access]:
 
 
 def wavefronts(op: Op, addresses: Array, lanes: Array) -> Array:
-    """Passes through the banks: of 32 lanes by 4 bytes, 16 by 8, 8 by 16, of ldmatrix 8 rows a matrix."""
+    """Count passes through the banks: 32 lanes by 4 bytes, 16 by 8, 8 by 16; ldmatrix has 8 rows a matrix."""
     warps = len(addresses)
     if op.name in ("LDSM", "STSM"):
         matrices = op.width // 4
@@ -77,7 +77,7 @@ def wavefronts(op: Op, addresses: Array, lanes: Array) -> Array:
 
 
 def most_distinct(numbers: Array, on: Array, classes: int) -> Array:
-    """Of each row, the most different numbers that are the same modulo classes.
+    """Return for each row how many different numbers at most are equal modulo classes.
 
     >>> int(most_distinct(np.array([[0, 32, 32, 1]]), np.ones((1, 4), bool), 32)[0])
     2

@@ -53,7 +53,7 @@ class Operand:
 
 @functools.lru_cache(maxsize=1 << 14)
 def operand(text: str) -> Operand:
-    """One operand.
+    """Decode one operand.
 
     >>> operand("-R12.reuse").number, operand("!UP3").inverted, operand("c[0x0][0x210]").number
     (12, True, 528)
@@ -71,7 +71,7 @@ def operand(text: str) -> Operand:
 
 
 def split(text: str) -> list[str]:
-    """Operands, at the commas outside brackets."""
+    """Split the operands at the commas outside brackets."""
     return [part.strip() for part in re.findall(r"(?:\[[^\]]*\]|\([^)]*\)|[^,\[(])+", text) if part.strip()]
 
 
@@ -133,12 +133,12 @@ def _is_prefetch(parts: tuple[str, ...]) -> bool:
 
 
 def decoded(code: sass.Code) -> list[Op]:
-    """All instructions of a kernel."""
+    """Decode all instructions of a kernel."""
     return [decode(index, instruction) for index, instruction in enumerate(code.instructions)]
 
 
 def step_loop(code: sass.Code) -> tuple[int, int]:
-    """First and last instruction of the step loop: the widest jump back inside it; ValueError if there is none."""
+    """Return first and last instruction of the step loop, which has the widest jump back; ValueError without one."""
     jumps = [(i, code.instructions[i].target) for i in code.loop]
     spans = [(i - to, to, i) for i, to in jumps if to is not None and to < i]
     if not spans:
@@ -210,7 +210,7 @@ def _address(text: str, name: str) -> tuple[tuple[str, int, bool, int], ...]:
 
 
 def parameters(cubin: bytes) -> list[tuple[int, int]]:
-    """(offset in the constant bank, bytes) of each of the kernel's parameters, in order.
+    """Return (offset in the constant bank, bytes) of each of the kernel's parameters, in order.
 
     Read from the section .nv.info.KERNEL: attribute 0x17 is a parameter's record, 0x0a where they begin in the bank.
     """

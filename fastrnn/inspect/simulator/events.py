@@ -8,7 +8,7 @@ NEVER = 1 << 60
 
 
 class Calendar:
-    """Calls to make at times; of one time in the order in which they were asked for."""
+    """Calls to make at given times. Calls of one time are made in the order in which they were added."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -31,14 +31,14 @@ class Calendar:
 
 
 class Resource:
-    """Serves one thing after the other; counts how long it is busy."""
+    """A resource that serves one thing after the other, and counts how long it is busy."""
 
     def __init__(self) -> None:
         self.free = 0.0
         self.busy = 0.0
 
     def take(self, time: float, cycles: float) -> float:
-        """Wait for it from a time on, and take it; when that begins."""
+        """Wait for the resource from a time on, take it, and return when that begins."""
         begins = max(time, self.free)
         self.free = begins + cycles
         self.busy += cycles

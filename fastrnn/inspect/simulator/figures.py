@@ -33,7 +33,7 @@ def figure(meaning: str, value: float, source: str, **others: tuple[float, str])
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one architecture. Latencies are cycles from an instruction's issue to that of the first which needs it."""
+    """Figures of one architecture. A latency is the cycles from an instruction's issue to that of its first user."""
 
     # How long a pipe of one of the four schedulers is taken by a warp's instruction.
     alu: float = figure("integer, logic, compare, select", 2, "16 lanes [G]; 2.09 measured [N]; [P]")
@@ -85,7 +85,7 @@ class Figures:
 
 
 def figures(arch: str) -> Figures:
-    """Those of an architecture; NotImplementedError, with what there is, where none are published.
+    """Return the figures of an architecture; NotImplementedError, with those there are, if none are published.
 
     >>> figures("sm_80").tensor, figures("sm_90").tensor
     (8, 6)
@@ -98,7 +98,7 @@ def figures(arch: str) -> Figures:
 
 
 def borrowed(arch: str) -> list[str]:
-    """Names of the figures that an architecture takes from sm_90.
+    """Return the names of the figures that an architecture takes from sm_90.
 
     >>> "tensor" in borrowed("sm_80"), "tensor" in borrowed("sm_100")
     (False, True)
@@ -108,7 +108,7 @@ def borrowed(arch: str) -> list[str]:
 
 
 def table() -> list[tuple[str, str, str, float, str]]:
-    """Each figure: name, meaning, architecture, value, source."""
+    """Return of each figure its name, meaning, architecture, value and source."""
     return [
         (one.name, one.metadata["meaning"], arch, *one.metadata[arch])
         for one in fields(Figures)

@@ -30,7 +30,7 @@ class Sources(Protocol):
 
 
 def signed(value: Array) -> Array:
-    """32 bits in two's complement."""
+    """Return 32 bits as a signed number, in two's complement."""
     return (value.astype(np.int64) ^ SIGN) - SIGN
 
 
@@ -47,7 +47,7 @@ def move(x: Sources) -> list[Array]:
 
 
 def add3(x: Sources) -> list[Array]:
-    """Of three terms, with up to two carries out, and with .X two in."""
+    """Add three terms, with up to two carries out, and with .X two in."""
     total = x.carries(0) + x.carries(1) + x.carries(2)
     if "X" in x.parts:
         for k in range(3, x.count):
@@ -80,7 +80,7 @@ def multiply_add(x: Sources) -> list[Array]:
 
 
 def logic(x: Sources) -> list[Array]:
-    """Of three operands by a table of eight bits; the last operand is a predicate that is or'ed to "not zero"."""
+    """Combine three operands by a table of eight bits. The last operand is a predicate that is or'ed to "not zero"."""
     a, b, c, table = x(0), x(1), x(2), int(x(3).flat[0])
     result = np.zeros_like(a)
     for row in range(8):
@@ -126,7 +126,7 @@ def shifted_add(x: Sources) -> list[Array]:
 
 
 def permute(x: Sources) -> list[Array]:
-    """Four bytes of eight, by four nibbles; a nibble's upper bit asks for the byte's sign."""
+    """Choose four bytes of eight by four nibbles. A nibble's upper bit asks for the byte's sign."""
     both, selector = joined(x(0), x(2)), x(1)
     result = np.zeros_like(both)
     for n in range(4):
@@ -151,7 +151,7 @@ COMBINE: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def compare(x: Sources) -> list[Array]:
-    """Of 32 bits or 64; .EX: of the upper halves, given what the lower ones were."""
+    """Compare 32 bits or 64. With .EX compare the upper halves, given the result of the lower ones."""
     name = x.parts[1]
     if "S64" in x.parts or "U64" in x.parts:
         a, b = x.wide(0), x.wide(1)

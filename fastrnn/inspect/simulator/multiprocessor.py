@@ -80,7 +80,7 @@ class Warp:
 
 
 class Multiprocessor:
-    """One, with as many programs of a kernel on it as are asked for."""
+    """One multiprocessor, on which the given number of programs of a kernel run."""
 
     def __init__(self, figures: Figures, traces: Traces, programs: int, on_grid: int, poll: Poll | None) -> None:
         self.figures, self.calendar = figures, Calendar()
@@ -134,7 +134,7 @@ class Multiprocessor:
         return found
 
     def wakes(self, warp: Warp, time: int) -> int:
-        """When to look at a warp again; at once if its next instruction can issue."""
+        """Return when to look at a warp again: at once if its next instruction can issue."""
         op = warp.ran[warp.at].op
         if warp.blocked or any(warp.pending[board] for board in op.code.awaits):
             return NEVER
@@ -213,7 +213,7 @@ class Multiprocessor:
             warp.after_branch = True
 
     def run(self) -> int:
-        """Until all warps have run all; the cycle at which that is."""
+        """Run until all warps have run everything, and return that cycle."""
         time, left = 0, len(self.warps)
         while left:
             self.calendar.until(time)
@@ -266,7 +266,7 @@ class Multiprocessor:
         return found, following
 
     def used(self, cycles_issued: float) -> dict[str, float]:
-        """Busy cycles of each resource; of what each scheduler has, of one."""
+        """Return the busy cycles of each resource. If every scheduler has one, they are those of one scheduler."""
         found = {"issue": cycles_issued}
         for pipe, busy in zip(PIPES, self.busy, strict=True):
             found[pipe] = found.get(pipe, 0.0) + busy / SCHEDULERS / PIPES.count(pipe)

@@ -78,7 +78,7 @@ class Inputs:
 
 
 class Registers:
-    """Of all warps."""
+    """The registers of all warps."""
 
     def __init__(self, block: Block) -> None:
         self.block = block

@@ -30,13 +30,13 @@ KIND_OF = {cause: kind for kind, (_, causes) in KINDS.items() for cause in cause
 
 
 def step_of(simulated: Simulated) -> tuple[int, int]:
-    """First and last cycle of the last step."""
+    """Return first and last cycle of the last step."""
     last = simulated.steps - 1
     return min(warp.began[last] for warp in simulated.machine.warps), simulated.ends[last + 1]
 
 
 def text(simulated: Simulated) -> Iterator[str]:
-    """What warps wait for, how busy each resource is, when barriers come, and what each warp issues in a step."""
+    """Yield lines: what warps wait for, how busy resources are, when barriers come, what each warp issues in a step."""
     cycles = simulated.cycles
     yield f"{cycles:,.0f} cycles a step, simulated; {simulated.instructions:.0f} instructions a warp"
     yield ""
@@ -77,7 +77,7 @@ def _shares(found: dict[str, float], whole: float) -> Iterator[str]:
 
 
 def longest(simulated: Simulated, count: int = INSTRUCTIONS) -> list[tuple[str, float, str]]:
-    """Instructions before which warps wait most: text, cycles a warp and step, and for what."""
+    """Return the instructions before which warps wait most: text, cycles a warp and step, and causes."""
     waited: dict[int, Counter[str]] = {}
     for warp in simulated.machine.warps:
         times = iter(warp.waits)
@@ -111,7 +111,7 @@ def _barriers(simulated: Simulated, first: int, last: int) -> Iterator[str]:
 
 
 def kind_of(cause: str) -> str:
-    """Which of the six KINDS a cause of the simulator belongs to."""
+    """Return which of the six KINDS a cause of the simulator belongs to."""
     return "pipes" if cause.startswith("pipe: ") else KIND_OF[cause]
 
 

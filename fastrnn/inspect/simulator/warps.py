@@ -32,7 +32,7 @@ class Executed(NamedTuple):
 
 @dataclass
 class Traces:
-    """Of each warp: what it ran from the loop's first instruction on, and where in it each step begins."""
+    """What each warp ran from the loop's first instruction on, and where in it each step begins."""
 
     ran: list[list[Executed]]
     begins: list[list[int]]
@@ -59,7 +59,7 @@ class Machine:
     # Running.
 
     def run(self, steps: int) -> Traces:
-        """Until every warp has gone through the step loop that often; RuntimeError if it does not come round."""
+        """Run until every warp has gone through the step loop so often; RuntimeError if a pass does not end."""
         for _ in range(MOST_INSTRUCTIONS):
             if not self.running.any():
                 return self.traces

@@ -28,7 +28,7 @@ FREED: dict[str, Callable[[Figures], dict[str, Any]]] = {
 
 
 def what_if(kernel: Kernel, arch: str, *, programs: int = 1) -> dict[str, float]:
-    """Cycles of a step with each resource free, the shortest first."""
+    """Return the cycles of a step with each resource free in turn, the shortest first."""
     known = figures(arch)
     found = {
         name: simulate(kernel, arch, programs=programs, of=replace(known, **changes(known))).cycles
