@@ -15,7 +15,7 @@ _LOCK = threading.Lock()
 
 
 class Machine(NamedTuple):
-    """What code is written for."""
+    """The CPU that code is written for."""
 
     bytes: int  # of a vector's register
     rows: int  # of a batch, and
@@ -41,7 +41,7 @@ def _target() -> Any:
 
 
 class Compiled:
-    """A function of so many int64, addresses among them; Python's lock is open while it runs."""
+    """A compiled function of several int64, some of them addresses. It runs without Python's lock."""
 
     def __init__(self, name: str, arguments: int, dtype: torch.dtype, write: Callable[[Code], None]) -> None:
         with _LOCK:  # llvmlite's global context is one for all threads

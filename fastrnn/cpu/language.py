@@ -70,7 +70,7 @@ class _Module:
 
 
 def on_vectors(found: Any) -> Any:
-    """What a name of a function of Triton stands for, where it is run on vectors."""
+    """Return what a name in a Triton function stands for when the function runs on vectors."""
     from triton.language import constexpr
     from triton.runtime.jit import KernelInterface
 

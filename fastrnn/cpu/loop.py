@@ -16,7 +16,7 @@ from .values import Code, Pointer, Value
 
 
 class Constants(NamedTuple):
-    """What is known when a kernel is compiled."""
+    """The facts that are known when a kernel is compiled."""
 
     step: Any  # the cell's in this pass, on vectors
     sizes: Any  # kernels/arguments.py
@@ -25,13 +25,13 @@ class Constants(NamedTuple):
     width: int  # units of a vector
 
     def padded(self, N: int) -> int:
-        """Whole panels of a product."""
+        """Round N up to whole panels of a product."""
         panel = self.block[1] * self.width
         return -(-N // panel) * panel
 
     @property
     def scratch(self) -> int:
-        """Elements for each row of a tile: its states, and G gates."""
+        """Return the scratch elements of each row of a tile: its states, and G gates."""
         return (self.sizes.states + self.sizes.gates) * self.padded(self.sizes.H) + self.block[1] * self.width
 
 
@@ -181,7 +181,7 @@ def _differentiate(K: Constants, tile: Tile, read: Any, into: Any, memory: tuple
     anew, given = tile.restarts(i, t) if sequences.reset is not None else (None, None)
 
     def kept_before(n: int, j: Value, mask: Value | None) -> Value:
-        """State n before the step as it was kept, given, or zero."""
+        """Return state n before the step, as it was kept or given, or zero."""
         inside = read.kept[n].at(previous * H + j)
         given = None if read.before is None else read.before[n].at(tile.state(i) * H + j)
         return _chosen(code, exists, inside, given, mask)

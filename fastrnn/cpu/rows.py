@@ -34,15 +34,15 @@ class Tile(NamedTuple):
 
     @property
     def steps(self) -> Value:
-        """Of the longest row, the first."""
+        """Return how many steps the longest row has, which is the first row."""
         return self.length(0)
 
     def time(self, step: Value) -> Value:
-        """The t of a step of this direction."""
+        """Return the t of a step of this direction."""
         return self.code.where(self.direction == 0, step, self.steps - 1 - step)
 
     def live(self, t: Value) -> Value:
-        """How many rows have a step at t."""
+        """Return how many rows have a step at t."""
         if self.sequences.rows is None:
             return self.count
         found = Variable(self.code, self.code.integer(0))
@@ -56,23 +56,23 @@ class Tile(NamedTuple):
         return self._of_table(1, i) + (t if self.sizes.ragged else t * self.B)
 
     def place(self, i: Value, t: Value) -> Value:
-        """In [slots, R]."""
+        """Return where row i at t stands in [slots, R]."""
         return self._slot(i, t) * (self.sizes.D * self.sizes.N) + self.recurrence
 
     def state(self, i: Value) -> Value:
-        """In [D, B, N]."""
+        """Return where the state of row i stands in [D, B, N]."""
         sequence = self.first + i if self.sequences.rows is None else self._of_table(0, i)
         return (self.direction * self.B + sequence) * self.sizes.N + self.recurrence % self.sizes.N
 
     def before(self, i: Value, t: Value) -> tuple[Value, Value]:
-        """The t of the step before, and whether there is one."""
+        """Return the t of the step before, and whether there is one."""
         t = self.code.where(self.direction == 0, t - 1, t + 1)
         return t, (t >= 0) & (t < self.length(i))
 
     def restarts(self, i: Value, t: Value) -> tuple[Value, Value]:
-        """Whether a segment begins in its direction with the step at t, and where what it starts from is given.
+        """Return whether a segment begins with the step at t in its direction, and where its start state is given.
 
-        That is the later segment's first step: for direction 1 the one before.
+        That place is the later segment's first step, which in direction 1 is the step before.
         """
         code, edge = self.code, t + self.direction
         inside = edge < self.length(i)

@@ -8,12 +8,12 @@ States = tuple[Value, ...]
 
 
 def clip(code: Code, x: Value, limit: float) -> Value:
-    """x within -limit and limit; NaN stays."""
+    """Clip x to [-limit, limit]; NaN stays."""
     return code.where(x > limit, limit, code.where(x < -limit, -limit, x))
 
 
 def clipped(code: Code, sizes: Any, states: States) -> States:
-    """States as the next step sees them: c clipped, of a cell without c h."""
+    """Return the states as the next step sees them: c is clipped, or h in a cell without c."""
     if sizes.clip_state < 0:
         return states
     place = min(1, len(states) - 1)

@@ -20,7 +20,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Pass(NamedTuple):
-    """Its sizes: steps, recurrences, sequences, multiplications of a step, and elements of a row's scratch memory."""
+    """Sizes of a pass: steps, recurrences, sequences, multiplications of a step, and a row's scratch elements."""
 
     T: int
     R: int

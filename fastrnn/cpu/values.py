@@ -24,7 +24,7 @@ class Value:
 
     @property
     def lanes(self) -> Any:
-        """The type of an element."""
+        """Return the type of an element."""
         return self.ir.type.element if isinstance(self.ir.type, ir.VectorType) else self.ir.type
 
     @property
@@ -32,7 +32,7 @@ class Value:
         return isinstance(self.lanes, ir.FloatType | ir.DoubleType)
 
     def like(self, other: Any) -> Any:
-        """An operand for this one: a number is the same in all lanes."""
+        """Return an operand of this value's type. A number is the same in all lanes."""
         return other.ir if isinstance(other, Value) else self.code.constant(self.ir.type, other)
 
     def _binary(self, other: Any, of_floats: str, of_ints: str, swapped: bool = False) -> "Value":
@@ -121,7 +121,7 @@ class Value:
         )
 
     def to(self, dtype: Any) -> "Value":
-        """Tiles of a cell have one dtype."""
+        """Return the value itself: all tiles of a cell have one dtype."""
         return self
 
 
@@ -136,14 +136,14 @@ class Pointer:
         return Pointer(self.code, self.code.builder.gep(self.ir, [index], source_etype=self.of), self.of)
 
     def element(self, index: Any) -> Value:
-        """One element; of floats, the same in all lanes."""
+        """Load one element. A float is then the same in all lanes."""
         found = self.code.builder.load(self.at(index).ir, typ=self.of)
         if not isinstance(self.of, ir.FloatType | ir.DoubleType):
             return Value(self.code, found)
         return self.code.spread(found)
 
     def load(self, index: Any, mask: Value | None = None) -> Value:
-        """A vector; masked, zeros where the mask is not."""
+        """Load a vector. With a mask, the other lanes are zero."""
         code, at = self.code, self.at(index).ir
         whole = ir.VectorType(self.of, code.width)
         align = 4 if isinstance(self.of, ir.FloatType) else 8 if isinstance(self.of, ir.DoubleType) else 1
@@ -165,7 +165,7 @@ class Pointer:
 
 
 class Variable:
-    """What changes from one turn of a loop to the next."""
+    """A variable that changes from one turn of a loop to the next."""
 
     def __init__(self, code: "Code", value: Value) -> None:
         self.code, self.of = code, value.ir.type
@@ -197,7 +197,7 @@ class Code:
         return ir.Constant(of, float(number) if is_float else int(number))
 
     def number(self, number: float) -> Value:
-        """A vector of it."""
+        """Return a vector of the number."""
         return Value(self, self.constant(self.vector, number))
 
     def integer(self, number: int) -> Value:
@@ -213,7 +213,7 @@ class Code:
         return Value(self, self.builder.shuffle_vector(first, undefined, places))
 
     def intrinsic(self, name: str, result: Any, arguments: list[Any]) -> Any:
-        """A function of LLVM's: overloaded by the vector, and where it has one by the pointer."""
+        """Declare a function of LLVM's, named by the type of the vector, and of the pointer if it takes one."""
         vector = next(of for of in (result, *arguments) if isinstance(of, ir.VectorType))
         element = f"f{32 if isinstance(vector.element, ir.FloatType) else 64}" if vector.element != I8 else "i8"
         full = f"{name}.v{vector.count}{element}" + (".p0" if "masked" in name else "")
@@ -221,7 +221,7 @@ class Code:
         return found or ir.Function(self.module, ir.FunctionType(result, arguments), full)
 
     def call(self, name: str, *operands: Value) -> Value:
-        """An intrinsic of vectors of floats."""
+        """Call an intrinsic of vectors of floats."""
         function = self.intrinsic(name, self.vector, [self.vector] * len(operands))
         return Value(self, self.builder.call(function, [operand.ir for operand in operands]))
 
@@ -232,26 +232,26 @@ class Code:
         return Value(self, self.builder.select(condition.ir, like.like(a), like.like(b)))
 
     def bits(self, value: Value, of: Any) -> Value:
-        """The same bits as a vector of another type."""
+        """Return the same bits as a vector of another type."""
         return Value(self, self.builder.bitcast(value.ir, ir.VectorType(of, self.width)))
 
     def shifted(self, value: Value, places: int) -> Value:
-        """A vector of integers, to the left; to the right for negative places."""
+        """Shift a vector of integers to the left, or to the right for negative places."""
         shift = self.builder.shl if places >= 0 else self.builder.lshr
         return Value(self, shift(value.ir, self.constant(value.ir.type, abs(places))))
 
     def mask(self, count: int) -> Value:
-        """Of the first lanes."""
+        """Return the mask of the first lanes."""
         lanes = [ir.Constant(I1, int(lane < count)) for lane in range(self.width)]
         return Value(self, ir.Constant(ir.VectorType(I1, self.width), lanes))
 
     def widened(self, value: Value) -> Value:
-        """A condition as an integer."""
+        """Return a condition as an integer."""
         return Value(self, self.builder.zext(value.ir, I64))
 
     @contextmanager
     def loop(self, count: Any) -> Iterator[Value]:
-        """Of an index from 0 on."""
+        """Write a loop over an index from 0 on."""
         builder, count = self.builder, count if isinstance(count, Value) else self.integer(count)
         index = Variable(self, self.integer(0))
         head, body = builder.append_basic_block(), builder.append_basic_block()
@@ -272,7 +272,7 @@ class Code:
             yield
 
     def blocks(self, H: int, body: Callable[[Any, Value | None], Any]) -> None:
-        """Of H units: body(first unit, mask), the mask None where a vector is full."""
+        """Write body(first unit, mask) for each vector of H units. The mask is None if the vector is full."""
         if self.width <= H:
             with self.loop(H // self.width) as block:
                 body(block * self.width, None)
