@@ -144,26 +144,35 @@ def checked(
     if options is not PLAIN:
         options = as_tensors(options, input, stack)
         tensors += [t for t in (*options[:3], *(options.reset_state or ())) if t is not None]
-    rows, seen = None, observed(tensors)
-    if seen:  # sizes may be symbols, and tensors may have no values: keep and prepare nothing
-        route = _route(stack, input, state, params, options, choose)
-    else:
+    rows, seen, route, key = None, watching(), None, ()
+    if not seen:
         key = _key(stack, tensors, hx is not None, options)
-        kept = _routes.get(key)
-        if kept is None:
-            if len(_routes) >= _MOST_ROUTES:
-                _routes.clear()
-            kept = _prepared(_route(stack, input, state, params, options, choose), stack, input, options)
-            if hx is None and options is PLAIN and kept.ready is not None:
-                again = not (stack.drops_connections or stack.zones_out)
-                kept = kept._replace(again=again, plain=_plain(kept, kept.ready, stack))
-            _routes[key] = kept
-        route = kept
+        route = _routes.get(key)
+    if route is None:
+        seen = seen or observed(
+            tensors
+        )  # sizes may be symbols, and tensors may have no values: keep and prepare nothing
+        route = _route(stack, input, state, params, options, choose)
+        if not seen:
+            route = _kept(key, route, stack, input, options)
     if options is not PLAIN:
         options, rows = checked_values(options, input, route.T, stack.batch_first, seen)
     if stack.tie_directions:
         params = stack.of_each_direction(params)
     return Call(stack, input, hx, params, options, route, rows)
+
+
+def _kept(key: tuple, route: Route, stack: Stack, input: Tensor, options: Options) -> Route:
+    """Prepare a route, and keep it for later calls."""
+    route = _prepared(route, stack, input, options)
+    _, with_state, *_ = key
+    if route.ready is not None and options is PLAIN and not with_state:
+        again = not (stack.drops_connections or stack.zones_out)
+        route = route._replace(again=again, plain=_plain(route, route.ready, stack))
+    if len(_routes) >= _MOST_ROUTES:
+        _routes.clear()
+    _routes[key] = route
+    return route
 
 
 def known(stack: Stack, input: Tensor, params: Sequence[Tensor]) -> Call | None:
