@@ -1,8 +1,10 @@
 """Measure fastrnn's kernels for CPUs on this machine, in turns with torch.nn, and the other means that were tried.
 
     python -m bench.cpu              print the table: the issue's rows, one thread and two (some minutes)
+    python -m bench.cpu --auto       what "auto" takes beside torch.nn, in all cases: fails where it is slower or larger
+    python -m bench.cpu --options    lengths, resets, cell states and step(): torch's kernels, and ours
     python -m bench.cpu --ladder     the GRU's training step by one means after the other
-    python -m bench.cpu --write      put them into docs/performance.md (with --ladder that one)
+    python -m bench.cpu --write      put them into docs/performance.md (with --ladder or --auto that one)
     python -m bench.cpu --prices     measure what "auto" goes by: fastrnn/planning/cpu.json (most of an hour)
 
 Times are of one call: inference without gradients; training with those of input and weights. float32, I = H. Ratios are
@@ -11,6 +13,7 @@ machine may run it. Both must give the same, or nothing is printed.
 """
 
 import argparse
+import functools
 import json
 import re
 import statistics
@@ -25,7 +28,7 @@ import fastrnn
 from fastrnn import cells, ops, reference
 from fastrnn.planning import cpu
 
-from . import clock, write
+from . import clock, cpu_auto, write
 from .cpu_ladder import MEANS
 from .turns import quartiles
 
@@ -70,7 +73,12 @@ def pair(cell: str, shape: tuple[int, int, int], which: str, **how: Any) -> list
     own = getattr(fastrnn, name)(H, H, **options, backend="cpu")
     own.load_state_dict(module.state_dict())
     x = torch.randn(T, B, H)
-    calls = [call_of(lambda x, m=m: m(x, **how)[0], x, list(m.parameters()), which) for m in (module, own)]
+
+    def run(module: Any, x: Tensor) -> Tensor:
+        y, _, *c = module(x, **how)
+        return y + c[0] if c else y
+
+    calls = [call_of(functools.partial(run, m), x, list(m.parameters()), which) for m in (module, own)]
     expected, found = (call() for call in calls)
     if cell == "rnn_relu" and which == "training":
         return calls  # where rounding moves a unit over the kink, gradients are others
@@ -118,6 +126,40 @@ def table(seconds: float, busy: bool = False) -> Iterator[str]:
             yield f"| {cell} | {which} | {theirs:.1f} | {own:.1f} | {ratio:.1f}x |"
 
 
+def options(seconds: float) -> Iterator[str]:
+    """Segments by torch's kernels and ours, where a call has options; then a step by torch's cells, and by ours."""
+    torch.set_num_threads(1)
+    yield f"Measured on one {clock.cpu()}, one thread; torch {torch.__version__}. Ours is so many times as fast:"
+    yield ""
+    yield "| T, B, H | cell | with | inference | training |"
+    yield "|---|---|---|---|---|"
+    for shape in SHAPES[:-1]:
+        for cell in ("gru", "rnn_tanh", "lstm"):
+            for kind in cpu.KINDS if cell == "lstm" else cpu.KINDS[:-1]:
+                pairs = [pair(cell, shape, which, **options_of(kind, *shape[:2])) for which in PASSES]
+                ratios = [f"{measured(calls, shape[0], seconds)[2]:.2f}x" for calls in pairs]
+                yield f"| {', '.join(map(str, shape))} | {cell} | {kind} | {' | '.join(ratios)} |"
+    for B, H in ((1, 64), (16, 128), (64, 256)):
+        for name in ("GRU", "RNN", "LSTM"):
+            modules = [getattr(fastrnn, name)(H, H, backend=backend) for backend in ("torch", "cpu")]
+            leaves, x = [list(module.parameters()) for module in modules], torch.randn(B, H)
+            calls = [
+                [call_of(lambda x, m=m: m.step(x)[0], x, own, which) for m, own in zip(modules, leaves, strict=True)]
+                for which in PASSES
+            ]
+            ratios = [f"{measured(of_pass, 1, seconds)[2]:.2f}x" for of_pass in calls]
+            yield f"| step, {B}, {H} | {name.lower()} | step() | {' | '.join(ratios)} |"
+
+
+def options_of(kind: str, T: int, B: int) -> dict[str, Any]:
+    """Options of a call, by one of fastrnn.planning.cpu.KINDS, or none."""
+    if kind == "lengths":  # all of a batch: torch's blocks are the longer, the fewer sequences end inside
+        return {"lengths": torch.linspace(1, T, B).long() if B > 1 else torch.tensor([max(1, T - 1)])}
+    if kind == "resets":
+        return {"reset": torch.rand(T, B) < 1 / 64}
+    return {"return_cell_states": True} if kind else {}
+
+
 def loops(cell: str, shape: tuple[int, int, int], which: str) -> list[Call]:
     """A recurrence by the loop in torch, and ours."""
     (T, B, H), of_cell = shape, cells.CELLS[cell]
@@ -159,13 +201,18 @@ def prices(seconds: float) -> None:
     """Write fastrnn/planning/cpu.json."""
     torch.set_num_threads(1)
     ratios: dict[str, Any] = {}
+    # Of a GRU and an RNN resets cost torch's kernels more than lengths do, and those of the LSTM decide.
+    kinds = {"lstm": ("", *cpu.KINDS)}
     for cell in ("gru", "rnn_tanh", "rnn_relu", "lstm"):
-        for kind in ("", ", lengths"):
-            ratios[cell + kind] = [
-                [[_price(cell, (T, B, H), kind, seconds) for H in AXES["H"]] for B in AXES["B"]] for T in AXES["T"]
-            ]
-            print(cell + kind, ratios[cell + kind], flush=True)
-            _store(ratios)
+        for kind in kinds.get(cell, ("", "lengths")):
+            for which in PASSES:
+                name = ", ".join(filter(None, (cell, kind, which)))
+                ratios[name] = [
+                    [[_price(cell, (T, B, H), kind, which, seconds) for H in AXES["H"]] for B in AXES["B"]]
+                    for T in AXES["T"]
+                ]
+                print(name, ratios[name], flush=True)
+                _store(ratios)
 
 
 def _store(ratios: dict[str, Any]) -> None:
@@ -179,17 +226,15 @@ def _compact(text: str) -> str:
     return re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text)
 
 
-def _price(cell: str, shape: tuple[int, int, int], kind: str, seconds: float) -> float:
-    T, B, _ = shape
-    how = {"lengths": torch.linspace(max(1, T // 2), T, B).long()} if kind else {}
-    found = [measured(pair(cell, shape, which, **how), T, seconds)[2] for which in PASSES]
-    return round(min(found), 2)
+def _price(cell: str, shape: tuple[int, int, int], kind: str, which: str, seconds: float) -> float:
+    calls = pair(cell, shape, which, **options_of(kind, *shape[:2]))
+    return round(measured(calls, shape[0], seconds)[2], 2)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring for each pair (default: 2)")
-    for flag in ("ladder", "prices", "write"):
+    for flag in ("auto", "options", "ladder", "prices", "write"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument(
         "--busy", action="store_true", help="measure one thread only, if the second core has other work"
@@ -199,13 +244,22 @@ def main() -> int:
     if args.prices:
         prices(args.seconds / 10)
         return 0
+    wrong: list[str] = []
+    if args.auto:
+        found, flag = cpu_auto.table(args.seconds / 10, cpu_auto.rows(), wrong), " --auto"
+    elif args.options:
+        found, flag = options(args.seconds), " --options"
+    else:
+        found, flag = (ladder(args.seconds), " --ladder") if args.ladder else (table(args.seconds, args.busy), "")
     lines = []
-    for line in ladder(args.seconds) if args.ladder else table(args.seconds, args.busy):
+    for line in found:
         print(line, flush=True)
         lines.append(line)
     if args.write:
-        write(f"python -m bench.cpu{' --ladder' if args.ladder else ''} --write", lines)
-    return 0
+        write(f"python -m bench.cpu{flag} --write", lines)
+    for row in wrong:
+        print(f"costs more than it may: {row}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

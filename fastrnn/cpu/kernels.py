@@ -41,8 +41,10 @@ class Kernels:
         if sequences.noise is not None:
             sequences = sequences._replace(noise=self._stays(sequences.noise, first, second))
         panel = machine().columns * machine().bytes // request.dtype.itemsize
-        W = first.W_hh.view(R, -1, H)
-        first = first._replace(W_hh=packed(W.mT if which == "forward" else W, panel))
+        # A list has a tensor a direction: they are copied here anyway, into panels.
+        of_directions = [first.W_hh] if isinstance(first.W_hh, Tensor) else first.W_hh
+        W = [W.reshape(R // len(of_directions), -1, H) for W in of_directions]
+        first = first._replace(W_hh=packed([W.mT for W in W] if which == "forward" else W, panel))
         if which == "forward" and first.b_hh is not None and request.gates * H % panel:
             bias = first.b_hh.view(R, -1)
             first = first._replace(b_hh=torch.nn.functional.pad(bias, (0, -bias.shape[1] % panel)))
@@ -101,12 +103,17 @@ class Kernels:
         return noise.stays(seeds, self.request.zoneout, slots[:, None] + before, torch.arange(R * H).view(R, H))
 
 
-def packed(W: Tensor, panel: int) -> Tensor:
-    """(R, K, N) in panels of columns (R, N / panel, K, panel), the last one filled with zeros."""
-    N = W.shape[-1]
-    if N % panel:
-        W = torch.nn.functional.pad(W, (0, -N % panel))
-    return W.unflatten(-1, (-1, panel)).transpose(1, 2).contiguous()
+def packed(matrices: list[Tensor], panel: int) -> Tensor:
+    """All (n, K, N), one after the other, in panels of columns (R, N / panel, K, panel), the last filled with zeros."""
+    n, K, N = matrices[0].shape
+    full, rest = divmod(N, panel)
+    out = matrices[0].new_empty(n * len(matrices), full + (rest > 0), K, panel)
+    for own, W in zip(out.split(n), matrices, strict=True):
+        own[:, :full] = W[..., : full * panel].unflatten(-1, (full, panel)).transpose(1, 2)
+        if rest:
+            own[:, full, :, :rest] = W[..., full * panel :]
+            own[:, full, :, rest:] = 0
+    return out
 
 
 def flatten(member: Any, tensors: list[Tensor]) -> Any:

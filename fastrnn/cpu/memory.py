@@ -42,3 +42,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     else:
         found = torch.empty(size, dtype=torch.uint8)
     return torch.from_numpy(np.asarray(_Block(found))).view(dtype).view(shape)
+
+
+def forget() -> None:
+    """Give back what is kept for later calls."""
+    _idle.clear()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ..cells import CELLS
 from ..compat import driver
@@ -210,9 +211,7 @@ def _route(
     dtype = compute_dtype(input)
     wide = stack.of_cell.state_dtype(dtype)
     casts = any(tensor.dtype != dtype for tensor in (input, *params, *state))
-    chosen = planned(stack, H, T // max(B, 1) if ragged else T, B, input)
-    if chosen.backend == "torch" and chosen.device == "cpu" and stack.backend == "auto":
-        chosen = _with_options(chosen, options, P == H and not observed((input,)))
+    chosen = planned(stack, H, T // max(B, 1) if ragged else T, B, input, options.kind if P == H else "")
     route = Route(T, B, H, P, chosen, None, dtype, wide, casts, layer_of(stack, chosen.backend), None)
     return route._replace(path=choose(Call(stack, input, None, params, options, route)))
 
@@ -233,26 +232,43 @@ def _plain(route: Route, ready: Prepared, stack: Stack) -> LayerCall | None:
     return plain(route.layer, ready, 4 if stack.bias else 2)
 
 
-def planned(stack: Stack, H: int, T: int, B: int, input: Tensor) -> Plan:
-    """The plan of a call. Under torch.export a size may be a symbol: the plan is then that of the example's size."""
+def planned(stack: Stack, H: int, T: int, B: int, input: Tensor, kind: str = "") -> Plan:
+    """The plan of a call. Under torch.export a size may be a symbol: the plan is then that of the example's size.
+
+    kind: one of planning.cpu.KINDS, for which torch's kernels on a CPU are called several times.
+    """
     T, B = (size.node.hint if isinstance(size, torch.SymInt) else size for size in (T, B))
     dtype = compute_dtype(input)
     facts = torch.is_grad_enabled(), _facts(stack, dtype)
     found = _planned(stack, H, max(T, 1), max(B, 1), dtype, input.device, facts)
-    if found.backend == cpu.NAME and stack.backend == "auto" and observed((input,)):
+    if found.device != "cpu" or stack.backend != "auto":
+        return found
+    if kind and stack.of_torch:
+        sizes = found.seq_len, found.batch_size, H
+        backend, why = cpu.choose(found.cell, sizes, dtype, kind=kind, training=found.training)
+        found = replace(found, backend=backend, why=why)
+    if found.backend == cpu.NAME and observed((input,)):
         # A compiler, an exporter or a transform knows torch's operators on CPU tensors, and may not know ours.
         why = "the call is observed: by torch.compile, an exporter, a transform or a mode"
         return replace(found, backend="torch" if stack.of_torch else "reference", why=why)
     return found
 
 
-def _with_options(chosen: Plan, options: Options, ours: bool) -> Plan:
-    """The plan of a call on a CPU with lengths or resets, where torch's kernel needs several calls."""
-    if not ours or options.plain:
-        return chosen
-    sizes = chosen.seq_len, chosen.batch_size, chosen.hidden_size
-    backend, why = cpu.choose(chosen.cell, sizes, chosen.dtype, apart=True)
-    return replace(chosen, backend=backend, why=why)
+def plan_of(stack: Stack, H: int, P: int, input: Any, options: Options) -> Plan:
+    """The plan of a call that is not run. Values of options are not looked at."""
+    if isinstance(input, PackedSequence):
+        if not options.plain:
+            raise ValueError("lengths, cu_seqlens, reset: expected None beside a PackedSequence")
+        B = int(input.batch_sizes[0])
+        return planned(stack, H, input.data.shape[0] // B, B, input.data, "lengths" if P == H else "")
+    if options.plain:
+        T = input.shape[1 if stack.batch_first and input.dim() == 3 else 0]
+        B = input.shape[0 if stack.batch_first else 1] if input.dim() == 3 else 1
+        return planned(stack, H, T, B, input)
+    options = as_tensors(options, input, stack)
+    T, B = check_options(options, input, stack, (P, *[H] * (stack.states - 1)))
+    T = T if options.cu_seqlens is None else T // max(B, 1)
+    return planned(stack, H, T, B, input, options.kind if P == H else "")
 
 
 def _facts(stack: Stack, dtype: torch.dtype) -> tuple:

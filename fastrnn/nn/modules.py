@@ -210,8 +210,8 @@ class RNN(Recurrent):
         ) -> None: ...  # fmt: skip
 
 
-def explain(module: torch.nn.Module, input: "Tensor | PackedSequence") -> Plan:
-    """Print and return the plan that a module follows for an input. Nothing is run.
+def explain(module: torch.nn.Module, input: "Tensor | PackedSequence", **options: Any) -> Plan:
+    """Print and return the plan that a module follows for an input and options of forward. Nothing is run.
 
     The printed plan says which backend runs, and the reason where it is not a persistent kernel.
 
@@ -219,12 +219,13 @@ def explain(module: torch.nn.Module, input: "Tensor | PackedSequence") -> Plan:
         module (torch.nn.Module): A fastrnn.RNN, GRU, LSTM or SLSTM, or another package's cell that `fastrnn.convert`
             has swapped.
         input (Tensor | PackedSequence): An input that the module accepts. Only its shape, dtype and device matter.
+        **options: lengths, cu_seqlens, reset, reset_state and return_cell_states, if the call has them.
 
     Returns:
         Plan: What would run.
 
     Raises:
-        ValueError: module is none of these.
+        ValueError: module is none of these, or an option does not fit.
         NotImplementedError: The module's named backend cannot run. A call would raise this too.
 
     Examples:
@@ -232,12 +233,17 @@ def explain(module: torch.nn.Module, input: "Tensor | PackedSequence") -> Plan:
         >>> plan = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(5, 2, 8))
         lstm, T=5, B=2, H=16, float32, on cpu: backend torch
           why       CPU tensors take torch's own kernel...
+        >>> plan = fastrnn.explain(fastrnn.LSTM(8, 16), torch.randn(5, 2, 8), lengths=[5, 3])
+        lstm, T=5, B=2, H=16, float32, on cpu: backend ...
+          why       ...
     """
     if not isinstance(module, Recurrent | Foreign):
         inside = "; fastrnn.report lists the layers inside a model" if isinstance(module, torch.nn.Module) else ""
         raise ValueError(f"module: expected a fastrnn.RNN, GRU, LSTM or SLSTM; got {type(module).__name__}{inside}")
     if not isinstance(input, Tensor | PackedSequence):
         raise ValueError(f"input: expected a tensor or a PackedSequence; got {type(input).__name__}")
-    chosen = module.plan(input)
+    if options and isinstance(module, Foreign):
+        raise ValueError(f"options: expected none for another package's cell; got {', '.join(options)}")
+    chosen = module.plan(input, **options)
     print(chosen)
     return chosen

@@ -33,6 +33,13 @@ class Options(NamedTuple):
         """Whether no option is set. torch.compile may copy PLAIN, so comparing by identity is not enough."""
         return self is PLAIN or (not self.cell_states and all(given is None for given in self[:-1]))
 
+    @property
+    def kind(self) -> str:
+        """Of planning.cpu.KINDS the last one that is set, or none."""
+        if self.cell_states:
+            return "cell states"
+        return "resets" if self.reset is not None else "" if self.plain else "lengths"
+
     @staticmethod
     def of(
         lengths: Any = None,
@@ -47,6 +54,14 @@ class Options(NamedTuple):
 
 
 PLAIN = Options()
+
+
+def named(given: dict[str, Any]) -> Options:
+    """Options by the names that forward gives them."""
+    names = {name: name for name in Options._fields} | {"cell_states": "return_cell_states"}
+    if unknown := set(given) - set(names.values()):
+        raise ValueError(f"options: expected some of {', '.join(names.values())}; got {', '.join(sorted(unknown))}")
+    return Options.of(**{own: given[name] for own, name in names.items() if name in given})
 
 
 def as_tensors(options: Options, input: Tensor, stack: Stack) -> Options:

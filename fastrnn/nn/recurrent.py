@@ -18,7 +18,7 @@ from ..sequences import Packing, stops_at_torchs_kernels, untraced
 from ..stack import Stack
 from . import calls, paths, streaming
 from .older_tools import OlderTools, leaf_module
-from .options import Options
+from .options import Options, named
 from .shown import Shown
 from .validation import check_rank
 
@@ -103,10 +103,9 @@ class Recurrent(OlderTools, Shown, torch.nn.RNNBase):
 
     def _stack_is_torchs(self, dropping: bool = True) -> bool:
         """Whether torch has a kernel for this layer. With dropping=False, as if drop_connect were 0."""
-        if self.zoneout or (dropping and self.drop_connect):
+        if self.zoneout or (dropping and self.drop_connect) or self.tie_directions or self.num_heads != 1:
             return False
-        clips = self.clip_grad_state is not None or self.clip_state is not None
-        return self.num_heads == 1 and self.mode != "SLSTM" and not clips and not self.tie_directions
+        return self.mode != "SLSTM" and self.clip_grad_state is None and self.clip_state is None
 
     def _stack(self) -> Stack:
         """The module's settings now. Any of them may have been set after the constructor ran."""
@@ -116,29 +115,27 @@ class Recurrent(OlderTools, Shown, torch.nn.RNNBase):
             self.clip_state, self.tie_directions, self.drop_connect, self.zoneout,
         )  # fmt: skip
 
-    def plan(self, input: "Tensor | PackedSequence") -> Plan:
-        """Return the plan that forward(input) follows: the backend, the reason for it, and the kernel's launch.
+    def plan(self, input: "Tensor | PackedSequence", **options: Any) -> Plan:
+        """Return the plan that forward(input, **options) follows: the backend, why, and the kernel's launch.
 
         Args:
             input (Tensor | PackedSequence): An input that forward accepts. Only its shape, dtype and device matter.
+            **options: lengths, cu_seqlens, reset, reset_state and return_cell_states, as forward takes them. Only
+                their shapes matter.
 
         Returns:
             Plan: What would run. Nothing is run.
 
         Raises:
+            ValueError: An option does not fit.
             NotImplementedError: The module's named backend cannot run. The message names what is missing.
 
         Examples:
             >>> import torch, fastrnn
-            >>> fastrnn.GRU(8, 16, backend="reference").plan(torch.randn(5, 2, 8)).backend
+            >>> fastrnn.GRU(8, 16, backend="reference").plan(torch.randn(5, 2, 8), lengths=[5, 3]).backend
             'reference'
         """
-        if isinstance(input, PackedSequence):
-            data, T, B = input.data, len(input.batch_sizes), int(input.batch_sizes[0])
-        else:
-            data, T = input, input.shape[1 if self.batch_first and input.dim() == 3 else 0]
-            B = input.shape[0 if self.batch_first else 1] if input.dim() == 3 else 1
-        return calls.planned(self._stack(), self.hidden_size, T, B, data)
+        return calls.plan_of(self._stack(), self.hidden_size, self.proj_size or self.hidden_size, input, named(options))
 
     @leaf_module
     def forward(
@@ -207,10 +204,10 @@ class Recurrent(OlderTools, Shown, torch.nn.RNNBase):
         may_repeat = may_repeat and (input.is_cuda or backend not in ("auto", "torch"))
         if may_repeat and (found := paths.again(self._stack(), input, self._params())):
             return found
-        whole = backend in ("auto", "torch") and plain and not return_cell_states and self.checkpoint_every is None
-        whole = whole and self._stack_is_torchs(dropping=self.training)
-        large = whole and not input.is_cuda and (packed or input.numel() >= cpu.LEAST_ELEMENTS)
-        if whole and (backend == "torch" or not (input.is_cuda or (large and cpu.may_pay(self.mode, input)))):
+        whole = plain and not return_cell_states and self.checkpoint_every is None and backend in ("auto", "torch")
+        whole = whole and self._stack_is_torchs(self.training)
+        asked = whole and backend == "auto" and (input.is_cuda or cpu.may_pay(self.mode, input, self.batch_first))
+        if whole and not asked:
             return self._run_torchs(input, hx)
         options = Options.of(lengths, cu_seqlens, reset, reset_state, return_cell_states)
         if packed and not plain:

@@ -121,7 +121,8 @@ def allocate_gates(
     units = prepared.recurrences * prepared.K
     new = prepared.keeps if own and prepared.keeps is not None else y.new_empty
     d_x_gates = new((prepared.count, prepared.cell.gates * units))
-    d_rec_last = new((prepared.count, units)) if prepared.cell.splits_last_gate else None
+    # Freed before dx is allocated, which takes its place: memory that is kept for later calls would stand beside it.
+    d_rec_last = y.new_empty(prepared.count, units) if prepared.cell.splits_last_gate else None
     if rows is not None:  # kernels write no frozen slot
         d_x_gates.zero_()
         if d_rec_last is not None:

@@ -162,7 +162,7 @@ def _forward(
     steps = tuple([allocate(of_y, **ready.wide) for _ in range(others)]) if others else ()
     launch.launch_forward(
         ready,
-        Inputs(x_gates.contiguous(), joined(W_hh).contiguous(), b_hh, states),
+        Inputs(x_gates.contiguous(), W_hh if ready.keeps else joined(W_hh).contiguous(), b_hh, states),
         Outputs(y, steps or None, saved, finals),
         Sequences(rows, reset, contiguous(starts), call.noise),
         call.by_step,
@@ -207,7 +207,7 @@ def _by_launch(
     need_x, (need_W_ih, need_W_hh, *need_b) = call.needed(needs[3:])
     sequences = Sequences(rows, reset, contiguous(starts), call.noise)
     d_finals, d_steps = complete(d_others[:P]), complete(d_others[P:])
-    dy, W = None if dy is None else dy.contiguous(), joined(W_hh).contiguous()
+    dy, W = None if dy is None else dy.contiguous(), W_hh if ready.keeps else joined(W_hh).contiguous()
     read = Saved(dy, d_steps, d_finals, W, contiguous(states), (y, *steps), saved)
     d_gates, d_last = launch.allocate_gates(ready, y, rows, own=True)
     d_states = None if states is None else tuple([torch.empty_like(state) for state in read.before])
@@ -226,6 +226,7 @@ def _by_launch(
     if True in need_b:
         db_ih = d_gates.sum(0)
         db_hh = sums.bias_gradient(d_gates, d_last, ready.K, db_ih) if need_b[1] else None
+    del into, d_last  # before dx is allocated
     dx, dW_ih = of_product(d_gates, x, W_ih, need_x, need_W_ih)
     return _in_order(call, (dx, d_states, d_starts, (dW_ih, dW_hh, db_ih, db_hh)))
 

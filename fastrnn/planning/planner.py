@@ -133,7 +133,8 @@ def plan(
         cpu.spec(dtype, None if device is None else where)
         return problem("cpu", backend, "asked for")
     if backend == "auto" and where == "cpu":
-        return problem(where, *cpu.choose(cell, (seq_len, batch_size, hidden_size), dtype, lacking))
+        sizes_on_cpu = seq_len, batch_size, hidden_size
+        return problem(where, *cpu.choose(cell, sizes_on_cpu, dtype, lacking, training=training))
     try:
         if not _HAS_TRITON:
             raise NotImplementedError("fastrnn's kernels are written in Triton, which is missing here")

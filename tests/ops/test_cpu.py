@@ -172,9 +172,9 @@ def test_a_layer_runs_twice_alike_and_gives_memory_back():
     assert all(map(torch.equal, first, kept))
     assert all(map(torch.equal, results(gru, x), kept))
     gc.collect()
-    memory._idle.clear()
+    memory.forget()
     results(gru, x)
-    assert 0 < len(memory._idle) <= 14  # no cycle keeps a block: x_gates, saved, d_gates
+    assert 0 < len(memory._idle) <= 10  # no cycle keeps a block: x_gates, saved
 
 
 def test_two_forwards_before_backward():
@@ -189,7 +189,7 @@ def test_two_forwards_before_backward():
 
 def test_idle_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(memory, "KEPT", 1000)
-    memory._idle.clear()
+    memory.forget()
     blocks = [memory.empty((100 + n,), torch.float32) for n in range(5)]
     blocks.clear()
     assert sum(t.numel() for t in memory._idle.values()) <= 1000
@@ -209,7 +209,7 @@ MUTATIONS = {
     "resets ignored": ("fastrnn.cpu.loop._restart", "code.when(anew)", "code.when(anew & (t < 0))", "gru"),
     "gradients pass resets": ("fastrnn.cpu.loop._cut", "code.when(anew)", "code.when(anew & (t < 0))", "gru"),
     "the cell's own": ("kernels.cells.gru_backward", "(d_r, d_z, d_n * r)", "(d_r, d_z, d_n)", "gru"),
-    "W_hh transposed": ("fastrnn.cpu.kernels.packed", "N = W", "W = W.flip(1)\n    N = W", "gru"),
+    "W_hh reversed": ("fastrnn.cpu.kernels.packed", "matrices, strict", "[W.flip(1) for W in matrices], strict", "gru"),
 }  # fmt: skip
 
 
@@ -311,3 +311,71 @@ def test_observed_calls_stay_torchs():
     with Mode():
         gru(x)
     assert seen and not any("fastrnn" in name for name in seen)
+
+
+ONE = {"T": [4, 32], "B": [1], "H": [16]}
+
+
+def test_each_pass_and_kind_has_its_price(monkeypatch):
+    """Of what was not measured the kind before counts; with more steps than that, of lengths, the whole batch's too."""
+    ratios = {"lstm": [[[0.7]], [[0.7]]], "lstm, lengths, inference": [[[1.5]], [[1.5]]],
+              "lstm, lengths": [[[1.0]], [[1.0]]], "lstm, cell states": [[[2.0]], [[2.0]]]}  # fmt: skip
+    monkeypatch.setattr(prices, "PRICES", {**ONE, "ratios": ratios})
+    find = functools.partial(prices.times_as_fast, "lstm", 32, 1, 16)
+    assert find() == 0.7 and find(training=False) == 0.7
+    assert find("lengths") == 1.0 and find("lengths", training=False) == 1.5
+    assert find("resets") == 1.0 and find("resets", training=False) == 1.5
+    assert find("cell states") == 2.0
+    assert prices.times_as_fast("lstm", 64, 1, 16, "cell states") == 2.0
+    assert prices.times_as_fast("lstm", 64, 1, 16, "lengths", training=False) == 0.7
+    assert prices.times_as_fast("gru", 32, 1, 16, "lengths") is None
+
+
+def test_explain_says_why_with_lengths_too(monkeypatch, capsys):
+    """A plain LSTM is torch's; by its price not with lengths, resets, c of every step, or packed; heads are ours."""
+    ratios = {"lstm": [[[0.7]], [[0.7]]], "lstm, lengths": [[[1.6]], [[1.6]]], "lstm, resets": [[[2.5]], [[2.5]]],
+              "lstm, cell states": [[[3.5]], [[3.5]]]}  # fmt: skip
+    monkeypatch.setattr(prices, "PRICES", {**ONE, "ratios": ratios})
+    lstm, x = fastrnn.LSTM(16, 16), torch.randn(32, 8, 16)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.arange(25, 33).flip(0))
+    expected = [
+        (x, {}, "torch", "0.70 times as fast, or less"),
+        (x, {"lengths": [32] * 8}, "cpu", "1.6 times as fast as torch's kernel with lengths"),
+        (packed, {}, "cpu", "1.6 times as fast as torch's kernel with lengths"),
+        (x, {"reset": torch.zeros(32, 8, dtype=torch.bool)}, "cpu", "2.5 times as fast as torch's kernel with resets"),
+        (x, {"return_cell_states": True}, "cpu", "3.5 times as fast as torch's kernel with cell states"),
+    ]
+    for input, options, backend, why in expected:
+        found = fastrnn.explain(lstm, input, **options)
+        assert found.backend == backend and why in found.why and why in capsys.readouterr().out
+        ran = []
+        with monkeypatch.context() as patch:
+            patch.setattr(threads, "run", lambda *args, run=threads.run, ran=ran: ran.append(1) or run(*args))
+            lstm(input, **options)
+        assert bool(ran) is (backend == "cpu"), "what runs is not what explain says"
+    assert "with heads" in fastrnn.explain(fastrnn.LSTM(16, 16, num_heads=2), x, lengths=[32] * 8).why
+    ratios["lstm, lengths"] = [[[1.0]], [[1.0]]]
+    found = fastrnn.explain(lstm, x, lengths=[32] * 8)
+    assert found.backend == "torch" and "1.00 times as fast with lengths" in found.why
+
+
+def test_explain_checks_options():
+    gru, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    with pytest.raises(ValueError, match=r"options: expected some of lengths, .*return_cell_states; got length"):
+        fastrnn.explain(gru, x, length=[5, 3])
+    with pytest.raises(ValueError, match=r"lengths: expected \(2,\), one for each sequence; got \(3,\)"):
+        fastrnn.explain(gru, x, lengths=[5, 3, 1])
+    assert fastrnn.explain(gru, torch.randn(9, 3), cu_seqlens=[0, 4, 9]).batch_size == 2
+
+
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_a_call_of_few_steps_is_not_planned(monkeypatch, batch_first):
+    """However many sequences it has: torch's kernel is done before the plan would be."""
+    asked = []
+    monkeypatch.setattr(fastrnn.GRU, "plan", lambda self, input: asked.append(1))
+    gru = fastrnn.GRU(64, 8, batch_first=batch_first)
+    with torch.no_grad():
+        gru(torch.randn(64, 4, 64) if batch_first else torch.randn(4, 64, 64))
+    assert not asked
+    assert prices.may_pay("GRU", torch.randn(64, 20, 64), batch_first=True)
+    assert not prices.may_pay("LSTM", torch.randn(64, 20, 64), batch_first=True)
