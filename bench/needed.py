@@ -59,6 +59,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "inspect": (("torch", "triton"), ()),
     "snapshots": (("torch", "triton"), ()),
     "bench": (("torch", "pytest", "pytest_benchmark", "matplotlib"), ("triton", "llvmlite")),
+    "bench-auto": (("torch", "triton"), ("llvmlite",)),
     "bench-gpu": (("torch", "triton"), ("pytest", "pytest_benchmark", "statsmodels", "tirex", "xlstm")),
 }
 # What each test needs: patterns of its id. Modules that fail to import say so themselves, by pytest.importorskip.
