@@ -124,6 +124,8 @@ BROKEN = (
     ("accesses.wavefronts", "group, words = 8, 4", "group, words = 1, 4", "ldmatrix x1, 16 warps"),
     ("accesses.most_distinct", ".max(axis=1)", ".min(axis=1)", "shared loads that meet a bank 8 times, 16 warps"),
     ("barriers.Barriers._fence", "figures.fence_device if op.is_far_fence else", "", "fence of the device"),
+    ("barriers.Barriers.stored", "time + self.figures.reduction_travel", "time", "data, polled"),
+    ("barriers.Barriers.must_poll_again", "return not found", "return False", "data, polled"),
 )  # fmt: skip
 
 
@@ -227,6 +229,20 @@ def test_a_counter_is_polled_until_it_is_high_enough():
     assert whole - benchmark.cycles(fence_device=0) == pytest.approx(680, abs=40)
     assert benchmark.cycles(reduction_travel=1000) > whole + 500  # by whole polls
     polls = [index for _, index in benchmark.simulated().machine.warps[0].issues if index == found.poll.load]
+    assert len(polls) > STEPS
+
+
+def test_data_are_polled_until_they_have_come():
+    """No fence: the store's way to L2, and loads until they find it."""
+    benchmark = MICROBENCHMARKS["data, polled"]
+    found = prepared(benchmark.kernel, STEPS)
+    assert found.poll is not None and (found.poll.ahead, found.poll.stores, len(found.poll.others)) == (1, 2, 1)
+    simulated, whole = benchmark.simulated(), benchmark.cycles()
+    assert simulated.unknown == () and whole == benchmark.cycles(fence_device=0)
+    # Two stores a step, then a load that comes too early, one that does not, and that of the second loop.
+    assert 3 * 280 < 2 * whole < 200 + 3 * 280
+    assert benchmark.cycles(reduction_travel=1000) > whole + 300  # by whole polls
+    polls = [index for _, index in simulated.machine.warps[0].issues if index == found.poll.load]
     assert len(polls) > STEPS
 
 

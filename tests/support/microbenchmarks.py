@@ -136,6 +136,16 @@ POLL:
 	ld.acquire.gpu.global.u32 %r10, [%rd0];
 	setp.lt.u32 %p1, %r10, %r0;
 	@%p1 bra POLL;"""
+COME = """st.relaxed.gpu.global.b32 [%rd0], %r0;
+	st.relaxed.gpu.global.b32 [%rd0+128], %r0;
+COME:
+	ld.relaxed.gpu.global.b32 %r10, [%rd0];
+	setp.ne.u32 %p1, %r10, %r0;
+	@%p1 bra COME;
+COME_TOO:
+	ld.relaxed.gpu.global.b32 %r11, [%rd0+128];
+	setp.ne.u32 %p1, %r11, %r0;
+	@%p1 bra COME_TOO;"""
 # Nine loads, since the assembler makes predicates of fewer.
 ASIDE, BESIDE = (
     "\n\t".join(
@@ -155,6 +165,7 @@ TOGETHER:
 
 MICROBENCHMARKS = {
     "a counter, polled": Microbenchmark(POLL, "RED", repeats=1),
+    "data, polled": Microbenchmark(COME, "STG", repeats=1),
     "lanes that part": Microbenchmark(PARTED, "SHFL", repeats=1),
     "a length from memory": Microbenchmark(
         "fma.rn.f32 %f0, %f0, %f1, %f2;", "FFMA", prepare="ld.global.u32 %r0, [%rd0+64];"

@@ -1,16 +1,18 @@
-"""How warps wait for one another: the program's barrier, the cluster's, fences, polls of a counter in global memory.
+"""How warps wait for one another: the program's barrier, the cluster's, fences, polls of global memory.
 
 The other programs of a cluster or grid are taken to be in step with this one: they arrive when it does.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .accesses import Access
 from .decode import Op
 from .warps import Traces
+
+REDUCTIONS = ("RED", "REDG", "ATOM", "ATOMG")
 
 if TYPE_CHECKING:
     from .multiprocessor import Multiprocessor, Warp
@@ -18,34 +20,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Poll:
-    """A loop in the step loop that loads a counter until it is high enough."""
+    """A loop in the step loop that loads a counter until it is high enough, or data until they have come."""
 
     load: int  # instructions
     first: int
     branch: int
-    parameter: int  # of the counter
-    ahead: int  # arrivals of a step that come before its wait
+    parameter: int  # of what it loads
+    ahead: int  # arrivals, or data, of a step that come before its wait
+    stores: int = 0  # of data: how many all warps store a step; 0: a counter
+    others: tuple[int, ...] = ()  # of data: branches of further loops, whose data have come with the first one's
 
 
 def find_poll(ops: Sequence[Op], loop: tuple[int, int], traces: Traces) -> Poll | None:
-    """The grid's barrier, if there is one: a loop around a load of what reductions add to."""
-    counters, parameters = set(), {}
+    """How the programs of a grid wait: a loop around a load of what reductions add to, or strong stores store."""
+    parameters: dict[int, int] = {}
+    arrivals: set[int] = set()
+    stores: Counter[int] = Counter()
     for ran in traces.ran:
         for op, _, access, _ in ran:
             if access is not None and access.lines:
                 parameters[op.index] = access.parameter
-                if op.name in ("RED", "REDG", "ATOM", "ATOMG"):
-                    counters.add(access.parameter)
+                if op.name in REDUCTIONS:
+                    arrivals.add(access.parameter)
+                elif op.name == "STG" and op.is_strong:
+                    stores[access.parameter] += 1
     first, last = loop
+    found: list[Poll] = []
     for branch in ops[first : last + 1]:
         start = branch.code.target
         if branch.name != "BRA" or start is None or not first < start < branch.index:
             continue
         for load in ops[start : branch.index]:
-            if load.name in ("LDG", "ATOM", "ATOMG") and load.is_strong and parameters.get(load.index) in counters:
-                before = any(op.name in ("RED", "REDG") for op in ops[first : load.index])
-                return Poll(load.index, start, branch.index, parameters[load.index], int(before))
-    return None
+            of = parameters.get(load.index, -1)
+            if load.name not in ("LDG", "ATOM", "ATOMG") or not load.is_strong or of not in arrivals | stores.keys():
+                continue
+            steps = len(traces.begins[0]) - 1
+            names = ("RED", "REDG") if of in arrivals else ("STG",)
+            before = any(op.name in names and op.is_strong for op in ops[first : load.index])
+            found.append(Poll(load.index, start, branch.index, of, int(before), stores[of] // steps))
+            break
+    if not found or not found[0].stores:
+        return found[0] if found else None
+    return replace(found[0], others=tuple(poll.branch for poll in found[1:]))
 
 
 class Barriers:
@@ -57,7 +73,8 @@ class Barriers:
         self.free: defaultdict[int, float] = defaultdict(float)  # by program: when the barrier takes the next warp
         self.count: Counter[tuple[int, str]] = Counter()
         self.complete: list[float] = [0.0]  # the grid's barrier: when each round is, at L2
-        self.seen: dict[int, bool] = {}  # by program: whether the last poll found it so
+        self.seen: dict[int, bool] = {}  # by program, of data by warp: whether the last poll found it so
+        self.stores: list[float] = []  # of data: when each of a round has reached L2
 
     def begin(self, warp: "Warp", op: Op) -> None:
         """At issue: what a warp waits for from now on."""
@@ -121,16 +138,29 @@ class Barriers:
             figures = self.figures
             self.complete.append(time + figures.reduction_travel + figures.reduction_each * self.programs_on_grid)
 
+    def stored(self, time: float, access: Access) -> None:
+        """A strong store: a round of data is complete when all of its stores are at L2."""
+        if self.poll and self.poll.stores and access.parameter == self.poll.parameter:
+            self.stores.append(time + self.figures.reduction_travel)
+            if len(self.stores) == self.poll.stores:
+                self.complete.append(max(self.stores))
+                self.stores.clear()
+
     def polled(self, warp: "Warp", op: Op, begins: float, done: float) -> None:
-        if self.poll and op.index == self.poll.load:
-            wanted, at_l2 = warp.rounds + self.poll.ahead, (begins + done) / 2
-            self.seen[warp.program] = len(self.complete) > wanted and self.complete[wanted] <= at_l2
+        poll = self.poll
+        if poll is None:
+            return
+        wanted, at_l2 = warp.rounds + poll.ahead, (begins + done) / 2
+        is_there = len(self.complete) > wanted and self.complete[wanted] <= at_l2
+        if poll.stores and poll.first <= op.index < poll.branch and op.is_strong:
+            self.seen[warp.number] = self.seen.get(warp.number, True) and is_there
+        elif op.index == poll.load:
+            self.seen[warp.program] = is_there
 
     def must_poll_again(self, warp: "Warp", op: Op) -> bool:
         """At the branch that ends a polling loop."""
         if self.poll is None or op.index != self.poll.branch:
             return False
-        if self.seen.get(warp.program, True):
-            warp.rounds += 1
-            return False
-        return True
+        found = self.seen.pop(warp.number, True) if self.poll.stores else self.seen.get(warp.program, True)
+        warp.rounds += found
+        return not found

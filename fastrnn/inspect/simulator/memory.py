@@ -139,6 +139,8 @@ class Memory:
                 return begins + AWAY
             sent = self.to_l2.take(begins, size / figures.l2_bytes) + size / figures.l2_bytes
             warp.stored = max(warp.stored, sent + figures.l2_latency)
+            if op.is_strong:
+                self.whole.barriers.stored(begins, access)
             for line in access.lines:
                 self.l2.setdefault(line, begins)
             return begins + AWAY

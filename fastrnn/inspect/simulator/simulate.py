@@ -152,7 +152,8 @@ def simulate(
     first = prepared(kernel, steps)
     machine = Multiprocessor(known, first.traces, programs, kernel.grid[0], first.poll)
     machine.run()
-    unknown = sorted(first.traces.unknown - ({first.poll.branch} if first.poll else set()))
+    polls = {first.poll.branch, *first.poll.others} if first.poll else set()
+    unknown = sorted(first.traces.unknown - polls)
     return Simulated(machine, first.ops, steps, min(WARM_UP, steps - 1), tuple(first.ops[i].text for i in unknown))
 
 
