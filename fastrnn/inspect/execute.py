@@ -93,7 +93,7 @@ def execute_ptx(
     tensors = [a for a in arguments if isinstance(a, Tensor) and a.numel()]
     # A tensor may be given twice: as the whole storage it is a range of memory once.
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
-    writes = [torch.zeros(2 * s.nbytes() + 16, dtype=torch.int32) for s in storages.values()]
+    writes = [torch.zeros(4 * s.nbytes() + 32, dtype=torch.int32) for s in storages.values()]
     ranges = (_Range * max(1, len(storages)))(
         *((start, s.nbytes(), w.data_ptr()) for (start, s), w in zip(storages.items(), writes, strict=True))
     )
@@ -103,6 +103,7 @@ def execute_ptx(
     counts: dict[str, int] = dict.fromkeys(("r64", "r32", "r16", "p"), 1)
     for prefix, count in kernel.registers.items():
         counts[FILES[prefix]] = max(counts[FILES[prefix]], count)
+    counts["p"] += kernel.registers.get("q", 0)  # operands.py
     machine = _Machine(
         grid=(ctypes.c_uint32 * 3)(*grid),
         threads=threads,

@@ -197,14 +197,10 @@ def load(t: Operands) -> str | None:
     if t.space != "global":
         return None
     address = t.address(t.operands[1], False)
-    strong = {"acquire", "relaxed", "volatile", "cv"} & set(t.parts)
-    if strong:
-        # Read without a check for races: these are how programs wait for one another.
-        sync = f"synchronise(w, a, {int('acquire' in t.parts)}, 0);"
-        return t.lanes(f"{values} uint64_t a = {address}; range_of(a, sizeof v, {t.line}); "
-                       f"memcpy(v, (void *)a, sizeof v); {sync} {stores}")  # fmt: skip
-    how = "PAST_L1" if "cg" in t.parts else "THROUGH_L1"
-    return t.lanes(f"{values} read_global(w, v, {address}, sizeof v, {how}, {t.line}); {stores}")
+    strong = {"acquire", "relaxed", "volatile", "cv"} & set(t.parts)  # how programs wait for one another
+    how = "STRONG" if strong else "PAST_L1" if "cg" in t.parts else "THROUGH_L1"
+    sync = f"synchronise(w, {address}, 1, 0);" if "acquire" in t.parts else ""
+    return t.lanes(f"{values} read_global(w, v, {address}, sizeof v, sizeof *v, {how}, {t.line}); {sync} {stores}")
 
 
 def store(t: Operands) -> str | None:
@@ -214,9 +210,10 @@ def store(t: Operands) -> str | None:
     to = f"{C_TYPES[kind]} v[] = {{{values}}};"
     if t.space == "shared":
         return t.lanes(f"{to} write_shared(w, {t.address(t.operands[0], True)}, v, sizeof v, {t.line});")
-    if t.space != "global" or {"release", "relaxed", "volatile"} & set(t.parts):
+    if t.space != "global" or {"release", "volatile"} & set(t.parts):
         return None
-    return t.lanes(f"{to} write_global(w, {t.address(t.operands[0], False)}, v, sizeof v, {t.line});")
+    how = "STRONG" if "relaxed" in t.parts else "PAST_L1"
+    return t.lanes(f"{to} write_global(w, {t.address(t.operands[0], False)}, v, sizeof v, {how}, {t.line});")
 
 
 def atomic(t: Operands) -> str | None:

@@ -10,6 +10,9 @@
  *              the number of barriers its program, and its cluster, had passed
  *   global     a read of another program's write is ordered after it by release and acquire: each program publishes how
  *              many of its barriers came before a release; and it does not go through L1, which is not coherent
+ *   sent       a strong read may meet one strong store of another program, and finds what it stored or what was there
+ *              before: a weak write, which must be ordered before both. A second store of something else is an error.
+ *              Strong stores arrive one by one, in any order and late, but before what their program releases
  *   progress   warps that only wait for one another are a deadlock
  * Not modelled: order of writes after reads in global memory, mbarriers, TMA, wgmma, warps of one program that meet at
  * barriers by groups.
@@ -23,10 +26,12 @@
 #include <string.h>
 
 enum { RUNS, AT_BARRIER, AT_CLUSTER_BARRIER, DONE };
-enum { THROUGH_L1, PAST_L1 };
+enum { THROUGH_L1, PAST_L1, STRONG };
 enum { NOBODY = 0, SEVERAL = 0xffff };
 
-typedef struct { uint32_t program, warp, epoch, line; } GlobalWrite;  // program 0: nobody in this launch
+/* The last weak write, and the strong one (st.relaxed) that came after it; program 0: nobody in this launch. */
+typedef struct { uint32_t program, warp, epoch, line, sender, sent_at, sent, width; } GlobalWrite;
+typedef struct { uint64_t address; uint8_t value[8]; uint32_t size, program; } Sent;  // a strong store on its way
 typedef struct { uint16_t warp; uint32_t epoch, cluster_epoch, line; } SharedAccess;  // warp: 1 + rank * 64 + index
 typedef struct { SharedAccess write, local_read, remote_read; } SharedCell;
 typedef struct { uint8_t *start; uint64_t size; GlobalWrite *writes; } Range;
@@ -73,6 +78,8 @@ static Program *programs;
 static uint32_t program_count, warp_count, cluster_epoch;
 static Sync *syncs;
 static uint32_t sync_count;
+static Sent *sent;
+static uint32_t sent_count, sent_room;
 static uint64_t changes;  // of what a program may wait for: stores and atomics in global memory
 
 static int step(Warp *w, int quantum);
@@ -123,11 +130,15 @@ static Range *range_of(uint64_t address, uint64_t size, int line) {
 }
 
 /* Granules of two bytes: the smallest that our kernels store. */
-static void read_global(Warp *w, void *out, uint64_t address, int size, int how, int line) {
+static void read_global(Warp *w, void *out, uint64_t address, int size, int each, int how, int line) {
   Range *r = range_of(address, size, line);
   uint64_t offset = address - (uint64_t)r->start;
   for (int i = 0; i < size; i += 2) {
     GlobalWrite *write = &r->writes[(offset + i) / 2];
+    if (how != STRONG && write->sender && write->sender - 1 != w->program->number)
+      fail(line, "race: reads weakly what another program stores strongly at line %d", write->sent_at);
+    if (how == STRONG && write->sender && write->width != each)
+      fail(line, "race: reads %d bytes where line %d stores %d at once", each, write->sent_at, write->width);
     if (!write->program) continue;
     Program *writer = &programs[write->program - 1], *reader = w->program;
     if (writer == reader) {
@@ -145,17 +156,41 @@ static void read_global(Warp *w, void *out, uint64_t address, int size, int how,
   memcpy(out, (void *)address, size);
 }
 
-static void write_global(Warp *w, uint64_t address, const void *value, int size, int line) {
+static void write_global(Warp *w, uint64_t address, const void *value, int size, int how, int line) {
   Range *r = range_of(address, size, line);
   uint64_t offset = address - (uint64_t)r->start;
+  uint32_t me = w->program->number + 1;
   for (int i = 0; i < size; i += 2) {
     GlobalWrite *write = &r->writes[(offset + i) / 2];
-    if (write->program && write->program - 1 != w->program->number &&
-        w->known[write->program - 1] <= write->epoch)
+    if (write->program && write->program != me && w->known[write->program - 1] <= write->epoch)
       fail(line, "race: writes where another program wrote at line %d", write->line);
-    *write = (GlobalWrite){w->program->number + 1, w->index, w->program->epoch, line};
+    if (write->sender && write->sender != me)
+      fail(line, "race: writes where another program stores strongly at line %d", write->sent_at);
+    if (how != STRONG) {
+      *write = (GlobalWrite){me, w->index, w->program->epoch, line, NOBODY, 0};
+      continue;
+    }
+    if (write->program == me && write->warp != w->index && write->epoch == w->program->epoch)
+      fail(line, "race: writes where another warp wrote at line %d, with no barrier between them", write->line);
+    uint16_t half;
+    memcpy(&half, (uint8_t *)value + i, 2);
+    if (write->sender && write->sent != half)
+      fail(line, "sent twice: stores where line %d stored, and nothing was written between", write->sent_at);
+    write->sender = me, write->sent_at = line, write->sent = half, write->width = size;
   }
-  memcpy((void *)address, value, size);
+  if (how == STRONG) {
+    if (sent_count == sent_room) sent = realloc(sent, (sent_room = 2 * sent_room + 64) * sizeof *sent);
+    sent[sent_count] = (Sent){.address = address, .size = size, .program = me};
+    memcpy(sent[sent_count++].value, value, size);
+  } else {
+    memcpy((void *)address, value, size);
+  }
+  changes++;
+}
+
+static void deliver(uint32_t i) {
+  memcpy((void *)sent[i].address, sent[i].value, sent[i].size);
+  sent[i] = sent[--sent_count];
   changes++;
 }
 
@@ -178,6 +213,8 @@ static void synchronise(Warp *w, uint64_t address, int acquire, int release) {
   uint32_t *published = published_at(address);
   if (acquire) join(w->known, published);
   if (release) {
+    for (uint32_t i = sent_count; i-- > 0;)
+      if (sent[i].program == w->program->number + 1) deliver(i);
     join(published, w->known);
     published[w->program->number] = w->program->epoch;
   }
@@ -255,7 +292,7 @@ static void wait_copies(Warp *w, int groups_left) {
       continue;
     }
     uint8_t value[16] = {0};
-    if (c.filled) read_global(w, value, c.from, c.filled, PAST_L1, c.line);
+    if (c.filled) read_global(w, value, c.from, c.filled, c.filled, PAST_L1, c.line);
     write_shared(w, c.to, value, c.size, c.line);
   }
   w->copy_count = kept;

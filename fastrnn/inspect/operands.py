@@ -11,7 +11,15 @@ C_TYPES = {
     for bits in (8, 16, 32, 64)
 }
 C_TYPES |= {"f32": "float", "f64": "double", "pred": "uint8_t"}
-FILES = {"rd": "r64", "r": "r32", "rs": "r16", "p": "p", "f": "r32", "fd": "r64"}  # PTX register prefix: array of Warp
+FILES = {
+    "rd": "r64",
+    "r": "r32",
+    "rs": "r16",
+    "p": "p",
+    "f": "r32",
+    "fd": "r64",
+    "q": "p",
+}  # PTX register prefix: array of Warp
 TO_FLOAT = {"f16": "half_to_float", "bf16": "bfloat_to_float"}
 FROM_FLOAT = {"f16": "float_to_half", "bf16": "float_to_bfloat"}
 SPECIAL = {"%laneid": "l", "%warpid": "w->index", "%cluster_ctarank": "w->program->rank",
@@ -55,6 +63,8 @@ class Operands:
             if special[1] == "clusterid":
                 return f"(w->program->id[{axis}]{' / M->cluster' if axis == 0 else ''})"
             return "0" if special[1] == "tid" else "1"
+        if local := re.fullmatch(r"%q(\d+)", operand):  # predicates of inline PTX, behind the compiler's
+            return f"w->p[{self.kernel.registers['p'] + int(local[1])} * 32 + l]"
         if register := re.fullmatch(r"%(rd|rs|r|p|fd|f)(\d+)", operand):
             return f"w->{FILES[register[1]]}[{register[2]} * 32 + l]"
         if operand.startswith("%"):

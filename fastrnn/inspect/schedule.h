@@ -65,6 +65,8 @@ static void simulate(void) {
       if (w->state == DONE) left--, changes++;
       if (w->state != RUNS) open_barriers(p);
     }
+    for (uint32_t some = M->seed ? below(1 + sent_count / 4) : sent_count; some; some--) deliver(below(sent_count));
+    if (sent_count && !below(8)) deliver(below(sent_count));
     idle = changes == seen ? idle + 1 : 0;
     seen = changes;
     if (idle > (uint64_t)M->patience * program_count) fail(0, "deadlock: %u warps wait, and nothing changes", left);
@@ -75,8 +77,9 @@ int run(Machine *machine) {
   M = machine;
   program_count = M->grid[0] * M->grid[1] * M->grid[2];
   warp_count = M->threads / 32;
-  sync_count = changes = cluster_epoch = 0;
+  sync_count = changes = cluster_epoch = sent_count = sent_room = 0;
   syncs = NULL;
+  sent = NULL;
   programs = calloc(program_count, sizeof *programs);
   for (uint32_t i = 0; i < program_count; i++) {
     Program *p = &programs[i];

@@ -300,6 +300,46 @@ def test_programs_hand_over_through_global_memory(seed):
             hand_over(HANDSHAKE.replace(old, new))
 
 
+SENT = """
+	add.s32 %r4, %r0, 1;
+	mad.wide.u32 %rd6, %r0, 4, %rd1;
+	setp.ne.s32 %p1, %r1, 0;
+	@%p1 bra $READER;
+	st.relaxed.gpu.global.b32 [%rd4], %r4;
+	bra.uni $END;
+$READER:
+	ld.relaxed.gpu.global.b32 %r6, [%rd6];
+	setp.eq.s32 %p3, %r6, 0;
+	@%p3 bra $READER;
+	st.global.b32 [%rd3], %r6;
+$END:"""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_programs_poll_what_is_sent(seed):
+    def sent(body):
+        out, data = torch.zeros(128, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+        run(body, out, data, torch.zeros(1), programs=2, seed=seed)
+        return out[64:96]
+
+    assert torch.equal(sent(SENT), torch.arange(1, 33, dtype=torch.int32))
+    store, load = "st.relaxed.gpu.global.b32 [%rd4], %r4;", "ld.relaxed.gpu.global.b32"
+    for old, new, message in (
+        (store, "", "deadlock"),
+        (store, "st.global.b32 [%rd4], %r4;", "race: reads what another program wrote"),
+        (load, "ld.global.cg.b32", "race: reads weakly"),
+        (store, store.replace("b32", "b16"), "race: reads 4 bytes where line"),
+        (store, f"{store}\n{store}".replace("%r4;", "%r0;", 1), "sent twice"),
+        (
+            "st.global.b32 [%rd3], %r6",
+            "st.global.b32 [%rd6], %r6",
+            "race: writes where another program stores strongly",
+        ),
+    ):
+        with pytest.raises(ExecutionError, match=message):
+            sent(SENT.replace(old, new))
+
+
 def test_shared_memory_has_an_end():
     with pytest.raises(ExecutionError, match="out of bounds: 4 bytes at 16 of 16 bytes of shared memory"):
         run("st.shared.b32 [global_smem+16], %r0;", torch.zeros(1), shared_bytes=16)
