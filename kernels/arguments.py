@@ -68,7 +68,9 @@ class Sequences(NamedTuple):
 class Exchange(NamedTuple):
     """How the programs of a cooperative launch exchange a state."""
 
-    states: Any  # forward: h, [2, R, B, H]; backward: None, since d_gates are exchanged where they are written
+    # Polled: h or d_gates as integers [slots, R, B, gates, columns], -1 at first. By a barrier a step: h, [2, R, B, H],
+    # and in backward None, since d_gates are exchanged where they are written.
+    states: Any
     counters: Any  # zeros; COUNTER_STRIDE of them for each batch tile and recurrence
     first_tile: Any = None  # of a batch in parts: which batch tile the grid begins at, a number [1]; None for the first
 

@@ -65,6 +65,7 @@ class Tier(NamedTuple):
     early: Any  # whether the next step's loads go before the product, else behind what is published
     form: Any  # what the tier's planner chose
     ahead: Any = None  # brings what a later step reads into L2; None where the way from memory is shorter than a step
+    in_place: Any = False  # backward: whether programs exchange gradients where they are stored
 
 
 class Tiles(NamedTuple):
@@ -122,13 +123,15 @@ def backward(TIER: tl.constexpr, K: tl.constexpr, held, read, grads, rows, units
         if TIER.early:
             following = load_saved(K, read, rows, units, resets, tl.maximum(step - 1, 0))
         d_x, d_rec, d_state, kept = differentiate(K, read, rows, units, resets, d_state, tiles, kept, step)
-        if not TIER.early:  # gradients are what programs exchange
+        if TIER.in_place:
             store_gradients(K, grads, rows, units, step, d_x, d_rec)
-        sent = TIER.publish(held, K, TIER.form, d_rec)
+        sent = TIER.publish(held, K, TIER.form, d_rec, back)
         if TIER.ahead is not None:
             TIER.ahead(held, K, tl.maximum(step - AHEAD, 0))
         if not TIER.early:
             following = load_saved(K, read, rows, units, resets, tl.maximum(step - 1, 0))
+            if not TIER.in_place:
+                store_gradients(K, grads, rows, units, step, d_x, d_rec)
         if K.clip_gradient < 0:
             dh = TIER.product(held, K, TIER.form, d_state[0], sent, rows, step, back)
         else:

@@ -23,6 +23,10 @@ Program = tuple[int, int, int]
 Choice = Callable[[Sequence[Program], Program | None], Program]
 
 
+# A program whose wait is over polls less often than this before it changes something: once each tile of a state.
+MOST_POLLS = 40
+
+
 def round_robin(alive: Sequence[Program], last: Program | None) -> Program:
     """The program after the last one, so that every program gets its turn."""
     return next((program for program in alive if last is not None and program > last), alive[0])
@@ -44,13 +48,16 @@ class Baton:
             assert me is not None
             if polled:
                 self.polls[me] += 1
-                # A program whose wait is over polls at most twice more before it changes something.
-                if min(self.polls[program] for program in self.alive) > 2:
+                if min(self.polls[program] for program in self.alive) > MOST_POLLS:
                     raise RuntimeError(f"deadlock: all of {len(self.alive)} programs wait at the barrier")
             else:
                 self.polls.clear()
             self._pass_on()
             self._wait_for(me)
+
+    def changed_something(self) -> None:
+        """What programs poll may be another now: whoever waits has to look again."""
+        self.polls.clear()
 
     def run(self, program: Callable[[], None]) -> None:
         """Run the program for every index until all end or one fails."""
@@ -117,7 +124,7 @@ def launch(
     executor.fn = all_programs
 
     builder = triton_interpreter.InterpreterBuilder
-    atomic, load = builder.create_atomic_rmw, builder.create_masked_load
+    atomic, load, store = builder.create_atomic_rmw, builder.create_masked_load, builder.create_masked_store
 
     def create_atomic_rmw(self, operation, pointer, value, *rest):
         result = atomic(self, operation, pointer, value, *rest)
@@ -130,6 +137,15 @@ def launch(
             baton.hand_over(polled=True)
         return result
 
-    patches = mock.patch.multiple(builder, create_atomic_rmw=create_atomic_rmw, create_masked_load=create_masked_load)
+    def create_masked_store(self, *stored):
+        baton.changed_something()
+        return store(self, *stored)
+
+    patches = mock.patch.multiple(
+        builder,
+        create_atomic_rmw=create_atomic_rmw,
+        create_masked_load=create_masked_load,
+        create_masked_store=create_masked_store,
+    )
     with patches, watch(baton) if watch else contextlib.nullcontext():
         executor(*args, **kwargs)

@@ -39,7 +39,7 @@ class Kernels:
             self._launch(kind, T, groups)
 
     def _launch(self, kind: tuple, T: int, groups: tuple) -> None:
-        parts = self._parts(kind[0], groups) if self.tier == "cooperative" else ((self.plan.grid, groups),)
+        parts = self._parts(kind[0], T, groups) if self.tier == "cooperative" else ((self.plan.grid, groups),)
         for grid, of_part in parts:
             key, arguments = (*kind, _pointers(of_part)), (*of_part, T, self.request.B)
             ready, constants = self.launched.get(key, NOT_READY)
@@ -49,10 +49,10 @@ class Kernels:
             elif ready is None or not ready.launch(grid, (*arguments, *constants)):
                 self.launched[key] = self._first_launch(key, grid, of_part, arguments)
 
-    def _parts(self, which: str, groups: tuple) -> list[tuple]:
+    def _parts(self, which: str, T: int, groups: tuple) -> list[tuple]:
         """Grid and groups of each part of a batch whose programs would not all run at once."""
         slices, batch_tiles, R = self.plan.grid
-        exchange = self._exchange(which, groups[0].W_hh)
+        exchange = self._exchange(which, T if groups[2].rows is None else None, groups[0].W_hh)
         if self.plan.parts == 1:
             return [(self.plan.grid, (*groups, exchange))]
         found, end = [], tiles(self.request.B, self.plan.block_b)
@@ -117,14 +117,32 @@ class Kernels:
         )  # fmt: skip
         return getattr(self._module, which), (cell.kernel(which), sizes)
 
-    def _exchange(self, which: str, like: Tensor) -> Exchange:
-        """The buffers that pass h on, for even and odd steps, and the grid barrier's counters, zero at every launch."""
+    def _exchange(self, which: str, T: int | None, like: Tensor) -> Exchange:
+        """Where programs hand on a state, and the grid barrier's counters, zero at every launch.
+
+        T is None if there is a table of sequences, which has it.
+        """
         from ..kernels.barrier import COUNTER_STRIDE
 
         _, batch_tiles, R = self.plan.grid
         sizes = (self.plan.parts, batch_tiles * R, COUNTER_STRIDE.value)
         counters = torch.zeros(sizes, dtype=torch.int64, device=like.device)
-        return Exchange(like.new_empty(2, R, self.request.B, self.request.H) if which == "forward" else None, counters)
+        return Exchange(self._exchanged(which, T, like), counters)
+
+    def _exchanged(self, which: str, T: int | None, like: Tensor) -> Tensor | None:
+        """h, of even and of odd steps; polled, a step's h or d_gates in each slot, as integers, -1 until it is sent."""
+        R, B, H, round_ = self.request.recurrences, self.request.B, self.request.H, self.plan.form["ROUND"]
+        if not round_:
+            return like.new_empty(2, R, B, H) if which == "forward" else None
+        start, size = self.plan.choices[which][0]["K_TILES"][-1]
+        columns, own = (start + size) * self.plan.warps, self.plan.grid[0] * self.plan.units
+        gates = 1 if which == "forward" else self.cell.gates
+        integer = torch.int32 if like.dtype == torch.float32 else torch.int16
+        slots = 2 * round_ if T is None else min(2 * round_, T + 1)
+        states = torch.full((slots, R, B, gates, columns), -1, dtype=integer, device=like.device)
+        if own < columns:  # nobody's
+            states[..., own:] = 0
+        return states
 
 
 class Prepared:

@@ -27,6 +27,9 @@ from .kernel_plan import (
 
 # Of a row of the exchanged state that a warp multiplies at once: it holds these whole, and larger ones spill.
 PIECE_BYTES = (128, 64)
+# Steps between two barriers of programs that poll: twice as many slots, 8 MiB of L2 for the LSTM's backward at H=1024,
+# B=16, and a 32nd of a barrier a step. The interpreter's are to be seen in short sequences.
+ROUND, INTERPRETED_ROUND = 32, 2
 # Registers of W_hh in a thread of the Gluon kernel, as they are tried. LSTM, B=16, bf16, sm_90: H=1024 compiles clean
 # with 128 forward, 112 backward; H=2048 with 144, and, where the state alone would fill all 255, 56.
 WEIGHT_REGISTERS = (176, 144, 128, 112, 96, 80, 72, 56, 48, 32, 16, 0)
@@ -88,6 +91,8 @@ def of_tiling(request: Request, tiling: "Tiling") -> KernelPlan:
             "BLOCK_N": tiling.units,
             "WARPS": tiling.warps,
             "SPIN_ON_LOAD": spec.is_amd,
+            # Compiled tile Triton has no strong store, which polling takes.
+            "ROUND": INTERPRETED_ROUND if spec.arch == "interpreter" else ROUND if in_gluon else 0,
         },
         choices={
             which: tuple(limit | _form(size, held, tiling, H) for limit in limits for size, held in splits)

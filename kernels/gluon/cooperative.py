@@ -1,16 +1,16 @@
 """The cooperative tier in Gluon: a slice of W_hh stays in registers and, as far as they cannot hold it, shared memory.
 
-    forward    wait for h[t-1];   rec = W_hh[own units] h + b_hh;   (h, c), saved = cell(x_gates[t], rec, (h, c));
-               hand on h[own units];   arrive
-    backward   d_gates[t, own units] = cell'(dh + dy[t], dc, saved[t]);   arrive;   wait for d_gates[t];
+    forward    poll h[t-1];   rec = W_hh[own units] h + b_hh;   (h, c), saved = cell(x_gates[t], rec, (h, c));
+               send h[own units]
+    backward   d_gates[t, own units] = cell'(dh + dy[t], dc, saved[t]);   send;   poll d_gates[t];
                dh = W_hh^T[own units] d_gates[t] + rest
 
-Programs and groups are those of ../tile/cooperative.py, the protocol is in ../exchange.py, the layout of tensors in
-../arguments.py; helpers of ../loop.py and ../rows.py serve both dialects, since layouts come with the offsets. What
-differs is where things are:
+Programs and groups are those of ../tile/cooperative.py, the protocol, polled, is in ../exchange.py, the layout of
+tensors in ../arguments.py; helpers of ../loop.py and ../rows.py serve both dialects, since layouts come with the
+offsets. What differs is where things are:
 
-The exchanged state goes straight from L2 to the registers that the tensor cores read (operands.py): no warp reads what
-another does, 16 bytes a load where H allows it. A copy through shared memory (cp.async) would free registers, but pass
+The exchanged state goes straight from L2 to the registers that the tensor cores read (polling.py): no warp reads what
+another does, 16 bytes a load. A copy through shared memory (cp.async) would free registers, but pass
 there twice, and only 16-byte copies go past L1.
 
 Each warp sums its own share of K. The sums meet in shared memory, where a thread finds all WARPS of them for each
@@ -31,13 +31,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .. import loop
-from ..exchange import Group, announce, counter_of, first_row_of, meet, publish, receive
+from ..exchange import Group, announce, begin_step, columns_of, counter_of, first_row_of, publish, receive, slot_of
 from ..loop import Constants
 from ..metadata import of_launch
-from ..rows import Resets, Units, find_rows, live, slot
+from ..rows import Resets, Units, find_rows
 from ..tiles import first_state, load_bias, load_state, store_state
 from .layouts import block_barrier
-from .operands import load_layout, load_piece, load_weights, product_layout, weight
+from .operands import load_weights, product_layout, weight
+from .polling import chunks_layout, poll, together
 
 
 class Form(NamedTuple):
@@ -49,6 +50,8 @@ class Form(NamedTuple):
     WARPS: int
     SPIN_ON_LOAD: bool  # how a program waits at the grid barrier
     IN_REGISTERS: int
+    ROUND: int  # steps between two barriers
+    IN_PTX: bool = True  # how a number is sent
 
 
 class Held(NamedTuple):
@@ -57,8 +60,9 @@ class Held(NamedTuple):
     W_hh: Any  # an operand for each piece of K and gate, the first IN_REGISTERS in registers, others in shared memory
     b_hh: Any  # G tiles [BLOCK_B, BLOCK_N]; None in backward
     sums: Any  # shared memory where the warps' sums meet
-    piece_rows: Any  # [BLOCK_B], in the layout that pieces of the state are read in; in backward a Rows
-    piece_mask: Any  # which of them exist
+    piece_rows: (
+        Any  # [BLOCK_B], in the layout that pieces of the state are read in; the first for one that is not there
+    )
     group: Any
 
 
@@ -96,8 +100,21 @@ def place(
 
 
 @gluon.jit
+def group_of(
+    K: gl.constexpr, F: gl.constexpr, exchange, GATES: gl.constexpr, rows, units, B, first_row, offs_b
+):  # fmt: skip
+    """The programs that this one exchanges with, and where."""
+    row: gl.constexpr = GATES * columns_of(F)
+    exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * row
+    buffer = B.to(gl.int64) * (K.D * K.N * row)
+    programs = gl.num_programs(0).to(gl.int64)
+    exists = first_row + offs_b < B
+    return Group(counter_of(exchange.counters, rows), programs, exchanged_ptr, None, buffer, offs_b, units, exists)
+
+
+@gluon.jit
 def sum_over_warps(sums_tile, sums, N: gl.constexpr, WARPS: gl.constexpr):
-    """N sums [BLOCK_B, BLOCK_N] of what the warps hold; the caller's barriers keep the steps apart."""
+    """N sums [BLOCK_B, BLOCK_N] of what the warps hold; Triton puts a barrier before the next step's stores."""
     for n in gl.static_range(N):
         sums_tile.index(n).store(sums[n].permute([0, 2, 1]))
     block_barrier()
@@ -110,15 +127,17 @@ def sum_over_warps(sums_tile, sums, N: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def gates(held, K: gl.constexpr, F: gl.constexpr, h_ptr):
     """W_hh h + b_hh of the own units, gate by gate."""
+    DTYPE: gl.constexpr = held.W_hh[0].dtype
     BLOCK_B: gl.constexpr = held.b_hh[0].shape[0]
     BLOCK_N: gl.constexpr = held.b_hh[0].shape[1]
     sums = (gl.zeros([F.WARPS, BLOCK_N, BLOCK_B], gl.float32, product_layout(F.WARPS)),) * K.gates
     for i in gl.static_range(len(F.K_TILES)):
-        h = load_piece(h_ptr, K.H, held.piece_rows, held.piece_mask, K.H, F.K_TILES, i, F.WARPS)
+        if i == together(F, i, 1, DTYPE)[0]:
+            h = poll(h_ptr, held, F, 1, together(F, i, 1, DTYPE))
         longer = ()
         for g in gl.static_range(K.gates):
             W_g = weight(held.W_hh[i * K.gates + g], F.WARPS, i * K.gates + g < F.IN_REGISTERS)
-            longer = longer + (mma_v2(W_g, h, sums[g], input_precision=K.precision),)
+            longer = longer + (mma_v2(W_g, h[i - together(F, i, 1, DTYPE)[0]], sums[g], input_precision=K.precision),)
         sums = longer
     totals, rec = sum_over_warps(held.sums, sums, K.gates, F.WARPS), ()
     for g in gl.static_range(K.gates):
@@ -129,20 +148,17 @@ def gates(held, K: gl.constexpr, F: gl.constexpr, h_ptr):
 @gluon.jit
 def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back):
     """dh + W_hh^T d_gates of the own units, when all programs have announced d_gates."""
-    group = held.group
-    meet(group, back + 1, F)
-    now, slots = slot(rows, step), held.piece_rows.slots
-    mask = live(held.piece_mask, held.piece_rows, step, K.own_lengths)
+    DTYPE: gl.constexpr = held.W_hh[0].dtype
+    begin_step(held.group, F, K.gates, back)
+    d_gates_ptr = slot_of(held.group, back, F)
     sums = (gl.zeros([F.WARPS, dh.shape[1], dh.shape[0]], gl.float32, product_layout(F.WARPS)),) * K.gates
     for i in gl.static_range(len(F.K_TILES)):
+        if i == together(F, i, K.gates, DTYPE)[0]:
+            d_gates = poll(d_gates_ptr, held, F, K.gates, together(F, i, K.gates, DTYPE))
         longer = ()
         for g in gl.static_range(K.gates):
-            if group.last is not None and g == K.gates - 1:
-                d_gate = load_piece(group.last + now * K.H, rows.count * K.H, slots, mask, K.H, F.K_TILES, i, F.WARPS)
-            else:
-                ptr = group.exchanged + (now * K.gates + g) * K.H
-                d_gate = load_piece(ptr, rows.count * K.gates * K.H, slots, mask, K.H, F.K_TILES, i, F.WARPS)
             W_g = weight(held.W_hh[i * K.gates + g], F.WARPS, i * K.gates + g < F.IN_REGISTERS)
+            d_gate = d_gates[(i - together(F, i, K.gates, DTYPE)[0]) * K.gates + g]
             longer = longer + (mma_v2(W_g, d_gate, sums[g], input_precision=K.precision),)
         sums = longer
     total = sums[0]
@@ -158,27 +174,24 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: gl.constexpr, SIZE
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
         SIZES.zoneout,
     )  # fmt: skip
-    F: gl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS)
+    F: gl.constexpr = Form(
+        FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS, FORM.ROUND,
+    )  # fmt: skip
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
-    K_TILES: gl.constexpr = FORM.K_TILES
     WARPS: gl.constexpr = FORM.WARPS
     TIER: gl.constexpr = loop.Tier(receive, gates, publish, False, F)
     rows, units, first_row, offs_b = place(
         K, sequences.rows, exchange.first_tile, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
     )
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
-    PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, inputs.W_hh.dtype.element_ty)
-    piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
-    exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * K.H
-    buffer = B.to(gl.int64) * (K.D * K.N * K.H)
-    programs = gl.num_programs(0).to(gl.int64)
-    group = Group(counter_of(exchange.counters, rows), programs, exchanged_ptr, None, buffer, offs_b)
+    piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, chunks_layout(WARPS))))
+    group = group_of(K, F, exchange, 1, rows, units, B, first_row, offs_b)
     W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, True)
     b_hh = load_bias(K, inputs.b_hh, rows.recurrence, units)
     shared: gl.constexpr = sums_layout(WARPS, BLOCK_B, BLOCK_N)
     sums = gl.allocate_shared_memory(gl.float32, [K.gates, WARPS, BLOCK_B, BLOCK_N], shared)
-    held = Held(W_hh, b_hh, sums, piece_rows, first_row + piece_rows < B, group)
+    held = Held(W_hh, b_hh, sums, gl.where(first_row + piece_rows < B, piece_rows, 0), group)
     state = first_state(K, inputs.states, rows, units, resets)
     publish(held, K, F, units, state, 0)
     state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
@@ -192,25 +205,23 @@ def backward(read, grads, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: 
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
         SIZES.zoneout,
     )  # fmt: skip
-    F: gl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS)
+    F: gl.constexpr = Form(
+        FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS, FORM.ROUND,
+    )  # fmt: skip
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
-    K_TILES: gl.constexpr = FORM.K_TILES
     WARPS: gl.constexpr = FORM.WARPS
     TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
     rows, units, first_row, offs_b = place(
         K, sequences.rows, exchange.first_tile, T, B, BLOCK_B, BLOCK_N, gl.SliceLayout(0, cell_layout(WARPS))
     )
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
-    PIECE: gl.constexpr = load_layout(K_TILES[0][1], WARPS, read.W_hh.dtype.element_ty)
-    piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, PIECE)))
-    programs = gl.num_programs(0).to(gl.int64)
-    group = Group(counter_of(exchange.counters, rows), programs, grads.d_x_gates, grads.d_rec_last, None, offs_b)
+    piece_rows = gl.arange(0, BLOCK_B, gl.SliceLayout(0, gl.SliceLayout(2, chunks_layout(WARPS))))
+    group = group_of(K, F, exchange, K.gates, rows, units, B, first_row, offs_b)
     W_hh = load_weights(K, F, read.W_hh, rows.recurrence, False)
-    pieces = find_rows(K, sequences.rows, rows.recurrence, T, B, first_row, piece_rows)
     shared: gl.constexpr = sums_layout(WARPS, BLOCK_B, BLOCK_N)
     sums = gl.allocate_shared_memory(gl.float32, [1, WARPS, BLOCK_B, BLOCK_N], shared)
-    held = Held(W_hh, None, sums, pieces, first_row + piece_rows < B, group)
+    held = Held(W_hh, None, sums, gl.where(first_row + piece_rows < B, piece_rows, 0), group)
     d_state = load_state(K, read.d_finals, rows, units)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
     store_state(K, grads.d_states, rows, units, d_state)

@@ -10,8 +10,6 @@ whatever columns they are, so a thread's 16 bytes of a row are taken for the pai
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..exchange import load_exchanged
-
 
 @gluon.constexpr_function
 def product_layout(WARPS):
@@ -109,17 +107,3 @@ def weight(tile, WARPS: gl.constexpr, IS_IN_REGISTERS: gl.constexpr):
         return tile
     else:
         return tile.load(gl.DotOperandLayout(0, product_layout(WARPS), 32 // tile.dtype.primitive_bitwidth))
-
-
-@gluon.jit
-def load_piece(
-    ptr, row_stride, offs_b, row_mask, H: gl.constexpr, K_TILES: gl.constexpr, i: gl.constexpr,
-    WARPS: gl.constexpr,
-):  # fmt: skip
-    """[WARPS, K, BLOCK_B]: piece i of what the group's programs wrote, as an operand; offs_b and row_mask by row."""
-    LAYOUT: gl.constexpr = load_layout(K_TILES[i][1], WARPS, ptr.dtype.element_ty)
-    ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))
-    offs_k = columns(K_TILES, i, WARPS, gl.SliceLayout(1, LAYOUT))
-    offs_b = gl.convert_layout(offs_b, ROWS, assert_trivial=True)
-    row_mask = gl.convert_layout(row_mask, ROWS, assert_trivial=True)
-    return as_operand(load_exchanged(ptr, row_stride, offs_k, H, offs_b, row_mask), WARPS, 1)

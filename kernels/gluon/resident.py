@@ -133,7 +133,7 @@ def publish(held, K: gl.constexpr, F: gl.constexpr, units, state, step):
 
 
 @gluon.jit
-def announce(held, K: gl.constexpr, F: gl.constexpr, d_rec):
+def announce(held, K: gl.constexpr, F: gl.constexpr, d_rec, back):
     """Put d_gates of the own units where this program's warps read them."""
     for g in gl.static_range(K.gates):
         held.operand.index(g).store(in_shares(d_rec[g].to(held.operand.dtype), F.SHARES * F.CTAS))

@@ -7,9 +7,9 @@
 
 A program owns BLOCK_N hidden units, all their gates and their W_hh: the rows that make its own gates in forward, the
 columns that make its own dh in backward; either stays on chip for the whole sequence. ../exchange.py says how the state
-is handed on, ../barrier.py how programs wait. What does not depend on the others (x_gates of the next step, everything
-that backward reads of it) is loaded between arrival and wait; what they do not need (y, c, saved tiles) is stored after
-the arrival.
+is handed on, ../barrier.py how programs wait: every step where this is compiled, while the interpreter runs the form
+that polls, too. What does not depend on the others (x_gates of the next step, everything that backward reads of it) is
+loaded between arrival and wait; what they do not need (y, c, saved tiles) is stored after the arrival.
 
 The WARPS warps of a program share the sum over K, the H units of the exchanged state, as a batched product: each reads
 its own columns of the state once and multiplies them with all own units, so that no warp repeats another's products and
@@ -31,7 +31,20 @@ import triton
 import triton.language as tl
 
 from .. import loop
-from ..exchange import Group, announce, counter_of, first_row_of, load_exchanged, meet, publish, receive
+from ..exchange import (
+    Group,
+    announce,
+    begin_step,
+    columns_of,
+    counter_of,
+    first_row_of,
+    load_exchanged,
+    meet,
+    poll,
+    publish,
+    receive,
+    slot_of,
+)
 from ..loop import Constants
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows, live, slot
@@ -46,6 +59,8 @@ class Form(NamedTuple):
     K_TILES: tuple[tuple[int, int], ...]
     WARPS: int
     SPIN_ON_LOAD: bool  # how a program waits at the grid barrier
+    ROUND: int  # steps between two barriers; 0: one a step
+    IN_PTX: bool = False  # how a number is sent
 
 
 class Held(NamedTuple):
@@ -53,7 +68,6 @@ class Held(NamedTuple):
 
     W_hh: Any  # [WARPS, K, BLOCK_N] for each piece of K and gate
     b_hh: Any  # G tiles [BLOCK_B, BLOCK_N]; None in backward
-    row_mask: Any  # [BLOCK_B]: rows of the batch tile that exist
     group: Any
 
 
@@ -65,6 +79,25 @@ def place(K: tl.constexpr, table_ptr, first_tile, T, B, BLOCK_B: tl.constexpr, B
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     units = Units(offs_n, (first_row + offs_b < B)[:, None] & (offs_n < K.H)[None, :])
     return find_rows(K, table_ptr, tl.program_id(2).to(tl.int64), T, B, first_row, offs_b), units, first_row, offs_b
+
+
+@triton.jit
+def group_of(
+    K: tl.constexpr, F: tl.constexpr, exchange, grads, rows, units, B, first_row, offs_b
+):  # fmt: skip
+    """The programs that this one exchanges with, and where."""
+    programs, exists = tl.num_programs(0).to(tl.int64), first_row + offs_b < B
+    if F.ROUND > 0:
+        row: tl.constexpr = (1 if grads is None else K.gates) * columns_of(F)
+    else:
+        row: tl.constexpr = K.H
+    exchanged_ptr, last = exchange.states, None
+    if exchange.states is None:
+        exchanged_ptr, last = grads.d_x_gates, grads.d_rec_last
+    else:
+        exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * row
+    buffer = rows.count * tl.cast(B, tl.int64) * row
+    return Group(counter_of(exchange.counters, rows), programs, exchanged_ptr, last, buffer, offs_b, units, exists)
 
 
 @triton.jit
@@ -91,13 +124,25 @@ def load_weights(K: tl.constexpr, F: tl.constexpr, W_hh_ptr, recurrence, offs_n,
 
 
 @triton.jit
+def poll_piece(held, F: tl.constexpr, slot_ptr, GATES: tl.constexpr, g: tl.constexpr, offs_k):
+    """[WARPS, BLOCK_B, K] of a gate of what was sent, when it has come; of rows that are not there, the first's."""
+    rows = tl.where(held.group.exists, held.group.rows, 0)
+    at = (rows[None, :, None] * GATES + g) * columns_of(F) + offs_k[:, None, :]
+    return poll(slot_ptr + at).to(held.W_hh[0].dtype, bitcast=True)
+
+
+@triton.jit
 def gates(held, K: tl.constexpr, F: tl.constexpr, h_ptr):
     """W_hh h + b_hh of the own units, gate by gate."""
     sums = ()
     for g in tl.static_range(K.gates):
         sums = sums + (tl.zeros([F.WARPS, held.b_hh[g].shape[0], held.b_hh[g].shape[1]], tl.float32),)
     for i in tl.static_range(len(F.K_TILES)):
-        h = load_exchanged(h_ptr, K.H, columns(F.K_TILES, i, F.WARPS), K.H, held.group.rows, held.row_mask)
+        offs_k = columns(F.K_TILES, i, F.WARPS)
+        if F.ROUND == 0:
+            h = load_exchanged(h_ptr, K.H, offs_k, K.H, held.group.rows, held.group.exists)
+        else:
+            h = poll_piece(held, F, h_ptr, 1, 0, offs_k)
         longer = ()
         for g in tl.static_range(K.gates):
             W_g = held.W_hh[i * K.gates + g]
@@ -113,13 +158,18 @@ def gates(held, K: tl.constexpr, F: tl.constexpr, h_ptr):
 def d_hidden(held, K: tl.constexpr, F: tl.constexpr, dh, sent, rows, step, back):
     """dh + W_hh^T d_gates of the own units, when all programs have announced d_gates."""
     group = held.group
-    meet(group, back + 1, F)
-    now, mask = slot(rows, step), live(held.row_mask, rows, step, K.own_lengths)
+    if F.ROUND == 0:
+        meet(group, back + 1, F)
+    else:
+        begin_step(group, F, K.gates, back)
+    now, mask = slot(rows, step), live(group.exists, rows, step, K.own_lengths)
     total = tl.zeros([F.WARPS, dh.shape[0], dh.shape[1]], tl.float32)
     for i in tl.static_range(len(F.K_TILES)):
         offs_k = columns(F.K_TILES, i, F.WARPS)
         for g in tl.static_range(K.gates):
-            if group.last is not None and g == K.gates - 1:
+            if F.ROUND > 0:
+                d_gate = poll_piece(held, F, slot_of(group, back, F), K.gates, g, offs_k)
+            elif group.last is not None and g == K.gates - 1:
                 d_gate = load_exchanged(group.last + now * K.H, rows.count * K.H, offs_k, K.H, rows.slots, mask)
             else:
                 ptr = group.exchanged + (now * K.gates + g) * K.H
@@ -135,16 +185,13 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: tl.constexpr, SIZE
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
         SIZES.zoneout,
     )  # fmt: skip
-    F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
+    F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.ROUND)
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, False, F)
     rows, units, first_row, offs_b = place(K, sequences.rows, exchange.first_tile, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
-    exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * K.H
-    buffer = rows.count * tl.cast(B, tl.int64) * K.H
-    counter_ptr = counter_of(exchange.counters, rows)
-    group = Group(counter_ptr, tl.num_programs(0).to(tl.int64), exchanged_ptr, None, buffer, offs_b)
+    group = group_of(K, F, exchange, None, rows, units, B, first_row, offs_b)
     W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, units.offs, True)
-    held = Held(W_hh, load_bias(K, inputs.b_hh, rows.recurrence, units), first_row + offs_b < B, group)
+    held = Held(W_hh, load_bias(K, inputs.b_hh, rows.recurrence, units), group)
     state = first_state(K, inputs.states, rows, units, resets)
     publish(held, K, F, units, state, 0)
     state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
@@ -158,15 +205,13 @@ def backward(read, grads, sequences, exchange, T, B, CELL: tl.constexpr, SIZES: 
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
         SIZES.zoneout,
     )  # fmt: skip
-    F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD)
-    TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, False, F)
+    F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.ROUND)
+    TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, False, F, None, FORM.ROUND == 0)
     rows, units, first_row, offs_b = place(K, sequences.rows, exchange.first_tile, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
-    counter_ptr = counter_of(exchange.counters, rows)
-    programs = tl.num_programs(0).to(tl.int64)
-    group = Group(counter_ptr, programs, grads.d_x_gates, grads.d_rec_last, None, offs_b)
+    group = group_of(K, F, exchange, grads, rows, units, B, first_row, offs_b)
     W_hh = load_weights(K, F, read.W_hh, rows.recurrence, units.offs, False)
-    held = Held(W_hh, None, first_row + offs_b < B, group)
+    held = Held(W_hh, None, group)
     d_state = load_state(K, read.d_finals, rows, units)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
     store_state(K, grads.d_states, rows, units, d_state)

@@ -89,7 +89,7 @@ def publish(held, K: tl.constexpr, F: tl.constexpr, units, state, step):
 
 
 @triton.jit
-def announce(held, K: tl.constexpr, F: tl.constexpr, d_rec):
+def announce(held, K: tl.constexpr, F: tl.constexpr, d_rec, back):
     """Nobody waits for d_gates: the product takes them as they are."""
     return d_rec
 

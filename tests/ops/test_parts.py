@@ -115,8 +115,8 @@ def test_counters_of_a_part_are_its_own(device, board, grids, mutate):
     seen = []
     made = prepared.Kernels._exchange
 
-    def exchange(self, which, like):
-        found = made(self, which, like)
+    def exchange(self, which, T, like):
+        found = made(self, which, T, like)
         seen.append(found.counters)
         return found
 

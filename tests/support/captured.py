@@ -49,16 +49,22 @@ def told(argument: object) -> object:
     return argument if isinstance(argument, int) else str(type(argument))
 
 
+def polled(states: Tensor) -> bool:
+    return not states.is_floating_point()
+
+
 @contextlib.contextmanager
 def launches() -> Iterator[list]:
-    """Each launch; after it the counters of a barrier are as a kernel leaves them: not zero."""
+    """Each launch; after it counters and slots of an exchange are as a kernel leaves them: not as it finds them."""
     found: list = []
 
     def launched(self, x, y, z, stream, function, *arguments):
-        counters = [group.counters.numpy() for group in arguments if isinstance(group, Exchange)]
-        zero = all(not values.any() for values in counters)
+        exchanges = [group for group in arguments if isinstance(group, Exchange)]
+        counters = [group.counters.numpy() for group in exchanges]
+        slots = [group.states.numpy() for group in exchanges if group.states is not None and polled(group.states)]
+        zero = all(not values.any() for values in counters) and all((values == -1).any() for values in slots)
         found.append([[x, y, z], stream, zero, told(arguments)])
-        for values in counters:
+        for values in (*counters, *slots):
             values[...] = 77
 
     with (
@@ -106,11 +112,11 @@ def ran(case: str) -> dict:
 
 
 def kept_counters():
-    """Counters made once, and not zeroed inside of a call."""
+    """Counters and slots made once, and not set inside of a call."""
     kept, made = {}, Kernels._exchange
 
-    def exchange(self, which, like):
-        return kept.setdefault(which, made(self, which, like))
+    def exchange(self, which, T, like):
+        return kept.setdefault(which, made(self, which, T, like))
 
     return mock.patch.object(Kernels, "_exchange", exchange)
 

@@ -47,7 +47,7 @@ from .versions import HAS_CLUSTERS
 CASES = {
     "resident": Case(T=3, B=11, H=24, D=2),
     "cluster": Case(T=3, B=11, H=100, D=2),
-    "cooperative": Case(T=3, B=3, H=262, D=1),
+    "cooperative": Case(T=6, B=3, H=262, D=1),
 }
 KINDS = (("bfloat16", "ieee"), ("float16", "ieee"), ("float32", "ieee"), ("float32", "tf32"))
 
@@ -61,9 +61,14 @@ def kernels(arch: str, backend: str) -> Iterator[dict]:
             problem = make_problem(cell, CASES[backend], exact, "cpu")
             # At this size all of W_hh fits in registers: leave one operand there for one cell, the rest goes to shared.
             held = (8,) if cell == "gru" else cooperative.WEIGHT_REGISTERS
-            with mock.patch.object(cooperative, "WEIGHT_REGISTERS", held):
+            with mock.patch.object(cooperative, "WEIGHT_REGISTERS", held), short_rounds(seed % 2 == 0):
                 faults = faults_of(problem, arch, backend, precision, functools.partial(execute, seed=seed), dtype)
             yield {"cell": cell, "dtype": dtype, "precision": precision, "seed": seed, "faults": faults}
+
+
+def short_rounds(are_short: bool = True):
+    """Plan cooperative kernels of rounds of two steps, so that six take slots twice."""
+    return mock.patch.object(cooperative, "ROUND", 2 if are_short else cooperative.ROUND)
 
 
 def sequences(arch: str, backend: str, word: str = "") -> Iterator[dict]:
@@ -125,7 +130,8 @@ def schedules(arch: str, backend: str, count: str) -> Iterator[dict]:
     for cell in CELLS:
         problem = make_problem(cell, CASES[backend], torch.bfloat16, "cpu")
         for seed in range(int(count)):
-            faults = faults_of(problem, arch, backend, "ieee", functools.partial(execute, seed=seed), "bfloat16")
+            with short_rounds():
+                faults = faults_of(problem, arch, backend, "ieee", functools.partial(execute, seed=seed), "bfloat16")
             yield {"cell": cell, "seed": seed, "faults": faults}
 
 
@@ -185,6 +191,7 @@ def nth(pattern: str, by: str, n: int) -> Callable[[str], str]:
     return change
 
 
+STRONG_LOAD, STRONG_STORE = (rf"{of}\.relaxed\.gpu\.global" for of in ("ld", "st"))
 CLUSTER_BARRIER = (r"barrier\.cluster\.arrive[^;]*;\s*barrier\.cluster\.wait[^;]*;", "bar.sync 0;")
 # What is broken: tier, pass, the change, and what it must be noticed as ("" for a result over its budget).
 MUTATIONS = {
@@ -192,12 +199,24 @@ MUTATIONS = {
     "the grid barrier's spin removed": (
         "cooperative", "forward",
         replace(r"(setp\.lt\.s64\s+(%p\d+), )%rd\d+, %rd\d+;(\s+@\2 bra)", r"\g<1>1, 0;\3"), "race"),
-    "state loaded through L1": ("cooperative", "forward", replace(r"ld\.global\.cg", "ld.global"), "stale"),
-    "d_gates loaded through L1": ("cooperative", "backward", replace(r"ld\.global\.cg", "ld.global"), "stale"),
+    "state loaded weakly": ("cooperative", "forward", replace(STRONG_LOAD, "ld.global"), "race: reads weakly"),
+    "d_gates loaded weakly": ("cooperative", "backward", replace(STRONG_LOAD, "ld.global"), "race: reads weakly"),
+    "state sent weakly": ("cooperative", "forward", replace(STRONG_STORE, "st.global"), "race"),
+    "d_gates sent weakly": ("cooperative", "backward", replace(STRONG_STORE, "st.global"), "race"),
+    "what is missing not waited for": ("cooperative", "forward", replace(r"@%q0 bra POLL\w+;", ""), ""),
+    "a word not looked at": ("cooperative", "backward", nth(r"(max\.u32 %r\d+, %r\d+), %r\d+;", r"\1, 0;", -1), ""),
+    "numbers of a word sent apart": (
+        "cooperative", "forward", replace(rf"{STRONG_STORE}\.b32", "st.relaxed.gpu.global.b16"), "race: reads 4 bytes"),
+    "numbers of a word swapped": (
+        "cooperative", "forward", replace(r"(prmt\.b32 %r\d+, %r\d+, %r\d+, )21520", r"\g<1>4180"), ""),
+    "a gate never taken back": (
+        "cooperative", "backward", nth(r"@%p\d+ st\.global\.b16[^;]*;", "", 0), ""),
+    "another number than the missing one put back": (
+        "cooperative", "forward", replace(r"(mov\.b16\s+%rs\d+, )-1;", r"\g<1>-3;"), ""),
     "acquire made relaxed": ("cooperative", "forward", replace(r"gpu\.acquire", "gpu.relaxed"), "race"),
     "release made relaxed": ("cooperative", "backward", replace(r"gpu\.release", "gpu.relaxed"), "race"),
     "the barrier before the warps' sums are read removed": (
-        "cooperative", "forward", nth(r"bar\.sync\s+0;", "", -3), "race"),
+        "cooperative", "forward", replace(r"bar\.sync\s+0;((?:[^\n]*\n){1,3}\s*ld\.shared\.b32)", r"\1"), "race"),
     "sums of another gate read": (
         "cooperative", "forward", nth(r"(ld\.shared\.b32\s+%r\d+, \[%r\d+\+)(\d+)\]", r"\g<1>0]", -1), ""),
     "a column of the state multiplied by another's weights": (
@@ -231,7 +250,8 @@ def mutations() -> Iterator[dict]:
         noticed = None
         for seed in range(4):
             try:
-                faults = faults_of(problem, "sm_90", backend, "ieee", mutated(which, change, seed), "bfloat16")
+                with short_rounds():
+                    faults = faults_of(problem, "sm_90", backend, "ieee", mutated(which, change, seed), "bfloat16")
                 noticed = f"over budget: {faults}" if faults else None
             except ExecutionError as error:
                 noticed = str(error)
