@@ -26,7 +26,6 @@ class Group(NamedTuple):
     counter: Any  # that they meet at
     programs: Any  # how many they are
     exchanged: Any  # what they exchange, of this batch tile, in the first slot; by a barrier a step backward: d_x_gates
-    last: Any  # by a barrier a step, backward: the last gate's d_rec, where it differs; else None
     buffer: Any  # numbers from a slot to the next
     rows: Any  # [BLOCK_B] of the batch tile
     units: Any  # Units of this program
@@ -107,13 +106,6 @@ def load_exchanged(ptr, row_stride, offs_k, H: tl.constexpr, offs_b, row_mask):
 # Polled.
 
 
-@triton.constexpr_function
-def columns_of(F):
-    """Columns of a row of what is exchanged: all warps' shares, whole."""
-    start, size = F.K_TILES[len(F.K_TILES) - 1]
-    return (start + size) * F.WARPS
-
-
 @triton.jit
 def begin_step(group, F: tl.constexpr, GATES: tl.constexpr, step):
     """At a round's first step meet, and take back what this program sent in the round before."""
@@ -125,13 +117,13 @@ def begin_step(group, F: tl.constexpr, GATES: tl.constexpr, step):
             before = slot_of(group, step - 1 - back, F)
             for g in tl.static_range(GATES):
                 gone = (at * 0 + MISSING).to(group.exchanged.dtype.element_ty)
-                tl.store(before + g * columns_of(F) + at, gone, mask=group.exists[:, None])
+                tl.store(before + g * F.COLUMNS + at, gone, mask=group.exists[:, None])
 
 
 @triton.jit
 def places(group, F: tl.constexpr, GATES: tl.constexpr):
     """Where the own units of a row's first gate are in a slot."""
-    return group.rows[:, None] * (GATES * columns_of(F)) + group.units.offs[None, :]
+    return group.rows[:, None] * (GATES * F.COLUMNS) + group.units.offs[None, :]
 
 
 @triton.jit
@@ -144,7 +136,7 @@ def send(held, K: tl.constexpr, F: tl.constexpr, tiles, step):
         bits = tl.where(bits == MISSING, MISSING - 1, bits)
         if K.H % F.BLOCK_N > 0:
             bits = tl.where(group.units.offs[None, :] < K.H, bits, 0)
-        ptr = slot_of(group, step, F) + g * columns_of(F) + at
+        ptr = slot_of(group, step, F) + g * F.COLUMNS + at
         if F.IN_PTX:
             store_strong(ptr, bits, group.units, group.exists)
         else:

@@ -131,11 +131,11 @@ class Kernels:
 
     def _exchanged(self, which: str, T: int | None, like: Tensor) -> Tensor | None:
         """h, of even and of odd steps; polled, a step's h or d_gates in each slot, as integers, -1 until it is sent."""
-        R, B, H, round_ = self.request.recurrences, self.request.B, self.request.H, self.plan.form["ROUND"]
+        R, B, H = self.request.recurrences, self.request.B, self.request.H
+        round_, columns = self.plan.form["ROUND"], self.plan.form["COLUMNS"]
         if not round_:
             return like.new_empty(2, R, B, H) if which == "forward" else None
-        start, size = self.plan.choices[which][0]["K_TILES"][-1]
-        columns, own = (start + size) * self.plan.warps, self.plan.grid[0] * self.plan.units
+        own = self.plan.grid[0] * self.plan.units
         gates = 1 if which == "forward" else self.cell.gates
         integer = torch.int32 if like.dtype == torch.float32 else torch.int16
         slots = 2 * round_ if T is None else min(2 * round_, T + 1)

@@ -91,6 +91,7 @@ def of_tiling(request: Request, tiling: "Tiling") -> KernelPlan:
             "BLOCK_N": tiling.units,
             "WARPS": tiling.warps,
             "SPIN_ON_LOAD": spec.is_amd,
+            "COLUMNS": tiling.share(H) * tiling.warps,
             # Compiled tile Triton has no strong store, which polling takes.
             "ROUND": INTERPRETED_ROUND if spec.arch == "interpreter" else ROUND if in_gluon else 0,
         },

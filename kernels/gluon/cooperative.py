@@ -28,17 +28,16 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .. import loop
-from ..exchange import Group, announce, begin_step, columns_of, counter_of, first_row_of, publish, receive, slot_of
+from ..exchange import Group, announce, begin_step, counter_of, first_row_of, publish, receive, slot_of
 from ..loop import Constants
 from ..metadata import of_launch
 from ..rows import Resets, Units, find_rows
 from ..tiles import first_state, load_bias, load_state, store_state
 from .layouts import block_barrier
-from .operands import load_weights, product_layout, weight
-from .polling import chunks_layout, poll, together
+from .operands import load_weights, product_layout
+from .polling import chunks_layout, multiply
 
 
 class Form(NamedTuple):
@@ -51,6 +50,7 @@ class Form(NamedTuple):
     SPIN_ON_LOAD: bool  # how a program waits at the grid barrier
     IN_REGISTERS: int
     ROUND: int  # steps between two barriers
+    COLUMNS: int  # of a row of what is exchanged: all warps' shares
     IN_PTX: bool = True  # how a number is sent
 
 
@@ -60,9 +60,7 @@ class Held(NamedTuple):
     W_hh: Any  # an operand for each piece of K and gate, the first IN_REGISTERS in registers, others in shared memory
     b_hh: Any  # G tiles [BLOCK_B, BLOCK_N]; None in backward
     sums: Any  # shared memory where the warps' sums meet
-    piece_rows: (
-        Any  # [BLOCK_B], in the layout that pieces of the state are read in; the first for one that is not there
-    )
+    piece_rows: Any  # [BLOCK_B], in the layout that pieces of the state are read in; 0 for one that is not there
     group: Any
 
 
@@ -100,16 +98,14 @@ def place(
 
 
 @gluon.jit
-def group_of(
-    K: gl.constexpr, F: gl.constexpr, exchange, GATES: gl.constexpr, rows, units, B, first_row, offs_b
-):  # fmt: skip
+def group_of(K: gl.constexpr, F: gl.constexpr, exchange, GATES: gl.constexpr, rows, units, B, first_row, offs_b):
     """The programs that this one exchanges with, and where."""
-    row: gl.constexpr = GATES * columns_of(F)
+    row: gl.constexpr = GATES * F.COLUMNS
     exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * row
     buffer = B.to(gl.int64) * (K.D * K.N * row)
     programs = gl.num_programs(0).to(gl.int64)
     exists = first_row + offs_b < B
-    return Group(counter_of(exchange.counters, rows), programs, exchanged_ptr, None, buffer, offs_b, units, exists)
+    return Group(counter_of(exchange.counters, rows), programs, exchanged_ptr, buffer, offs_b, units, exists)
 
 
 @gluon.jit
@@ -127,18 +123,10 @@ def sum_over_warps(sums_tile, sums, N: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def gates(held, K: gl.constexpr, F: gl.constexpr, h_ptr):
     """W_hh h + b_hh of the own units, gate by gate."""
-    DTYPE: gl.constexpr = held.W_hh[0].dtype
     BLOCK_B: gl.constexpr = held.b_hh[0].shape[0]
     BLOCK_N: gl.constexpr = held.b_hh[0].shape[1]
     sums = (gl.zeros([F.WARPS, BLOCK_N, BLOCK_B], gl.float32, product_layout(F.WARPS)),) * K.gates
-    for i in gl.static_range(len(F.K_TILES)):
-        if i == together(F, i, 1, DTYPE)[0]:
-            h = poll(h_ptr, held, F, 1, together(F, i, 1, DTYPE))
-        longer = ()
-        for g in gl.static_range(K.gates):
-            W_g = weight(held.W_hh[i * K.gates + g], F.WARPS, i * K.gates + g < F.IN_REGISTERS)
-            longer = longer + (mma_v2(W_g, h[i - together(F, i, 1, DTYPE)[0]], sums[g], input_precision=K.precision),)
-        sums = longer
+    sums = multiply(held, K, F, h_ptr, 1, sums)
     totals, rec = sum_over_warps(held.sums, sums, K.gates, F.WARPS), ()
     for g in gl.static_range(K.gates):
         rec = rec + (totals[g] + held.b_hh[g],)
@@ -148,19 +136,9 @@ def gates(held, K: gl.constexpr, F: gl.constexpr, h_ptr):
 @gluon.jit
 def d_hidden(held, K: gl.constexpr, F: gl.constexpr, dh, sent, rows, step, back):
     """dh + W_hh^T d_gates of the own units, when all programs have announced d_gates."""
-    DTYPE: gl.constexpr = held.W_hh[0].dtype
     begin_step(held.group, F, K.gates, back)
-    d_gates_ptr = slot_of(held.group, back, F)
     sums = (gl.zeros([F.WARPS, dh.shape[1], dh.shape[0]], gl.float32, product_layout(F.WARPS)),) * K.gates
-    for i in gl.static_range(len(F.K_TILES)):
-        if i == together(F, i, K.gates, DTYPE)[0]:
-            d_gates = poll(d_gates_ptr, held, F, K.gates, together(F, i, K.gates, DTYPE))
-        longer = ()
-        for g in gl.static_range(K.gates):
-            W_g = weight(held.W_hh[i * K.gates + g], F.WARPS, i * K.gates + g < F.IN_REGISTERS)
-            d_gate = d_gates[(i - together(F, i, K.gates, DTYPE)[0]) * K.gates + g]
-            longer = longer + (mma_v2(W_g, d_gate, sums[g], input_precision=K.precision),)
-        sums = longer
+    sums = multiply(held, K, F, slot_of(held.group, back, F), K.gates, sums)
     total = sums[0]
     for g in gl.static_range(1, K.gates):
         total += sums[g]
@@ -176,6 +154,7 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: gl.constexpr, SIZE
     )  # fmt: skip
     F: gl.constexpr = Form(
         FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS, FORM.ROUND,
+        FORM.COLUMNS,
     )  # fmt: skip
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
     BLOCK_N: gl.constexpr = FORM.BLOCK_N
@@ -207,6 +186,7 @@ def backward(read, grads, sequences, exchange, T, B, CELL: gl.constexpr, SIZES: 
     )  # fmt: skip
     F: gl.constexpr = Form(
         FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.IN_REGISTERS, FORM.ROUND,
+        FORM.COLUMNS,
     )  # fmt: skip
     BLOCK_B: gl.constexpr = FORM.BLOCK_B
     BLOCK_N: gl.constexpr = FORM.BLOCK_N

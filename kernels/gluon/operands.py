@@ -38,11 +38,11 @@ def weights_layout(K, dtype):
 
 
 @gluon.jit
-def columns(K_TILES: gl.constexpr, i: gl.constexpr, WARPS: gl.constexpr, LAYOUT: gl.constexpr):
+def columns(F: gl.constexpr, i: gl.constexpr, LAYOUT: gl.constexpr):
     """[WARPS, K]: the units that piece i of each warp's share covers."""
-    share: gl.constexpr = K_TILES[len(K_TILES) - 1][0] + K_TILES[len(K_TILES) - 1][1]
-    warps = gl.arange(0, WARPS, gl.SliceLayout(1, LAYOUT))[:, None]
-    return warps * share + K_TILES[i][0] + gl.arange(0, K_TILES[i][1], gl.SliceLayout(0, LAYOUT))[None, :]
+    share: gl.constexpr = F.COLUMNS // F.WARPS
+    warps = gl.arange(0, F.WARPS, gl.SliceLayout(1, LAYOUT))[:, None]
+    return warps * share + F.K_TILES[i][0] + gl.arange(0, F.K_TILES[i][1], gl.SliceLayout(0, LAYOUT))[None, :]
 
 
 @gluon.jit
@@ -83,7 +83,7 @@ def load_weight(K: gl.constexpr, F: gl.constexpr, block_ptr, i: gl.constexpr, BY
     WARPS: gl.constexpr = F.WARPS
     BLOCK_N: gl.constexpr = F.BLOCK_N
     LAYOUT: gl.constexpr = load_layout(K_TILES[i][1], WARPS, block_ptr.dtype.element_ty)
-    offs_k = columns(K_TILES, i, WARPS, gl.SliceLayout(1, LAYOUT))[:, None, :]
+    offs_k = columns(F, i, gl.SliceLayout(1, LAYOUT))[:, None, :]
     units = gl.arange(0, BLOCK_N, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     own = (gl.program_id(0) * BLOCK_N + units)[None, :, None]
     if BY_ROW:

@@ -5,14 +5,63 @@ once, and again while any of their numbers is missing. The loop is PTX, since on
 program together, at the price of a sum over them.
 """
 
+from dataclasses import dataclass
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ..exchange import columns_of
-from .operands import chunk, product_layout
+from .operands import chunk, product_layout, weight
 
 # Registers of a thread that one loop polls, if that is all, and else: LSTM, H=2048, sm_90, backward spills with 64.
 ALL_WORDS, SOME_WORDS = 64, 48
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What one loop polls, pieces of one size in all gates. No tuple: Triton before 3.8 loses constants in a tuple."""
+
+    start: int  # pieces
+    stop: int
+    size: int  # columns of a piece
+    words: int  # registers of a chunk
+    places: tuple[int, ...]  # bytes from a thread's first chunk to each
+
+
+@dataclass(frozen=True)
+class Loops:
+    """Those of a step, in order."""
+
+    each: tuple[Loop, ...]
+
+
+@gluon.constexpr_function
+def loops_of(K_TILES, block_b, columns, gates, dtype):
+    """As many pieces at once as registers are taken for."""
+    width = dtype.primitive_bitwidth
+    tiles, loops, start = [(int(first), int(size)) for first, size in K_TILES], [], 0
+    words = [min(size // 4, 128 // width) * width // 32 for _, size in tiles]
+    rows = block_b // 8 * gates
+    limit = ALL_WORDS if rows * sum(words) <= ALL_WORDS else SOME_WORDS
+    while start < len(tiles):
+        size, stop = tiles[start][1], start + 1
+        most = start + limit // (rows * words[start])
+        while stop < min(len(tiles), most) and tiles[stop][1] == size:
+            stop += 1
+        places = [(g * columns + first) * width // 8 for first, _ in tiles[start:stop] for g in range(gates)]
+        loops.append(Loop(start, stop, size, words[start], tuple(places)))
+        start = stop
+    return Loops(tuple(loops))
+
+
+@gluon.constexpr_function
+def count(loops):
+    return len(loops.each)
+
+
+@gluon.constexpr_function
+def one_of(loops, n):
+    return loops.each[n]
 
 
 @gluon.constexpr_function
@@ -22,55 +71,31 @@ def chunks_layout(WARPS):
 
 
 @gluon.constexpr_function
-def words_of(K_TILES, i, dtype):
-    """Registers that a chunk of piece i takes."""
-    return chunk(K_TILES[i][1], dtype) * dtype.primitive_bitwidth // 32
-
-
-@gluon.constexpr_function
-def polling_code(places, rows):
-    """PTX that loads (bytes from the pointer, words) of so many rows of a thread until no word is MISSING.
+def polling_code(loop, rows):
+    """PTX that loads a loop's chunks of so many rows of a thread until no word is MISSING.
 
     That is the largest word. A vector's words are loads of their own, as wide as the stores that they meet.
     """
-    words = sum(count for _, count in places)
-    largest, loads, first = f"${words * rows}", [], 0
-    for offset, count in places:
+    words = loop.words * len(loop.places) * rows
+    largest, loads = f"${words}", []
+    for n, offset in enumerate(loop.places):
         for row in range(rows):
-            into = ", ".join(f"${(first + word) * rows + row}" for word in range(count))
-            loads.append(f"ld.relaxed.gpu.global.v{count}.b32 {{{into}}}, [${(words + 1) * rows + row}+{offset}];")
-        first += count
-    maxima = [f"max.u32 {largest}, ${0}, ${1};"] + [
-        f"max.u32 {largest}, {largest}, ${n};" for n in range(2, words * rows)
-    ]
+            into = ", ".join(f"${(n * loop.words + word) * rows + row}" for word in range(loop.words))
+            loads.append(f"ld.relaxed.gpu.global.v{loop.words}.b32 {{{into}}}, [${words + rows + row}+{offset}];")
+    maxima = [f"max.u32 {largest}, $0, $1;"] + [f"max.u32 {largest}, {largest}, ${n};" for n in range(2, words)]
     again = [f"setp.eq.u32 %q0, {largest}, {0xFFFFFFFF};", "@%q0 bra POLL_${:uid};"]
     return "\n".join(["{", ".reg .pred %q<1>;", "POLL_${:uid}:", *loads, *maxima, *again, "}"])
 
 
 @gluon.constexpr_function
-def constraints(outputs, rows):
-    return ",".join(["=&r"] * (outputs * rows) + ["l"] * rows)
+def constraints(loop, rows):
+    return ",".join(["=&r"] * ((loop.words * len(loop.places) + 1) * rows) + ["l"] * rows)
 
 
 @gluon.constexpr_function
-def places_of(F, start, stop, gates, dtype):
-    """(bytes, words) of each chunk of some pieces and all gates, of a thread's row."""
-    size, row, K_TILES = dtype.primitive_bitwidth // 8, columns_of(F), F.K_TILES
-    return tuple(
-        ((g * row + K_TILES[i][0]) * size, words_of(K_TILES, i, dtype))
-        for i in range(start, stop)
-        for g in range(gates)
-    )
-
-
-@gluon.constexpr_function
-def int32s(count):
-    return (gl.int32,) * count
-
-
-@gluon.constexpr_function
-def total(places):
-    return sum(count for _, count in places)
+def outputs(loop):
+    """The words of a row and, in that of the first row, the largest."""
+    return (gl.int32,) * (loop.words * len(loop.places) + 1)
 
 
 @gluon.jit
@@ -84,58 +109,59 @@ def numbers(word, dtype: gl.constexpr):
 
 
 @gluon.jit
-def assembled(words, n: gl.constexpr, K: gl.constexpr, WARPS: gl.constexpr, dtype: gl.constexpr):
+def assembled(words, n: gl.constexpr, LOOP: gl.constexpr, WARPS: gl.constexpr, dtype: gl.constexpr):
     """The right operand [WARPS, K, rows] of chunk n, two words or four; operands.as_operand has their order."""
     E: gl.constexpr = 32 // dtype.primitive_bitwidth
-    if chunk(K, dtype) == 4 * E:
+    if LOOP.words == 4:
         even = gl.join(numbers(words[4 * n], dtype), numbers(words[4 * n + 2], dtype))
         odd = gl.join(numbers(words[4 * n + 1], dtype), numbers(words[4 * n + 3], dtype))
         pairs = gl.join(even, odd).permute([0, 1, 4, 5, 2, 3] if E == 2 else [0, 1, 3, 4, 2])
     else:
         pairs = gl.join(numbers(words[2 * n], dtype), numbers(words[2 * n + 1], dtype)).permute([0, 1, 4, 2, 3])
-    operand = pairs.reshape([WARPS, words[0].shape[1], K]).permute([0, 2, 1])
+    operand = pairs.reshape([WARPS, words[0].shape[1], LOOP.size]).permute([0, 2, 1])
     return gl.convert_layout(operand, gl.DotOperandLayout(1, product_layout(WARPS), E), assert_trivial=True)
 
 
-@gluon.constexpr_function
-def together(F, i, gates, dtype):
-    """(start, stop) of the pieces that one loop polls with piece i: of one size, as many as registers are taken for."""
-    K_TILES, start, stop = F.K_TILES, 0, 0
-    rows = F.BLOCK_B // 8 * gates
-    all_words = rows * sum(words_of(K_TILES, n, dtype) for n in range(len(K_TILES)))
-    while stop <= i:
-        start = stop
-        most = (ALL_WORDS if all_words <= ALL_WORDS else SOME_WORDS) // (rows * words_of(K_TILES, start, dtype))
-        while stop < min(len(K_TILES), start + max(1, most)) and K_TILES[stop][1] == K_TILES[start][1]:
-            stop += 1
-    return start, stop
+@gluon.jit
+def poll(ptr, held, F: gl.constexpr, GATES: gl.constexpr, LOOP: gl.constexpr):
+    """Operands of a loop's pieces and all gates, from ptr [rows, GATES, columns], when all have come."""
+    dtype: gl.constexpr = held.W_hh[0].dtype
+    LAYOUT: gl.constexpr = chunks_layout(F.WARPS)
+    ROWS: gl.constexpr = held.piece_rows.shape[0] // 8  # of a thread
+    warps = gl.arange(0, F.WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    lanes = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    first = warps * (F.COLUMNS // F.WARPS) + lanes * chunk(LOOP.size, dtype)
+    at = held.piece_rows[None, :, None] * (GATES * F.COLUMNS) + first
+    words = gl.inline_asm_elementwise(
+        polling_code(LOOP, ROWS), constraints(LOOP, ROWS), [(ptr + at).to(gl.int64)], outputs(LOOP), False, ROWS
+    )
+    COUNT: gl.constexpr = (LOOP.stop - LOOP.start) * GATES
+    operands = ()
+    for n in gl.static_range(COUNT):
+        operands = operands + (assembled(words, n, LOOP, F.WARPS, dtype),)
+    return operands
 
 
 @gluon.jit
-def poll(ptr, held, F: gl.constexpr, GATES: gl.constexpr, together: gl.constexpr):
-    """Operands of some pieces and all gates, from ptr [rows, GATES, columns], when all have come."""
-    start: gl.constexpr = together[0]
-    stop: gl.constexpr = together[1]
-    dtype: gl.constexpr = held.W_hh[0].dtype
-    K_TILES: gl.constexpr = F.K_TILES
-    LAYOUT: gl.constexpr = chunks_layout(F.WARPS)
-    ROW: gl.constexpr = columns_of(F)
-    PER_THREAD: gl.constexpr = held.piece_rows.shape[0] // 8
-    places: gl.constexpr = places_of(F, start, stop, GATES, dtype)
-    outputs: gl.constexpr = total(places) + 1
-    warps = gl.arange(0, F.WARPS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-    lanes = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    at = (
-        held.piece_rows[None, :, None] * (GATES * ROW)
-        + warps * (ROW // F.WARPS)
-        + lanes * chunk(K_TILES[start][1], dtype)
-    )
-    words = gl.inline_asm_elementwise(
-        polling_code(places, PER_THREAD), constraints(outputs, PER_THREAD),
-        [(ptr + at).to(gl.int64)], int32s(outputs), False, PER_THREAD,
-    )  # fmt: skip
-    operands = ()
-    for i in gl.static_range(start, stop):
-        for g in gl.static_range(GATES):
-            operands = operands + (assembled(words, (i - start) * GATES + g, K_TILES[i][1], F.WARPS, dtype),)
-    return operands
+def multiply(held, K: gl.constexpr, F: gl.constexpr, ptr, GATES: gl.constexpr, sums):
+    """Sums of all gates, each with its W_hh times what is sent to ptr: one state for all of them, or a gate each."""
+    LOOPS: gl.constexpr = loops_of(F.K_TILES, F.BLOCK_B, F.COLUMNS, GATES, held.W_hh[0].dtype)
+    for n in gl.static_range(count(LOOPS)):
+        sums = multiply_some(held, K, F, ptr, GATES, one_of(LOOPS, n), sums)
+    return sums
+
+
+@gluon.jit
+def multiply_some(held, K: gl.constexpr, F: gl.constexpr, ptr, GATES: gl.constexpr, LOOP: gl.constexpr, sums):
+    """The pieces of one loop."""
+    START: gl.constexpr = LOOP.start
+    STOP: gl.constexpr = LOOP.stop
+    sent = poll(ptr, held, F, GATES, LOOP)
+    for i in gl.static_range(START, STOP):
+        longer = ()
+        for g in gl.static_range(K.gates):
+            W_g = weight(held.W_hh[i * K.gates + g], F.WARPS, i * K.gates + g < F.IN_REGISTERS)
+            of = sent[(i - START) * GATES + g % GATES]
+            longer = longer + (mma_v2(W_g, of, sums[g], input_precision=K.precision),)
+        sums = longer
+    return sums

@@ -35,7 +35,6 @@ from ..exchange import (
     Group,
     announce,
     begin_step,
-    columns_of,
     counter_of,
     first_row_of,
     load_exchanged,
@@ -60,6 +59,7 @@ class Form(NamedTuple):
     WARPS: int
     SPIN_ON_LOAD: bool  # how a program waits at the grid barrier
     ROUND: int  # steps between two barriers; 0: one a step
+    COLUMNS: int  # of a row of what is exchanged: all warps' shares
     IN_PTX: bool = False  # how a number is sent
 
 
@@ -69,6 +69,7 @@ class Held(NamedTuple):
     W_hh: Any  # [WARPS, K, BLOCK_N] for each piece of K and gate
     b_hh: Any  # G tiles [BLOCK_B, BLOCK_N]; None in backward
     group: Any
+    last: Any  # by a barrier a step, backward: the last gate's d_rec, where it differs; else None
 
 
 @triton.jit
@@ -82,29 +83,26 @@ def place(K: tl.constexpr, table_ptr, first_tile, T, B, BLOCK_B: tl.constexpr, B
 
 
 @triton.jit
-def group_of(
-    K: tl.constexpr, F: tl.constexpr, exchange, grads, rows, units, B, first_row, offs_b
-):  # fmt: skip
+def group_of(K: tl.constexpr, F: tl.constexpr, exchange, grads, rows, units, B, first_row, offs_b):
     """The programs that this one exchanges with, and where."""
     programs, exists = tl.num_programs(0).to(tl.int64), first_row + offs_b < B
     if F.ROUND > 0:
-        row: tl.constexpr = (1 if grads is None else K.gates) * columns_of(F)
+        row: tl.constexpr = (1 if grads is None else K.gates) * F.COLUMNS
     else:
         row: tl.constexpr = K.H
-    exchanged_ptr, last = exchange.states, None
     if exchange.states is None:
-        exchanged_ptr, last = grads.d_x_gates, grads.d_rec_last
+        exchanged_ptr = grads.d_x_gates
     else:
         exchanged_ptr = exchange.states + (rows.recurrence * B + first_row) * row
     buffer = rows.count * tl.cast(B, tl.int64) * row
-    return Group(counter_of(exchange.counters, rows), programs, exchanged_ptr, last, buffer, offs_b, units, exists)
+    return Group(counter_of(exchange.counters, rows), programs, exchanged_ptr, buffer, offs_b, units, exists)
 
 
 @triton.jit
-def columns(K_TILES: tl.constexpr, i: tl.constexpr, WARPS: tl.constexpr):
+def columns(F: tl.constexpr, i: tl.constexpr):
     """[WARPS, K]: the units that piece i of each warp's share covers."""
-    share: tl.constexpr = K_TILES[len(K_TILES) - 1][0] + K_TILES[len(K_TILES) - 1][1]
-    return tl.arange(0, WARPS)[:, None] * share + K_TILES[i][0] + tl.arange(0, K_TILES[i][1])[None, :]
+    share: tl.constexpr = F.COLUMNS // F.WARPS
+    return tl.arange(0, F.WARPS)[:, None] * share + F.K_TILES[i][0] + tl.arange(0, F.K_TILES[i][1])[None, :]
 
 
 @triton.jit
@@ -112,7 +110,7 @@ def load_weights(K: tl.constexpr, F: tl.constexpr, W_hh_ptr, recurrence, offs_n,
     """[WARPS, K, BLOCK_N] for each piece of K and gate: rows of W_hh are the own units if BY_ROW, else its columns."""
     tiles, own = (), offs_n[None, None, :]
     for i in tl.static_range(len(F.K_TILES)):
-        offs_k = columns(F.K_TILES, i, F.WARPS)[:, :, None]
+        offs_k = columns(F, i)[:, :, None]
         for g in tl.static_range(K.gates):
             block_ptr = W_hh_ptr + (recurrence * K.gates + g) * K.H * K.H
             if BY_ROW:
@@ -127,7 +125,7 @@ def load_weights(K: tl.constexpr, F: tl.constexpr, W_hh_ptr, recurrence, offs_n,
 def poll_piece(held, F: tl.constexpr, slot_ptr, GATES: tl.constexpr, g: tl.constexpr, offs_k):
     """[WARPS, BLOCK_B, K] of a gate of what was sent, when it has come; of rows that are not there, the first's."""
     rows = tl.where(held.group.exists, held.group.rows, 0)
-    at = (rows[None, :, None] * GATES + g) * columns_of(F) + offs_k[:, None, :]
+    at = (rows[None, :, None] * GATES + g) * F.COLUMNS + offs_k[:, None, :]
     return poll(slot_ptr + at).to(held.W_hh[0].dtype, bitcast=True)
 
 
@@ -138,7 +136,7 @@ def gates(held, K: tl.constexpr, F: tl.constexpr, h_ptr):
     for g in tl.static_range(K.gates):
         sums = sums + (tl.zeros([F.WARPS, held.b_hh[g].shape[0], held.b_hh[g].shape[1]], tl.float32),)
     for i in tl.static_range(len(F.K_TILES)):
-        offs_k = columns(F.K_TILES, i, F.WARPS)
+        offs_k = columns(F, i)
         if F.ROUND == 0:
             h = load_exchanged(h_ptr, K.H, offs_k, K.H, held.group.rows, held.group.exists)
         else:
@@ -165,12 +163,12 @@ def d_hidden(held, K: tl.constexpr, F: tl.constexpr, dh, sent, rows, step, back)
     now, mask = slot(rows, step), live(group.exists, rows, step, K.own_lengths)
     total = tl.zeros([F.WARPS, dh.shape[0], dh.shape[1]], tl.float32)
     for i in tl.static_range(len(F.K_TILES)):
-        offs_k = columns(F.K_TILES, i, F.WARPS)
+        offs_k = columns(F, i)
         for g in tl.static_range(K.gates):
             if F.ROUND > 0:
                 d_gate = poll_piece(held, F, slot_of(group, back, F), K.gates, g, offs_k)
-            elif group.last is not None and g == K.gates - 1:
-                d_gate = load_exchanged(group.last + now * K.H, rows.count * K.H, offs_k, K.H, rows.slots, mask)
+            elif held.last is not None and g == K.gates - 1:
+                d_gate = load_exchanged(held.last + now * K.H, rows.count * K.H, offs_k, K.H, rows.slots, mask)
             else:
                 ptr = group.exchanged + (now * K.gates + g) * K.H
                 d_gate = load_exchanged(ptr, rows.count * K.gates * K.H, offs_k, K.H, rows.slots, mask)
@@ -185,13 +183,15 @@ def forward(inputs, outputs, sequences, exchange, T, B, CELL: tl.constexpr, SIZE
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
         SIZES.zoneout,
     )  # fmt: skip
-    F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.ROUND)
+    F: tl.constexpr = Form(
+        FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.ROUND, FORM.COLUMNS
+    )
     TIER: tl.constexpr = loop.Tier(receive, gates, publish, False, F)
     rows, units, first_row, offs_b = place(K, sequences.rows, exchange.first_tile, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     group = group_of(K, F, exchange, None, rows, units, B, first_row, offs_b)
     W_hh = load_weights(K, F, inputs.W_hh, rows.recurrence, units.offs, True)
-    held = Held(W_hh, load_bias(K, inputs.b_hh, rows.recurrence, units), group)
+    held = Held(W_hh, load_bias(K, inputs.b_hh, rows.recurrence, units), group, None)
     state = first_state(K, inputs.states, rows, units, resets)
     publish(held, K, F, units, state, 0)
     state = loop.forward(TIER, K, held, inputs.x_gates, outputs, rows, units, resets, state)
@@ -205,13 +205,15 @@ def backward(read, grads, sequences, exchange, T, B, CELL: tl.constexpr, SIZES: 
         SIZES.by_step, SIZES.ragged, SIZES.activations, SIZES.precision, SIZES.clip_gradient, SIZES.clip_state,
         SIZES.zoneout,
     )  # fmt: skip
-    F: tl.constexpr = Form(FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.ROUND)
+    F: tl.constexpr = Form(
+        FORM.BLOCK_B, FORM.BLOCK_N, FORM.K_TILES, FORM.WARPS, FORM.SPIN_ON_LOAD, FORM.ROUND, FORM.COLUMNS
+    )
     TIER: tl.constexpr = loop.Tier(None, d_hidden, announce, False, F, None, FORM.ROUND == 0)
     rows, units, first_row, offs_b = place(K, sequences.rows, exchange.first_tile, T, B, FORM.BLOCK_B, FORM.BLOCK_N)
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     group = group_of(K, F, exchange, grads, rows, units, B, first_row, offs_b)
     W_hh = load_weights(K, F, read.W_hh, rows.recurrence, units.offs, False)
-    held = Held(W_hh, None, group)
+    held = Held(W_hh, None, group, grads.d_rec_last)
     d_state = load_state(K, read.d_finals, rows, units)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
     store_state(K, grads.d_states, rows, units, d_state)

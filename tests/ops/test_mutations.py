@@ -42,7 +42,7 @@ MUTATIONS = {
     "a gate sent for all": ("exchange.send", "tiles[g]", "tiles[0]", "gru"),
     "state of a step before": ("exchange.receive", "group, step, F)\n", "group, step // 2 * 2, F)\n", "rnn_tanh"),
     "a gate not exchanged": ("tile.cooperative.d_hidden", "(now * K.gates + g)", "(now * K.gates)", "lstm"),
-    "d_x for d_rec": ("tile.cooperative.d_hidden", "group.last is not None and g == K.gates - 1", "False", "gru"),
+    "d_x for d_rec": ("tile.cooperative.d_hidden", "held.last is not None and g == K.gates - 1", "False", "gru"),
 }  # fmt: skip
 BY_BARRIER = (
     "a gate not exchanged",
