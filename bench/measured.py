@@ -61,7 +61,7 @@ def today(cell: str, hidden: int, which: str) -> float | None:
     for record in records("forms"):
         if form.items() <= record.items() and "us" in record:
             return record["us"]
-    # Kernels of the cooperative tier are those of before.
+    # Kernels of the cooperative tier: the last that were measured waited at a counter.
     for record in records("steps-before" if len(kernel.grid) > 2 else "steps-after"):
         if wanted.items() <= record.items():
             return record[which]

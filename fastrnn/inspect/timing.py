@@ -9,7 +9,8 @@ A step takes at least the longest of
     shared memory   bytes / 128 a cycle
     L2              bytes of global loads and stores / 64 a cycle
 
-and, in the cooperative tier, a grid barrier comes on top, kept apart: its figure is the least certain of all.
+and, in the cooperative tier, a grid barrier comes on top, kept apart: its figure is the least certain of all. Kernels
+that poll the state meet there once in a round of steps, and have a share of it.
 
 The 14 fits two published times of another library's LSTM forward (FlashRNN's Triton kernel, H100, B=16, bf16): its
 step loops have 1289 stalls and 126 waits at H=64, 3151 and 216 at H=128, and take 1.94 and 3.15 us: 16.8 and 11.0
@@ -90,11 +91,12 @@ def modelled(launch: Launch) -> Modelled | None:
     rates = RATES[launch.spec.arch]
     stalls, waits = sum(i.stall for i in loop), sum(i.waits for i in loop)
     meets = "exchange.counters" in launch.arguments  # a grid barrier needs a counter
+    steps = (launch.constants["FORM"].ROUND or 1) if meets else 1  # from one to the next
     return Modelled(
         stalls=stalls,
         waits=waits,
         bounds=bounds(loop, launch.warps, rates.multiply_adds),
-        barrier=round(rates.grid_barrier_us * rates.ghz * 1000) if meets else 0,
+        barrier=round(rates.grid_barrier_us * rates.ghz * 1000 / steps) if meets else 0,
         clock_ghz=rates.ghz,
     )
 
