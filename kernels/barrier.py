@@ -1,4 +1,4 @@
-"""The grid barrier: programs that run at once wait for one another, once a time step.
+"""The grid barrier: programs that run at once wait for one another, once a time step or once a round of them.
 
 Protocol. A group is the programs that exchange state: one batch tile in one direction, P programs. It has a counter of
 its own, zero at the launch, that only grows.
