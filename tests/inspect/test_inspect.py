@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -17,7 +18,7 @@ from fastrnn.compat import spills
 from fastrnn.device import DeviceSpec
 from fastrnn.inspect import doctor, flow, sass
 from fastrnn.inspect.resources import occupancy
-from fastrnn.inspect.timing import RATES, bounds, chain
+from fastrnn.inspect.timing import RATES, bounds, chain, modelled
 
 from ..support import children
 
@@ -191,6 +192,19 @@ def test_modelled_against_published_times(stalls, waits, us, a_wait):
     cycles = us * 1000 * RATES["sm_90"].ghz
     assert (cycles - stalls) / waits == pytest.approx(a_wait, abs=0.06)
     assert chain(stalls, waits) == pytest.approx(cycles, rel=0.12)
+
+
+@pytest.mark.parametrize(("steps", "cycles"), ((0, 1755), (32, 55)))
+def test_kernels_that_poll_have_a_share_of_the_grid_barrier(steps, cycles, monkeypatch):
+    monkeypatch.setattr(sass, "disassemble", lambda cubin: "")
+    monkeypatch.setattr(sass, "parse", lambda text: ([], []))
+    launch = SimpleNamespace(
+        spec=DeviceSpec.named("sm_90"), asm={"cubin": b""}, warps=8, arguments={"exchange.counters": 0},
+        constants={"FORM": SimpleNamespace(ROUND=steps)},
+    )  # fmt: skip
+    assert modelled(launch).barrier == cycles
+    launch.arguments = {}
+    assert modelled(launch).barrier == 0
 
 
 @pytest.mark.parametrize(
