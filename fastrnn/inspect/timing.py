@@ -10,7 +10,8 @@ A step takes at least the longest of
     L2              bytes of global loads and stores / 64 a cycle
 
 and, in the cooperative tier, a grid barrier comes on top, kept apart: its figure is the least certain of all. Kernels
-that poll the state meet there once in a round of steps, and have a share of it.
+that poll the state meet there once in a round of steps, and have a share of it. But their code of that meeting counts
+as if each step ran it: their chain is too long by it, up to three times. The simulator runs what a step runs.
 
 The 14 fits two published times of another library's LSTM forward (FlashRNN's Triton kernel, H100, B=16, bf16): its
 step loops have 1289 stalls and 126 waits at H=64, 3151 and 216 at H=128, and take 1.94 and 3.15 us: 16.8 and 11.0
