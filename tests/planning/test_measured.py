@@ -3,18 +3,13 @@
 from collections import defaultdict
 
 import pytest
-import torch
 
-import fastrnn
 from bench import DOCUMENT, measured
 from fastrnn.planning.tiers import TIERS
 
 
 def slower_than_the_best() -> dict[tuple[str, int], float]:
-    """By cell and H, both passes' time of the form that is planned over that of the fastest that was measured.
-
-    Of one that was not measured, its price: the cooperative tier at H = 512.
-    """
+    """By cell and H, both passes' time of the form that is planned over that of the fastest that was measured."""
     both: dict[tuple, dict[tuple, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     for record in measured.records("forms"):
         if "us" in record:
@@ -25,11 +20,6 @@ def slower_than_the_best() -> dict[tuple[str, int], float]:
         best = min(sum(passes.values()) for passes in kernels.values() if len(passes) == 2)
         with measured.tiles_of_16_rows():
             planned = [measured.today(cell, hidden, which) for which in ("forward", "backward")]
-            if None in planned:
-                sizes = {"hidden_size": hidden, "batch_size": 16, "seq_len": 10**6}
-                price = fastrnn.plan(cell, **sizes, dtype=torch.bfloat16, device="sm_90").prices[0]
-                assert price.source == "simulated", (cell, hidden)
-                planned = [price.us / price.steps]
         ratios[cell, hidden] = sum(planned) / best
     return ratios
 

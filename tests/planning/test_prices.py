@@ -134,7 +134,7 @@ def test_prices_are_shown_the_cheapest_first():
     alone = plan("lstm", 128, 16, training=False)
     assert "us a step, forward: cluster 0.707 (simulated)" in str(alone)
     # Of what costs about as much the fewest programs.
-    near = plan("lstm", 512, 64)
+    near = plan("gru", 512, 48)
     assert near.backend == "cluster" and near.prices[0].backend == "cooperative"
 
 
