@@ -154,11 +154,7 @@ def measured_steps() -> dict[str, list[float]]:
             continue
         if kernel.choices[record["pass"]][0]["SHARES"] == record["shares"]:
             found.setdefault(tuning.kernel_key(request, kernel), {})[record["pass"]] = record["us"]
-    for record in records("steps-before"):  # of the cooperative tier, whose kernels are those of that day
-        request = Problem(record["cell"], record["H"], arch="sm_90").request
-        if record["backend"] == "cooperative":
-            kernel = cooperative.of_tiling(request, next(cooperative._tilings(request)))
-            found[tuning.kernel_key(request, kernel)] = {which: record[which] for which in PASSES}
+    # No cooperative kernel: those of that day waited at a counter, and today's poll.
     us = {key: [passes[which] for which in PASSES] for key, passes in found.items() if len(passes) == 2}
     return us | {tuning.torch_key(request): passes for request, passes in of_torch(records("compare"), "sm_90")}
 
