@@ -141,7 +141,7 @@ class Kernels:
         slots = 2 * round_ if T is None else min(2 * round_, T + 1)
         states = torch.full((slots, R, B, gates, columns), -1, dtype=integer, device=like.device)
         if own < columns:  # nobody's
-            states[..., own:] = 0
+            states[..., own:].zero_()
         return states
 
 
