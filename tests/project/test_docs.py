@@ -22,7 +22,7 @@ import torch
 import fastrnn
 from fastrnn.compat import spills
 
-from ..support import children
+from ..support import children, versions
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -204,6 +204,7 @@ def test_the_pictures_are_those_of_the_data(tmp_path, monkeypatch):
     committed = pictures.FOLDER
     monkeypatch.setattr(pictures, "FOLDER", tmp_path)
     pictures.main([])
-    for name in pictures.PICTURES:
+    # The planner's map has clusters, which older Triton does not compile.
+    for name in set(pictures.PICTURES) - ({"planner"} if not versions.HAS_CLUSTERS else set()):
         drawn, kept = ((folder / f"{name}.svg").read_text() for folder in (tmp_path, committed))
         assert re.findall(r"<text.*?</text>", drawn, re.DOTALL) == re.findall(r"<text.*?</text>", kept, re.DOTALL), name
