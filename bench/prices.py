@@ -4,6 +4,7 @@
     python -m bench.prices --write            ... into docs/performance.md
     python -m bench.prices --simulate         fastrnn/planning/prices.json anew (half an hour: every form is compiled)
     python -m bench.prices --simulate --arch sm_90 --cell lstm     ... these alone, the rest stays
+    python -m bench.prices --rows 16 32 64    a step of programs with so many rows, on sm_90 (16 is planned)
     python -m bench.prices --measured         us of fastrnn/tuned/sm_90.json, from the records in bench/measured/
 
 No GPU is needed.
@@ -199,6 +200,16 @@ def chosen(cell: str, H: int, B: int, arch: str, training: bool) -> str:
     return f"{how} {price.us / price.steps:.3g} {price.source[0]}"
 
 
+def taller(cell: str, H: int, ctas: int, rows: int) -> tuple[float, float]:
+    """Return the cycles of a step, forward and backward, of a program or cluster that has so many rows of the batch."""
+    problem = Problem(cell, H, rows, arch="sm_90")
+    kernel = cluster.held(problem.request, ctas)
+    if kernel is None:
+        raise NotImplementedError(f"{cell}, H={H}: no form in {ctas} program(s) is planned")
+    kernel = replace(kernel, block_b=rows, form=kernel.form | {"BLOCK_B": rows}, grid=(1, 1))
+    return cycles(problem, "resident" if ctas == 1 else "cluster", problem.request, kernel)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
@@ -207,7 +218,14 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--cell", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--rows", nargs="+", type=int, choices=(16, 32, 64), metavar="ROWS", help="16, 32 or 64")
     args = parser.parse_args()
+    if args.rows:
+        print("| cell | H | programs | rows | cycles of a step, forward / backward |\n|---|---|---|---|---|")
+        for cell, (H, ctas), count in itertools.product(args.cell, ((64, 1), (128, 4), (256, 8)), args.rows):
+            taken = " / ".join(f"{of_pass:.0f}" for of_pass in taller(cell, H, ctas, count))
+            print(f"| {cell} | {H} | {ctas} | {count} | {taken} |", flush=True)
+        return 0
     if args.simulate:
         simulate(args.arch, args.cell, args.dtype)
     if args.measured:

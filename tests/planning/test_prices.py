@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from bench import prices as bench_prices
 from fastrnn.device import CLUSTERS, DeviceSpec
 from fastrnn.planning import cluster, cooperative, planner, prices, resident, tuning
 from fastrnn.planning.kernel_plan import GridTooLargeError, Request
+
+from ..support import children
 
 BF16, F16 = torch.bfloat16, torch.float16
 # us of a step, forward and backward, on clusters of 16 at H = 512, of 2 at H = 128 (bench/measured/).
@@ -237,3 +240,13 @@ def test_a_call_without_gradients_is_planned_by_inference_alone(monkeypatch):
         layer(x)
     layer(x)
     assert asked == [True, False]
+
+
+@pytest.mark.wide
+def test_a_step_of_more_rows_takes_longer_and_less_a_row():
+    done = children.run(["-m", "bench.prices", "--rows", "16", "32", "--cell", "rnn_tanh"])
+    assert done.returncode == 0, done.stderr
+    steps = [[int(of_pass) for of_pass in re.findall("[0-9]+", line)[-2:]] for line in done.stdout.splitlines()[2:]]
+    assert len(steps) == 6
+    for fewer, more in zip(steps[::2], steps[1::2], strict=True):
+        assert all(a < b < 2 * a for a, b in zip(fewer, more, strict=True))
