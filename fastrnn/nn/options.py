@@ -176,6 +176,12 @@ def _moved(name: str, tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def check_packed(device: torch.device) -> None:
+    """Refuse packed input while a CUDA graph is captured, for the same reason: its sizes are on the CPU."""
+    if _capturing(device):
+        raise ValueError("input: expected a tensor and lengths while a CUDA graph is captured; got a PackedSequence")
+
+
 def _capturing(device: torch.device) -> bool:
     if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_available():
         return False

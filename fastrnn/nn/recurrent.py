@@ -18,7 +18,7 @@ from ..sequences import Packing, stops_at_torchs_kernels, untraced
 from ..stack import Stack
 from . import calls, paths, streaming
 from .older_tools import OlderTools, leaf_module
-from .options import Options, named
+from .options import Options, check_packed, named
 from .shown import Shown
 from .validation import check_rank
 
@@ -243,6 +243,7 @@ class Recurrent(OlderTools, Shown, torch.nn.RNNBase):
         return outputs[0], _map(lambda s: s.squeeze(1), state), *outputs[1:]
 
     def _run_packed(self, input: PackedSequence, hx: Any, options: Options) -> tuple:
+        check_packed(input.data.device)
         packing, order = Packing.of(input), (input.sorted_indices, input.unsorted_indices)
         hx = _map(lambda state: _reordered(state, order[0]), hx)
         of_packing = Options.of(cu_seqlens=packing.cu_seqlens, cell_states=options.cell_states)

@@ -80,6 +80,14 @@ def test_each_of_them_is(name, monkeypatch):
         layer(x, **{name: given})
 
 
+def test_packed_input_is_refused_where_our_kernels_run(monkeypatch):
+    layer, x = fastrnn.GRU(3, 4, backend="reference"), torch.nn.utils.rnn.pack_sequence([torch.randn(5, 3)])
+    layer(x)
+    monkeypatch.setattr(options, "_capturing", lambda device: True)
+    with pytest.raises(ValueError, match="^input: expected a tensor and lengths while"):
+        layer(x)
+
+
 def test_capture_is_asked_for_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
