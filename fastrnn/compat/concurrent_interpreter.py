@@ -23,8 +23,9 @@ Program = tuple[int, int, int]
 Choice = Callable[[Sequence[Program], Program | None], Program]
 
 
-# A program whose wait is over polls less often than this before it changes something: once each tile of a state.
-MOST_POLLS = 40
+# A program whose wait is over polls less often than this before it changes something: once each tile of what it reads,
+# which is four gates of 66 tiles at H = 2112.
+MOST_POLLS = 400
 
 
 def round_robin(alive: Sequence[Program], last: Program | None) -> Program:

@@ -159,7 +159,7 @@ MUTATIONS = {
     "resets dropped from dW_hh": (
         "fastrnn.ops.sums._h_prev", "reset), start,", "reset), None,", "lstm", "resets to a state"),
     "y shifted past resets": (
-        "fastrnn.ops.sums._h_prev", "return shifted if reset is None else", "return shifted if True else", "gru",
+        "fastrnn.ops.sums._h_prev", "return before if reset is None else", "return before if True else", "gru",
         "resets"),
     "h_0 goes past a reset into dW_hh": (
         "fastrnn.ops.sums._sum", "reset is not None and direction == 0", "False", "lstm", "resets"),
