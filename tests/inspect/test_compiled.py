@@ -74,7 +74,8 @@ def test_plans_agree_with_tile_triton_under_the_interpreter(H, tmp_path):
     """Both passes of every cell, from one problem: "auto"'s plans for sm_90 executed, tile Triton interpreted."""
     planned = {record["cell"]: record["backend"] for record in child("plans", str(H), str(tmp_path))}
     tier = "resident" if H <= 128 else "cluster" if H <= 256 and HAS_CLUSTERS else "cooperative"
-    assert planned["lstm"] == planned["gru"] == tier
+    of_gru = "cluster" if H == 512 and HAS_CLUSTERS else tier  # by price: in full clusters, where W_hh of a GRU fits
+    assert (planned["lstm"], planned["gru"]) == (tier, of_gru)
     for cell in CELLS:
         inputs, upstream, executed = torch.load(tmp_path / f"{cell}.pt")
         problem = Problem(cell, inputs, upstream)
