@@ -4,7 +4,7 @@
     python -m bench.cpu --auto       what "auto" takes beside torch.nn, in all cases: fails where it is slower or larger
     python -m bench.cpu --options    lengths, resets, cell states and step(): torch's kernels, and ours
     python -m bench.cpu --ladder     the GRU's training step by one means after the other
-    python -m bench.cpu --write      put them into docs/performance.md (with --ladder or --auto that one)
+    python -m bench.cpu --write      put them into docs/performance.md (with --ladder that one)
     python -m bench.cpu --prices     measure what "auto" goes by: fastrnn/planning/cpu.json (most of an hour)
 
 Times are of one call: inference without gradients; training with those of input and weights. float32, I = H. Ratios are
@@ -240,6 +240,8 @@ def main() -> int:
         "--busy", action="store_true", help="measure one thread only, if the second core has other work"
     )
     args = parser.parse_args()
+    if args.write and (args.auto or args.options):
+        parser.error("--write: expected the plain table or --ladder with it; the document has no other")
     torch.manual_seed(0)
     if args.prices:
         prices(args.seconds / 10)
