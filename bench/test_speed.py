@@ -15,6 +15,7 @@ from fastrnn.planning.tiers import TIERS
 from . import clock
 from .adapters import IMPLEMENTATIONS
 from .cases import table
+from .cpu_auto import PYTHON
 from .turns import LEAST_ROUNDS, MOST_ROUNDS, Call, Replay, Turns, call_of, checked, measure
 from .workload import PASSES, Data, Workload
 
@@ -23,7 +24,7 @@ CLOCK = clock.EventClock() if DEVICE == "cuda" else clock.WallClock()
 REPLAY = Replay()
 TABLE = table(DEVICE)
 LEAST_PAIRS, MOST_BATCHES = 15, 8
-MOST_OVERHEAD = 1.05  # of "auto" over torch.nn on a CPU
+MOST_OVERHEAD = 1.05  # of "auto" over torch.nn on a CPU, where that is more than PYTHON
 
 pytestmark = [
     pytest.mark.benchmark(timer=REPLAY),
@@ -56,15 +57,15 @@ def test_auto_costs_what_torch_does(pytestconfig, workload):
     assert not any(checked(name, workload, DEVICE) for name in names)
     calls = [call_of(IMPLEMENTATIONS[name](data), data, "forward") for name in names]
     rounds = max(LEAST_PAIRS, *(rounds_of(call, 2 * pytestconfig.getoption("--seconds")) for call in calls))
-    fastest, ratio = [float("inf")] * 2, float("inf")
+    fastest, slower = [float("inf")] * 2, True
     for _ in range(MOST_BATCHES):
         for _ in range(rounds):
             fastest = [min(least, clock.seconds(call, CLOCK)) for least, call in zip(fastest, calls, strict=True)]
-        ratio = fastest[1] / fastest[0]
-        if ratio <= MOST_OVERHEAD:
+        slower = fastest[1] > MOST_OVERHEAD * fastest[0] and fastest[1] - fastest[0] > PYTHON
+        if not slower:
             break
-    pytestconfig.notes["auto_over_torch"][str(workload)] = ratio
-    assert ratio <= MOST_OVERHEAD, f"{MOST_BATCHES} x {rounds} rounds"
+    pytestconfig.notes["auto_over_torch"][str(workload)] = fastest[1] / fastest[0]
+    assert not slower, f"{fastest[1] / fastest[0]:.3f} times as long, {MOST_BATCHES} x {rounds} rounds"
 
 
 @functools.lru_cache(maxsize=1)  # the names of one pass of a workload come one after the other

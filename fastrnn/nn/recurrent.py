@@ -200,10 +200,11 @@ class Recurrent(OlderTools, Shown, torch.nn.RNNBase):
         # CPU tensors take torch's path as early as possible: a plan is asked for only where a call takes far longer.
         plain = lengths is None and cu_seqlens is None and reset is None and reset_state is None
         backend, packed = self.backend, isinstance(input, PackedSequence)
-        may_repeat = plain and hx is None and not (packed or return_cell_states)
-        may_repeat = may_repeat and (input.is_cuda or backend not in ("auto", "torch"))
-        if may_repeat and (found := paths.again(self._stack(), input, self._params())):
-            return found
+        ours = plain and hx is None and (input.is_cuda or backend not in ("auto", "torch"))
+        if ours and not (packed or return_cell_states):
+            found = paths.again(self._stack(), input, self._params())
+            if found is not None:
+                return found
         whole = plain and not return_cell_states and self.checkpoint_every is None and backend in ("auto", "torch")
         whole = whole and self._stack_is_torchs(self.training)
         asked = whole and backend == "auto" and (input.is_cuda or cpu.may_pay(self.mode, input, self.batch_first))
