@@ -55,7 +55,8 @@ class Route(NamedTuple):
     casts: bool  # whether some tensor has another dtype, and is cast
     layer: Layer
     ready: Prepared | None  # for one launch a layer; None where operators are observed (ops/library.py)
-    again: bool = False  # whether a call like this one, without states and options, needs nothing else
+    # What a call like this one goes by, if it has no states and no options (known):
+    again: bool = False  # whether it needs nothing but its path
     plain: LayerCall | None = None  # of each layer, if nothing else happens between the launches
 
 
@@ -150,11 +151,9 @@ def checked(
         key = _key(stack, tensors, hx is not None, options)
         route = _routes.get(key)
     if route is None:
-        seen = seen or observed(
-            tensors
-        )  # sizes may be symbols, and tensors may have no values: keep and prepare nothing
         route = _route(stack, input, state, params, options, choose)
-        if not seen:
+        seen = seen or observed(tensors)
+        if not seen:  # else sizes may be symbols, and tensors may have no values: keep and prepare nothing
             route = _kept(key, route, stack, input, options)
     if options is not PLAIN:
         options, rows = checked_values(options, input, route.T, stack.batch_first, seen)
@@ -166,8 +165,7 @@ def checked(
 def _kept(key: tuple, route: Route, stack: Stack, input: Tensor, options: Options) -> Route:
     """Prepare a route, and keep it for later calls."""
     route = _prepared(route, stack, input, options)
-    _, with_state, *_ = key
-    if route.ready is not None and options is PLAIN and not with_state:
+    if route.ready is not None:
         again = not (stack.drops_connections or stack.zones_out)
         route = route._replace(again=again, plain=_plain(route, route.ready, stack))
     if len(_routes) >= _MOST_ROUTES:
@@ -226,6 +224,7 @@ def _prepared(route: Route, stack: Stack, input: Tensor, options: Options) -> Ro
 
 
 def _plain(route: Route, ready: Prepared, stack: Stack) -> LayerCall | None:
+    """Return the Call of each layer. None if more than launches is needed: casts, chunks, dropout, a projection."""
     chunks, changed = stack.checkpoint_every or route.chosen.wavefront, route.casts or stack.num_heads > 1
     if chunks or changed or stack.dropped or route.P != route.H or route.T == 0:
         return None
