@@ -192,7 +192,7 @@ def ours(backend: str) -> Builder:
         segments: dict[str, Any] = {"lengths": data.lengths, "reset": data.reset}
         segments = {key: value.to(data.device) for key, value in segments.items() if value is not None}
         try:
-            plan = module.plan(data.input)
+            plan = module.plan(data.input, **segments)
         except (NotImplementedError, GridTooLargeError) as reason:
             raise Missing(str(reason)) from None
         return Built(lambda input: module(input, **segments)[0], list(module.parameters()), runs=plan.backend)

@@ -5,7 +5,7 @@
     python -m bench.cpu --options    lengths, resets, cell states and step(): torch's kernels, and ours
     python -m bench.cpu --ladder     the GRU's training step by one means after the other
     python -m bench.cpu --write      put them into docs/performance.md (with --ladder that one)
-    python -m bench.cpu --prices     measure what "auto" goes by: fastrnn/planning/cpu.json (most of an hour)
+    python -m bench.cpu --prices     measure what "auto" goes by: fastrnn/planning/cpu.json (half an hour)
 
 Times are of one call: inference without gradients; training with those of input and weights. float32, I = H. Ratios are
 medians of pairs, two calls of one round, of the CPU time of this thread where there is one thread, so that a busy
@@ -36,7 +36,7 @@ Call = Callable[[], Any]
 SHAPES = ((128, 8, 64), (512, 16, 64), (128, 16, 128), (128, 32, 256), (64, 128, 256))  # T, B, I = H
 PASSES = ("inference", "training")
 # What "auto" goes by.
-AXES = {"T": [4, 32, 128], "B": [1, 8, 64], "H": [16, 64, 128, 256, 512]}
+AXES = {"T": [4, 32, 64, 128], "B": [1, 8, 64], "H": [16, 64, 128, 256, 512]}
 HEAD = (
     "| T, B, H | cell | inference: torch.nn, us a step | ours | ratio | training: torch.nn, us a step | ours | ratio "
     "| two threads: ratios |"

@@ -1,6 +1,6 @@
 """What `auto` takes on a CPU costs no more than torch.nn's call: time and memory, in every row of the table of cases.
 
-    python -m bench.cpu --auto    print the table, and fail with the rows that are slower or larger (most of an hour)
+    python -m bench.cpu --auto    print the table, and fail with the rows that are slower or larger (six minutes)
 
 Times are of one thread, of calls in turns whose order changes: a ratio is the median of pairs. What is slower than MOST
 is measured again before it counts, for on a busy machine a median of few pairs may be chance. Peaks are those of

@@ -91,6 +91,8 @@ def choose(
         return backend, f"CPU tensors take {fallback}; {reason}"
     if lacking:
         return NAME, f"torch has no kernel {lacking}"
+    if sizes[0] <= LEAST_STEPS and not kind:
+        return backend, f"CPU tensors take {fallback}: {LEAST_STEPS} steps, or fewer, are over before a choice pays"
     found = times_as_fast(cell, *sizes, kind, training) if dtype == torch.float32 else None
     of_kind = f" with {kind}" if kind else ""
     if found is None:

@@ -281,9 +281,13 @@ def test_auto_goes_by_price(monkeypatch):
     assert found.backend == "cpu" and "times as fast as torch's kernel" in found.why
     assert plan("gru", **sizes, dtype=torch.float64).backend == "torch"
     assert plan("lstm", **sizes, num_heads=2).backend == "cpu"
-    monkeypatch.setitem(prices.PRICES["ratios"], "gru", [[[1.0] * 5] * 3] * 3)
+    monkeypatch.setattr(prices, "PRICES", {"T": [4], "B": [1], "H": [16], "ratios": {"gru": [[[1.0]]]}})
     found = plan("gru", **sizes)
     assert found.backend == "torch" and "1.00 times as fast" in found.why
+    monkeypatch.setitem(prices.PRICES["ratios"], "gru", [[[1.2]]])
+    assert plan("gru", **sizes | {"seq_len": prices.LEAST_STEPS + 1}).backend == "cpu"
+    few = plan("gru", **sizes | {"seq_len": prices.LEAST_STEPS})
+    assert few.backend == "torch" and "16 steps, or fewer" in few.why
 
 
 def test_between_sizes_the_worst_neighbour_counts(monkeypatch):
