@@ -1,10 +1,12 @@
 """What only a GPU can show: tf32, torch's default for float32, CUDA graphs, and the backend "torch" by cuDNN."""
 
+import functools
+
 import pytest
 import torch
 
 import fastrnn
-from fastrnn import ops
+from fastrnn import cells, ops
 from fastrnn.planning.tiers import TIERS
 from fastrnn.torch_path import packed
 
@@ -20,6 +22,7 @@ from ..support.cases import (
     over_budget,
     require_kernel,
 )
+from ..support.planned import tiles_of
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LARGE = (Case(T=3, B=17, H=130, D=2), Case(T=2, B=3, H=384, D=1), Case(T=2, B=5, H=650, D=1))
@@ -40,7 +43,8 @@ def computed_in(dtype: torch.dtype, backend: str = "resident"):
         converted = (None if t is None else t.to(dtype) for t in inputs)
         starts = {name: options[name].to(dtype) for name in ("reset_h", "reset_c") if name in options}
         results = ops.recurrence(cell, *converted, backend=backend, **(options | starts))
-        return tuple(None if t is None else t.half() for t in results)
+        kept = [torch.float16] * 3 + [cells.CELLS[cell].state_dtype(torch.float16)]  # of every step
+        return tuple(None if t is None else t.to(own) for t, own in zip(results, kept))  # noqa: B905 - c if asked for
 
     return run
 
@@ -71,6 +75,16 @@ def test_tf32_on_sequences(cell, kind, backend, device):
     case = Case(T=5, B=18, H=40, D=2)
     require_kernel(cell, case, torch.float32, device, backend)
     assert not tf32_faults(make_sequences(cell, case, torch.float16, device, kind), backend)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("rows", (8, 16, 32, 64))
+@pytest.mark.parametrize("cell", CELLS)
+def test_batch_tiles_of_so_many_rows(cell, rows, device):
+    """Of which auto takes the tall ones only for thousands of sequences."""
+    with tiles_of(rows):
+        problem = make_problem(cell, Case(T=4, B=rows + 3, H=48, D=2), torch.bfloat16, device)
+        assert not over_budget(problem, functools.partial(ops.recurrence, backend="resident"))
 
 
 @pytest.mark.parametrize("cell", CELLS)

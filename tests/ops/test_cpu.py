@@ -134,16 +134,16 @@ def test_a_forked_child_runs(tmp_path):
 
 @pytest.mark.parametrize("what", (float("nan"), float("inf"), -float("inf"), 1e30))
 @pytest.mark.parametrize("name", ("GRU", "LSTM", "RNN", "SLSTM"))
-def test_what_is_not_finite_goes_where_others_send_it(name, what):
-    """The reference; the sLSTM's infinite gates are those of its kernels."""
+def test_what_is_not_finite_goes_where_others_send_it(name, what, device):
+    """The reference; the sLSTM's infinite gates are those of its kernels, on a GPU if there is one."""
     x = torch.randn(5, 3, 4)
     x[2, 1, 0] = what
-    other = "resident" if name == "SLSTM" else "reference"
+    other, device = ("resident", device) if name == "SLSTM" else ("reference", "cpu")
     ours, theirs = (getattr(fastrnn, name)(4, 20, backend=backend) for backend in ("cpu", other))
     theirs.load_state_dict(ours.state_dict())
     with np.errstate(invalid="ignore"):
-        found, expected = (module(x)[0] for module in (ours, theirs))
-    torch.testing.assert_close(found, expected, equal_nan=True)
+        found, expected = ours(x)[0], theirs.to(device)(x.to(device))[0]
+    torch.testing.assert_close(found, expected.cpu(), equal_nan=True)
     assert found[:2].isfinite().all() and found[:, 0].isfinite().all()
     if what != what:
         assert found[2:, 1].isnan().all()

@@ -49,9 +49,9 @@ def grids(monkeypatch):
 
 
 def results(case: str, device: str) -> list[torch.Tensor]:
-    cell, options, given = CASES[case]
+    cell, _, given = CASES[case]
     torch.manual_seed(1)
-    layer = getattr(fastrnn, cell)(6, H, backend="cooperative", device=device, **options)
+    layer = layer_of(case, device)
     D, wide = layer.bidirectional + 1, torch.float32
     state = torch.randn(D, B, H, dtype=wide, device=device), torch.randn(D, B, H, dtype=wide, device=device)
     lengths = torch.arange(B) % T + 1
@@ -70,11 +70,15 @@ def results(case: str, device: str) -> list[torch.Tensor]:
     return [y, *finals, *torch.autograd.grad(loss, [x, *layer.parameters()])]
 
 
-def parts(case: str) -> int:
-    """Multiprocessors of a board that two batch tiles of the case fill."""
-    _, options, _ = CASES[case]
-    heads = options.get("num_heads", 1)
-    return 2 * -(-H // heads // 32) * heads * (2 if "bidirectional" in options else 1)
+def layer_of(case: str, device: str) -> torch.nn.Module:
+    cell, options, _ = CASES[case]
+    return getattr(fastrnn, cell)(6, H, backend="cooperative", device=device, **options)
+
+
+def parts(case: str, device: str) -> int:
+    """Multiprocessors of a board that two batch tiles of the case fill, asked of one that holds all."""
+    slices, _, R = layer_of(case, device).plan(torch.zeros(T, B, 6, device=device)).kernel.grid
+    return 2 * slices * R
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,7 +86,7 @@ def test_parts_of_a_batch_have_the_bits_of_the_whole(case, device, board, grids)
     board(1 << 20)
     whole = results(case, device)
     in_one = len(grids)
-    board(parts(case))
+    board(parts(case, device))
     for found, expected in zip(results(case, device), whole, strict=True):
         assert torch.equal(found, expected)
     if device == "cpu":
@@ -104,7 +108,7 @@ def test_rows_left_out_are_noticed(change, device, board, mutate, poisoned):
     whole = results("a state", device)
     prepared.forget()
     mutate(change)
-    board(parts("a state"))
+    board(parts("a state", device))
     try:
         found = results("a state", device)
     except Exception as error:  # programs beyond the batch send nothing, and wait for it
@@ -115,7 +119,8 @@ def test_rows_left_out_are_noticed(change, device, board, mutate, poisoned):
 
 def test_counters_of_a_part_are_its_own(device, board, grids, mutate):
     """A part that met at the counters of the one before it would find all arrived, and read what is not there."""
-    board(parts("plain"))
+    board(1 << 20)
+    board(parts("plain", device))
     seen = []
     made = prepared.Kernels._exchange
 
