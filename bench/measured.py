@@ -44,8 +44,8 @@ def tiles_of_16_rows() -> Iterator[None]:
         cluster.cluster.cache_clear()
 
     with (
-        mock.patch.object(cluster, "narrowed", lambda _, plan: plan),
-        mock.patch.object(resident, "narrowed", lambda _, plan: plan),
+        mock.patch.object(cluster, "in_rows", lambda _, plan: plan),
+        mock.patch.object(resident, "in_rows", lambda _, plan: plan),
         mock.patch.object(
             prices, "simulated_cycles", lambda kernel, *of: None if len(kernel.grid) > 2 else simulated(kernel, *of)
         ),

@@ -30,7 +30,7 @@ def tiers() -> Figure:
     of_tiers = figure.subplots(1, 3)
     shared = ("resident", "h stays in the program"), ("cluster", "h goes through the others' shared memory")
     for axes, (tier, how) in zip(
-        of_tiers, (*shared, ("cooperative", "h goes through L2, behind a grid barrier")), strict=True
+        of_tiers, (*shared, ("cooperative", "h goes through L2, where the others poll it")), strict=True
     ):
         axes.set(xlim=(0, 10), ylim=(0, 7), title=tier, xlabel=how)
         axes.set_xticks([])

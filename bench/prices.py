@@ -4,7 +4,7 @@
     python -m bench.prices --write            ... into docs/performance.md
     python -m bench.prices --simulate         fastrnn/planning/prices.json anew (half an hour: every form is compiled)
     python -m bench.prices --simulate --arch sm_90 --cell lstm     ... these alone, the rest stays
-    python -m bench.prices --rows 16 32 64    a step of programs with so many rows, on sm_90 (16 is planned)
+    python -m bench.prices --rows 16 32 64    a step of programs with so many rows, on sm_90; its products for nothing
     python -m bench.prices --measured         us of fastrnn/tuned/sm_90.json, from the records in bench/measured/
 
 No GPU is needed.
@@ -25,9 +25,11 @@ import torch
 import triton
 
 import fastrnn
-from fastrnn.inspect.compile import PASSES, Problem, call_backward, call_forward, launches
+from fastrnn.inspect.compile import PASSES, Launch, Problem, call_backward, call_forward, launches
 from fastrnn.inspect.resources import spill_bytes
+from fastrnn.inspect.simulator.figures import figures
 from fastrnn.inspect.simulator.simulate import of_launch
+from fastrnn.inspect.simulator.what_if import FREED
 from fastrnn.planning import cluster, cooperative, prices, resident, tuning
 from fastrnn.planning.kernel_plan import GridTooLargeError, KernelPlan, Request
 
@@ -59,10 +61,11 @@ def plans(problem: Problem) -> Iterator[tuple[str, Request, KernelPlan]]:
         sizes = [ctas for ctas in (1, *tuning.CTAS) if ctas <= request.spec.cluster_limit]
         if request.precision == "ieee" and request.dtype == torch.float32:
             sizes = sizes[:1]
-        for ctas, rows in itertools.product(sizes, (cluster.BLOCK_B, cluster.NARROW_B)):
-            kernel = cluster.held(request, ctas, rows)
+        for ctas, rows in itertools.product(sizes, (cluster.BLOCK_B, cluster.NARROW_B, *cluster.TALL_B)):
+            full = request._replace(B=max(rows, request.B))
+            kernel = cluster.held(full, ctas, rows)
             if kernel is not None and (ctas == 1 or kernel.units >= 16):
-                yield "resident" if ctas == 1 else "cluster", request, kernel
+                yield "resident" if ctas == 1 else "cluster", full, kernel
     if problem.hidden_size in SLICED[problem.dtype.itemsize]:
         dialects = set()
         for tiling in cooperative._tilings(request):
@@ -78,7 +81,15 @@ def plans(problem: Problem) -> Iterator[tuple[str, Request, KernelPlan]]:
 
 def cycles(problem: Problem, tier: str, request: Request, kernel: KernelPlan) -> tuple[float, float]:
     """Return the simulated cycles of a step of this kernel, forward and backward."""
-    problem = replace(problem, batch_size=request.B, backend=tier)
+    found = compiled(replace(problem, batch_size=request.B), tier, kernel)
+    assert not any(spill_bytes(launch.asm) > 64 for launch in found), (kernel, found)
+    of_forward, of_backward = (of_launch(launch, is_cached=True).cycles for launch in found)
+    return of_forward, of_backward
+
+
+def compiled(problem: Problem, tier: str, kernel: KernelPlan) -> list[Launch]:
+    """Compile both passes of a kernel."""
+    problem = replace(problem, backend=tier)
     tensors = problem.tensors()
     with (
         mock.patch("fastrnn.planning.planner.kernel_for", lambda request, tier: kernel),
@@ -86,9 +97,7 @@ def cycles(problem: Problem, tier: str, request: Request, kernel: KernelPlan) ->
     ):
         outputs = call_forward(problem.cell, tensors, tier)
         call_backward(problem.cell, tensors, outputs, tier, needs_sums=False)
-    of = [of_launch(launch, is_cached=True).cycles for launch in found]
-    assert not any(spill_bytes(launch.asm) > 64 for launch in found), (kernel, found)
-    return of[0], of[1]
+    return found
 
 
 def simulate(archs: list[str], cells: list[str], dtypes: list[str]) -> None:
@@ -200,14 +209,17 @@ def chosen(cell: str, H: int, B: int, arch: str, training: bool) -> str:
     return f"{how} {price.us / price.steps:.3g} {price.source[0]}"
 
 
-def taller(cell: str, H: int, ctas: int, rows: int) -> tuple[float, float]:
-    """Return the cycles of a step, forward and backward, of a program or cluster that has so many rows of the batch."""
-    problem = Problem(cell, H, rows, arch="sm_90")
-    kernel = cluster.held(problem.request, ctas)
+def taller(cell: str, H: int, ctas: int, rows: int) -> Iterator[str]:
+    """Yield a pass's cycles of a step of programs with so many rows; in brackets, if products cost nothing."""
+    problem = Problem(cell, H, rows, dtype=torch.bfloat16, arch="sm_90")
+    kernel = cluster.held(problem.request, ctas, rows)
     if kernel is None:
-        raise NotImplementedError(f"{cell}, H={H}: no form in {ctas} program(s) is planned")
-    kernel = replace(kernel, block_b=rows, form=kernel.form | {"BLOCK_B": rows}, grid=(1, 1))
-    return cycles(problem, "resident" if ctas == 1 else "cluster", problem.request, kernel)
+        yield "a thread's registers hold no more"
+        return
+    for launch in compiled(problem, "resident" if ctas == 1 else "cluster", kernel):
+        free = replace(figures("sm_90"), **FREED["tensor cores"](figures("sm_90")))
+        whole, less = (of_launch(launch, is_cached=True, of=of).cycles for of in (None, free))
+        yield f"{whole:.0f} ({less:.0f})"
 
 
 def main() -> int:
@@ -221,10 +233,10 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", type=int, choices=(16, 32, 64), metavar="ROWS", help="16, 32 or 64")
     args = parser.parse_args()
     if args.rows:
-        print("| cell | H | programs | rows | cycles of a step, forward / backward |\n|---|---|---|---|---|")
+        print("| cell | H | programs | rows | cycles of a step, forward / backward (products for nothing) |")
+        print("|---|---|---|---|---|")
         for cell, (H, ctas), count in itertools.product(args.cell, ((64, 1), (128, 4), (256, 8)), args.rows):
-            taken = " / ".join(f"{of_pass:.0f}" for of_pass in taller(cell, H, ctas, count))
-            print(f"| {cell} | {H} | {ctas} | {count} | {taken} |", flush=True)
+            print(f"| {cell} | {H} | {ctas} | {count} | {' / '.join(taller(cell, H, ctas, count))} |", flush=True)
         return 0
     if args.simulate:
         simulate(args.arch, args.cell, args.dtype)

@@ -17,18 +17,31 @@ BLOCK_B = 16  # the rows of tensor cores' left operand: more programs serve a la
 # Units fill these rows where batch tiles are the 8 columns of the right operand: half of the work a step, in twice the
 # programs. Simulated (sm_90, bf16, cycles forward and backward): LSTM, H=64, 1065 and 1044 to 691 and 678.
 NARROW_B = 8
+# Where programs come in waves: a step of 32 rows takes less than two of 16. Simulated (sm_90, bf16, cycles forward and
+# backward): RNN, H=64, 465 and 509 to 704 and 746; LSTM, H=128, four programs, 1420 and 1322 to 2245 and 2188.
+TALL_B = (32, 64)
+MOST_OF_A_STATE = (
+    8  # numbers that a thread of such a tile has: with 16 some spill (LSTM, H=256, four programs, 64 rows)
+)
 # 256 KiB in a program alone spill in every form (LSTM, H=128, fp32), 192 KiB in one of a cluster (GRU, H=384 on eight).
 MOST_WEIGHTS = 192 * KIB
 MOST_WEIGHTS_OF_CLUSTER = 128 * KIB
 # A pass that must leave more in registers, for want of shared memory, may spill (GRU, H=128, tf32, sm_120, backward:
-# 128 KiB); the RNN, which needs the fewest beside it, does not.
+# 128 KiB); the RNN, which needs the fewest beside it, does not. In tall tiles it does, and others sooner (RNN, H=512,
+# four programs: 128 KiB; GRU, H=256, tf32, eight programs, 64 rows: 32 KiB).
 LEAST_IN_REGISTERS = 96 * KIB
+LEAST_IN_REGISTERS_OF_TALL = 24 * KIB
 
 
-def narrowed(request: Request, plan: KernelPlan) -> KernelPlan:
-    """The plan in batch tiles of 8 rows where its programs run at once, and else as it is."""
-    found = held(request, plan.ctas, NARROW_B)
-    return found if found and (found.grid == plan.grid or run_at_once(found, request.spec)) else plan
+def in_rows(request: Request, plan: KernelPlan) -> KernelPlan:
+    """The plan in batch tiles of 8 rows where its programs run at once, of more, by price, where they come in waves."""
+    narrow = held(request, plan.ctas, NARROW_B)
+    if narrow and (narrow.grid == plan.grid or run_at_once(narrow, request.spec)):
+        return narrow
+    if run_at_once(plan, request.spec):
+        return plan
+    taller = [held(request, plan.ctas, rows) for rows in TALL_B]
+    return prices.cheapest([plan, *[found for found in taller if found is not None]], request)
 
 
 def held(request: Request, ctas: int, block_b: int = BLOCK_B) -> KernelPlan | None:
@@ -44,6 +57,10 @@ def held(request: Request, ctas: int, block_b: int = BLOCK_B) -> KernelPlan | No
     warps = 16 if gate_bytes >= 128 * KIB and block_b > NARROW_B else min(8, block_h // 8)
     if weight_bytes > (MOST_WEIGHTS if ctas == 1 else MOST_WEIGHTS_OF_CLUSTER):
         return None
+    is_tall = block_b > BLOCK_B
+    if is_tall and block_b * units > MOST_OF_A_STATE * 32 * warps:
+        return None
+    most_in_registers = LEAST_IN_REGISTERS_OF_TALL if is_tall else LEAST_IN_REGISTERS if gates > 1 else MOST_WEIGHTS
     choices, shared_bytes = {}, 0
     for which in ("forward", "backward"):
         shares = _shares(which, gates, block_h, units, block_b, warps, ctas, itemsize)
@@ -56,7 +73,7 @@ def held(request: Request, ctas: int, block_b: int = BLOCK_B) -> KernelPlan | No
                 form = {"SHARES": count, "IN_REGISTERS": in_registers}
                 forms += [form] if which == "backward" else [form | {"BIAS_KEPT": stays} for stays in (True, False)]
                 shared_bytes = max(shared_bytes, kept + in_shared)
-        if not forms or (gates > 1 and forms[-1]["IN_REGISTERS"] * gate_bytes > LEAST_IN_REGISTERS):
+        if not forms or forms[-1]["IN_REGISTERS"] * gate_bytes > most_in_registers:
             return None
         choices[which] = tuple(forms)
     return KernelPlan(
@@ -119,14 +136,14 @@ def cluster(request: Request) -> KernelPlan:
     # Measured (H100, bf16, B=16, us a step forward and backward): LSTM, H=256, eight programs take 1.31 and 1.33, four
     # 1.55 and 1.53; H=128, four 1.02 and 0.75, two 1.13 and 0.95. Fewer than 32 units each are for what fits no others.
     sizes = [ctas for ctas in CLUSTERS if ctas <= spec.cluster_limit and spec.at_once(ctas)]
-    plans = [narrowed(request, plan) for plan in [held(request, ctas) for ctas in sizes] if plan is not None]
+    plans = [in_rows(request, plan) for plan in [held(request, ctas) for ctas in sizes] if plan is not None]
     wide = [plan for plan in plans if plan.units >= 32] or plans[:1]
     fits = prices.cheapest(wide, request) if wide else None
     key = tuning.cluster_key(request, tiles(request.B, BLOCK_B) * request.recurrences)
     ctas = tuning.of(spec.arch).ctas.get(key, 0)
     if 0 < ctas <= spec.cluster_limit and spec.at_once(ctas):
         tuned = held(request, ctas)
-        fits = fits if tuned is None else narrowed(request, tuned)
+        fits = fits if tuned is None else in_rows(request, tuned)
     if fits is None:
         largest = max([1, *sizes])
         raise NotImplementedError(

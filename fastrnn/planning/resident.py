@@ -7,7 +7,7 @@ and `python -m fastrnn inspect` says what it gave.
 import torch
 
 from ..compat.cached import cached
-from .cluster import held, narrowed
+from .cluster import BLOCK_B, held, in_rows
 from .kernel_plan import KIB, KernelPlan, Request, as_text, common, register_limits, tiles, weight_place
 
 
@@ -26,14 +26,14 @@ def _limit(request: Request) -> int:
 @cached
 def resident(request: Request) -> KernelPlan:
     spec, gates, block_h = request.spec, request.gates, request.padded
-    # Tensor cores take at least 16 rows. A batch tile of 32 was modelled at 1.6 times the cycles of 16 (LSTM, H=64,
-    # sm_90, 2848 against 1745) and spilled at H=128: more programs serve a large batch.
-    block_b = 16
     if not spec.has_tf32:
         request = request._replace(precision="ieee")
     weight_bytes = gates * block_h**2 * request.dtype.itemsize
     if plan := held(request, ctas=1):
-        return narrowed(request, plan)
+        return in_rows(request, plan)
+    # In tile Triton a batch tile of 32 was modelled at 1.6 times the cycles of 16 (LSTM, H=64, sm_90: 2848 and 1745)
+    # and spilled at H=128: more programs serve a large batch.
+    block_b = BLOCK_B
     # Beside W_hh, layout conversions pass through shared memory: at most one operand tile a gate.
     conversions = max(2, gates) * block_b * block_h * 4
     limit, place = _limit(request), weight_place(spec)

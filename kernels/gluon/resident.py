@@ -17,7 +17,7 @@ threads add the shares of their own columns, a few neighbours of one row. x_gate
 and stored in that layout. In the layout of the products a warp has 8 columns of 16 rows, so that each access meets 8
 lines of L1, a cycle each: 1.26 us a step instead of 0.65 (LSTM, H = 64, bf16, forward, measured on an H100).
 
-What a step reads, one four steps earlier has brought into L2 (ahead.py).
+What a step reads, one four steps earlier has brought into L2 (ahead.py); not in backward of clusters.
 
 The layout of tensors is in ../arguments.py. Helpers of ../loop.py and ../rows.py serve both dialects, since layouts
 come with the offsets.
@@ -215,7 +215,9 @@ def backward(read, grads, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constex
     dtype: gl.constexpr = read.W_hh.dtype.element_ty
     BITS: gl.constexpr = dtype.primitive_bitwidth
     F: gl.constexpr = layouts_of(FORM, BITS, CTAS, gl.num_warps(), 0)
-    TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, True, F, prefetch)
+    # Programs of a cluster wait for each other longer than for memory, and prefetches only add instructions.
+    AHEAD: gl.constexpr = prefetch if CTAS == 1 else None
+    TIER: gl.constexpr = loop.Tier(None, d_hidden, announce, True, F, AHEAD)
     rows, units = place(K, sequences.rows, T, B, BLOCK_B, BLOCK_H, gl.SliceLayout(0, F.SUMMED))
     resets = Resets(sequences.reset, sequences.starts, sequences.noise)
     W_hh = load_weights(K, F, read.W_hh, rows.recurrence, BLOCK_H, SUMMANDS, True)
@@ -225,17 +227,18 @@ def backward(read, grads, sequences, T, B, CELL: gl.constexpr, SIZES: gl.constex
     )
     partial: gl.constexpr = layouts.partial(BLOCK_B, BLOCK_H, CTAS, 0)
     summands = gl.allocate_shared_memory(gl.float32, [2, SUMMANDS, BLOCK_B, BLOCK_H], partial)
-    ptrs = read.kept
-    if read.tiles is not None:
-        ptrs = ptrs + (read.tiles,)
-    if read.dy is not None:
-        ptrs = ptrs + (read.dy,)
-    OWN: gl.constexpr = BLOCK_H // CTAS
-    READS: gl.constexpr = reads_of(
-        read_of(read.kept[0], 1, K.H, OWN), K.kept,
-        read_of(read.tiles, K.saved, K.H, OWN), read_of(read.dy, 1, K.H, OWN),
-    )  # fmt: skip
-    sectors = find_sectors(K, ptrs, READS, sequences.rows, rows, T, B, BLOCK_B)
+    sectors = None
+    if CTAS == 1:
+        ptrs = read.kept
+        if read.tiles is not None:
+            ptrs = ptrs + (read.tiles,)
+        if read.dy is not None:
+            ptrs = ptrs + (read.dy,)
+        READS: gl.constexpr = reads_of(
+            read_of(read.kept[0], 1, K.H, BLOCK_H), K.kept,
+            read_of(read.tiles, K.saved, K.H, BLOCK_H), read_of(read.dy, 1, K.H, BLOCK_H),
+        )  # fmt: skip
+        sectors = find_sectors(K, ptrs, READS, sequences.rows, rows, T, B, BLOCK_B)
     held = Held(W_hh, None, d_tile, None, summands, sectors)
     d_state = loop.backward(TIER, K, held, read, grads, rows, units, resets, d_state)
     store_state(K, grads.d_states, rows, units, d_state)

@@ -21,25 +21,28 @@ def child(*arguments: str) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("command", "arch", "backend"),
+    "command",
     (
-        ("kernels", "sm_80", "resident"),
-        ("kernels", "sm_90", "cooperative"),
-        ("kernels", "sm_100", "cluster"),
-        ("tile", "sm_90", "resident"),
-        ("rows16", "sm_90", "resident"),
-        pytest.param("rows16", "sm_90", "cluster", marks=pytest.mark.wide),
-        pytest.param("kernels", "sm_80", "cooperative", marks=pytest.mark.wide),
-        pytest.param("kernels", "sm_90", "resident", marks=pytest.mark.wide),
-        pytest.param("kernels", "sm_90", "cluster", marks=pytest.mark.wide),
-        pytest.param("kernels", "sm_100", "resident", marks=pytest.mark.wide),
-        pytest.param("kernels", "sm_100", "cooperative", marks=pytest.mark.wide),
-        pytest.param("tile", "sm_90", "cooperative", marks=pytest.mark.wide),
+        "kernels sm_80 resident",
+        "kernels sm_90 cooperative",
+        "kernels sm_100 cluster",
+        "tile sm_90 resident",
+        "rows sm_90 resident 16",
+        "rows sm_90 resident 32",
+        "rows sm_90 cluster 64",
+        wide("rows sm_90 cluster 16"),
+        wide("rows sm_90 cluster 32"),
+        wide("kernels sm_80 cooperative"),
+        wide("kernels sm_90 resident"),
+        wide("kernels sm_90 cluster"),
+        wide("kernels sm_100 resident"),
+        wide("kernels sm_100 cooperative"),
+        wide("tile sm_90 cooperative"),
     ),
 )
-def test_compiled_kernels_compute_what_the_reference_does(command, arch, backend):
+def test_compiled_kernels_compute_what_the_reference_does(command):
     """Outputs, final states and every gradient, from the PTX of both passes, under a schedule a cell."""
-    records = child(command, arch, backend)
+    records = child(*command.split())
     assert {record["cell"] for record in records} == set(CELLS)
     for record in records:
         assert record["faults"] == {}, record

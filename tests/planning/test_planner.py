@@ -226,16 +226,19 @@ def test_clusters_at_once_are_counted_in_groups_of_multiprocessors():
 
 
 @pytest.mark.parametrize(
-    ("cell", "H", "at_once"),
-    (("lstm", 64, {1: 132}), ("gru", 128, {4: 33}), ("gru", 256, {8: 15}), ("lstm", 512, {16: 7})),
+    ("cell", "H", "at_once", "tall"),
+    (("rnn_tanh", 64, {1: 132}, 32), ("gru", 128, {4: 33}, 32), ("gru", 256, {8: 15}, 32), ("lstm", 512, {16: 7}, 16)),
 )
-def test_tiles_of_8_rows_while_they_run_at_once(cell, H, at_once):
-    """Half of a step's work in twice the programs: else tiles of 16."""
+def test_tiles_have_more_rows_the_more_waves_there_would_be(cell, H, at_once, tall):
+    """Those of 8, half of a step's work in twice the programs, run at once; those of 16 too, or the price decides.
+
+    tall: where tiles of 16 need a second wave. No registers are left for one of an LSTM of 512 units.
+    """
     (ctas, most), h100 = *at_once.items(), DeviceSpec.named("sm_90")
-    for B, rows in ((1, 8), (8 * most, 8), (8 * most + 1, 16)):
+    for B, expected in ((1, 8), (8 * most, 8), (8 * most + 1, 16), (16 * most, 16), (16 * most + 1, tall)):
         request = Request(cell, H, B, 1, 1, BF16, "ieee", h100)
-        kernel = cluster.narrowed(request, cluster.held(request, ctas))
-        assert (kernel.block_b, kernel.ctas, kernel.grid) == (rows, ctas, (-(-B // rows), 1)), B
+        kernel = cluster.in_rows(request, cluster.held(request, ctas))
+        assert (kernel.block_b, kernel.ctas, kernel.grid) == (expected, ctas, (-(-B // expected), 1)), B
     # Where a batch of 8 has as many programs in either, those of 8 are taken, however many recurrences there are.
     kernel = fastrnn.plan(cell, hidden_size=H * 200, num_heads=200, batch_size=8, dtype=BF16, device=h100).kernel
     assert kernel.block_b == 8 and kernel.grid == (1, 200)

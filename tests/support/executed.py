@@ -6,7 +6,7 @@ python -m tests.support.executed kernels sm_90 resident     every cell, pass and
 python -m tests.support.executed sequences sm_90 resident ragged   kinds of SEQUENCES with this word, with cell states
 python -m tests.support.executed absent sm_90 resident      first states left out, plain and with sequences
 python -m tests.support.executed tile sm_90 resident        the same in tile Triton, where Gluon takes its place
-python -m tests.support.executed rows16 sm_90 resident      the same in batch tiles of 16 rows, where 8 take their place
+python -m tests.support.executed rows sm_90 resident 16     the same in batch tiles of so many rows, two or more of them
 python -m tests.support.executed plans 512 FOLDER           what "auto" plans at H=512, every cell: results in a file
 python -m tests.support.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
 python -m tests.support.executed windows sm_90 resident     what a run in two windows gives that a whole one does not
@@ -26,7 +26,6 @@ from unittest import mock
 
 import torch
 
-from bench.measured import tiles_of_16_rows
 from fastrnn import ops, plan
 from fastrnn.device import DeviceSpec
 from fastrnn.inspect import cluster
@@ -40,6 +39,7 @@ from fastrnn.reference import stacked
 
 from .cases import CELLS, SEQUENCES, TIMES, TIMES_FLOAT32, Case, Problem, make_problem, make_sequences, over_budget
 from .cluster_race import residual
+from .planned import tiles_of
 from .versions import HAS_CLUSTERS
 
 # Not aligned to 16 bytes, and aligned; rows and units masked; two tiles of 8 rows; two directions; several programs
@@ -110,8 +110,9 @@ def tile(arch: str, backend: str) -> Iterator[dict]:
         yield from kernels(arch, backend)
 
 
-def rows16(arch: str, backend: str) -> Iterator[dict]:
-    with tiles_of_16_rows():
+def rows(arch: str, backend: str, count: str) -> Iterator[dict]:
+    case = CASES[backend]._replace(B=int(count) + 3)
+    with tiles_of(int(count)), mock.patch.dict(CASES, {backend: case}):
         yield from kernels(arch, backend)
 
 
@@ -342,7 +343,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     command, *arguments = sys.argv[1:]
     commands = (
-        kernels, sequences, absent, tile, rows16, plans, schedules, windows, parts, mutations, clusters, counted,
+        kernels, sequences, absent, tile, rows, plans, schedules, windows, parts, mutations, clusters, counted,
     )  # fmt: skip
     for record in {each.__name__: each for each in commands}[command](*arguments):
         print(json.dumps(record), flush=True)
