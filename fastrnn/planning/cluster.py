@@ -20,9 +20,8 @@ NARROW_B = 8
 # Where programs come in waves: a step of 32 rows takes less than two of 16. Simulated (sm_90, bf16, cycles forward and
 # backward): RNN, H=64, 465 and 509 to 704 and 746; LSTM, H=128, four programs, 1420 and 1322 to 2245 and 2188.
 TALL_B = (32, 64)
-MOST_OF_A_STATE = (
-    8  # numbers that a thread of such a tile has: with 16 some spill (LSTM, H=256, four programs, 64 rows)
-)
+# Numbers of a state that a thread of such a tile has: with 16 some spill (LSTM, H=256, four programs, 64 rows).
+MOST_OF_A_STATE = 8
 # 256 KiB in a program alone spill in every form (LSTM, H=128, fp32), 192 KiB in one of a cluster (GRU, H=384 on eight).
 MOST_WEIGHTS = 192 * KIB
 MOST_WEIGHTS_OF_CLUSTER = 128 * KIB
