@@ -45,7 +45,7 @@ def test_compiled_kernels_compute_what_the_reference_does(command):
     records = child(*command.split())
     assert {record["cell"] for record in records} == set(CELLS)
     for record in records:
-        assert record["faults"] == {}, record
+        assert record["faults"] == {} and not record.get("spills"), record
 
 
 @pytest.mark.parametrize("backend", TIERS)

@@ -6,7 +6,7 @@ python -m tests.support.executed kernels sm_90 resident     every cell, pass and
 python -m tests.support.executed sequences sm_90 resident ragged   kinds of SEQUENCES with this word, with cell states
 python -m tests.support.executed absent sm_90 resident      first states left out, plain and with sequences
 python -m tests.support.executed tile sm_90 resident        the same in tile Triton, where Gluon takes its place
-python -m tests.support.executed rows sm_90 resident 16     the same in batch tiles of so many rows, two or more of them
+python -m tests.support.executed rows sm_90 resident 16     kernels and sequences in batch tiles of so many rows
 python -m tests.support.executed plans 512 FOLDER           what "auto" plans at H=512, every cell: results in a file
 python -m tests.support.executed schedules sm_90 cluster 50 every cell and pass in one dtype, under so many schedules
 python -m tests.support.executed windows sm_90 resident     what a run in two windows gives that a whole one does not
@@ -114,6 +114,7 @@ def rows(arch: str, backend: str, count: str) -> Iterator[dict]:
     case = CASES[backend]._replace(B=int(count) + 3)
     with tiles_of(int(count)), mock.patch.dict(CASES, {backend: case}):
         yield from kernels(arch, backend)
+        yield from sequences(arch, backend, "by step")
 
 
 def plans(H: str, folder: str) -> Iterator[dict]:
