@@ -13,7 +13,7 @@ from fastrnn.nn import foreign, layers
 from fastrnn.ops import layer
 
 from ..support.cases import ON_CPU
-from ..support.foreign import KINDS, XLSTM, H, K, N, compare, pair, start, uncast_tirex
+from ..support.foreign import KINDS, XLSTM, H, K, N, compare, pair, start, uncast_tirex, xlstm_cells
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of the packages
 
@@ -59,6 +59,7 @@ def test_a_wrong_layout_is_noticed(kind, wrong, monkeypatch):
 
 def stack(dtype: torch.dtype):
     """xlstm's language model of an mLSTM and two sLSTM blocks, convolutions and feed-forwards included."""
+    xlstm_cells()
     import xlstm
 
     slstm = xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=2, recurrent_weight_init="standard")
@@ -107,7 +108,7 @@ def test_xlstms_model_trains_a_step(layout, dtype):
 
 def in_cuda(cell):
     """xlstm's cell in its other layout."""
-    from xlstm.blocks.slstm.cell import sLSTMCell_cuda
+    sLSTMCell_cuda = xlstm_cells().sLSTMCell_cuda
 
     other = sLSTMCell_cuda(copy.copy(cell.config), skip_backend_init=True)
     with torch.no_grad():
@@ -141,7 +142,7 @@ def test_the_objects_are_kept_and_revert_gives_back_theirs(kind, subclass):
 
 
 def test_which_of_xlstms_are_left_and_why():
-    from xlstm.blocks.slstm import cell as cells
+    cells = xlstm_cells()
 
     class Own(cells.sLSTMCell_vanilla):
         pass

@@ -49,6 +49,7 @@ NOT_PRETENDED = {
         "test_again.py::.*(_road|forgets)",
         "test_cpu_auto.py::test_(a_row|the_command|training)",
         "test_cpu.py::test_(a_layer_runs_twice|observed|explain)",
+        "test_foreign.py::test_(a_refused_launch|explain_and)",
     ),
     "a test's own kernel": ("test_random_numbers_are_tritons",),
     "compiled kernels": ("test_after_a_warmup",),
@@ -122,7 +123,7 @@ OnGPU.__name__ = "Tensor"  # as messages name it
 
 def _with_values(index):
     """An index with tensors for lists: torch's C++ makes tensors without values of these, as its "meta" device has."""
-    if isinstance(index, tuple):
+    if isinstance(index, tuple) or (isinstance(index, list) and any(isinstance(part, slice) for part in index)):
         return tuple(map(_with_values, index))
     return _tensor(index, device=CUDA) if isinstance(index, list) else index
 
